@@ -1,0 +1,19 @@
+"""vae_ds: a pretrained T5 becomes a text variational autoencoder by finetuning alone.
+
+`vae_ds.train(recipe, ...)` trains, `vae_ds.T5VAE.from_pretrained(path)` loads what came of it.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["T5VAE", "__version__", "train"]
+
+# Loaded on first use: torch and transformers take seconds, and `vae-ds --help` needs neither.
+_HOMES = {"T5VAE": "vae_ds.model", "train": "vae_ds.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module `vae_ds` has no attribute `{name}`")

@@ -1,0 +1,369 @@
+"""The run configuration: strict, typed, frozen; one YAML file, dotted overrides, unknown keys raise with a suggestion.
+
+Units: lengths of phases and schedules in applied optimizer steps or epochs, free bits and KL targets in nats,
+batch sizes in sentences, token limits in subword tokens with the end-of-sentence token counted.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vae_ds.errors import ConfigError
+from vae_ds.yaml_tree import override, parse_yaml
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "valid", "test")
+SCHEDULES = ("constant", "linear", "cyclical", "target")
+
+
+class Settings(BaseModel):
+    """Base of every settings class: unknown keys are errors, values are frozen, defaults are checked too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, validate_default=True)
+
+
+class ModelConfig(Settings):
+    """What is built around the pretrained T5 (METHOD, section 1)."""
+
+    base: str = Field("tiny", description="`tiny` (ships with the package), a hub name, or a directory")
+    latent_dim: int = Field(32, ge=1, description="L, the number of latent units")
+    pooling: Literal["max", "mean"] = Field("max", description="how encoder states become one vector")
+    pool_layers: Literal["last", "all"] = Field("last", description="which encoder states are pooled")
+    injection: Literal["cross_attention", "none"] = Field("cross_attention", description="how z enters the decoder")
+    mu_std: float | None = Field(None, gt=0, description="initial std of W_mu; null: 1/sqrt(d_model)")
+    logvar_std: float = Field(0.02, gt=0, description="initial std of W_logvar")
+    memory_std: float | None = Field(None, gt=0, description="initial std of W_proj; null: 1/sqrt(latent_dim)")
+    dropout: float | None = Field(None, ge=0, lt=1, description="null: the base model's own")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+
+
+class DataConfig(Settings):
+    """Where text comes from, and how much of a sentence is kept."""
+
+    corpus: Literal["docstrings", "text", "dataset"] = Field("docstrings", description="the kind of source")
+    path: str | None = Field(None, description="text: a directory with train/valid/test.txt; dataset: hub name or dir")
+    train: str | None = Field(None, description="text: the training file, if not in `path`")
+    valid: str | None = Field(None, description="text: the validation file, if not in `path`")
+    test: str | None = Field(None, description="text: the test file, if not in `path`")
+    subset: str | None = Field(None, description="dataset: the configuration name on the hub")
+    splits: dict[str, str] = Field(
+        {"train": "train", "valid": "validation", "test": "test"}, description="dataset: its names of our splits"
+    )
+    column: str = Field("text", description="dataset: the column that holds the text")
+    labelled: bool = Field(False, description="text: each line is a label, a tab, and the text; the label is dropped")
+    limit: int | None = Field(None, ge=1, description="use the first N sentences of each split")
+    max_tokens: int = Field(64, ge=2, description="longest sentence in subword tokens, end-of-sentence included")
+    cache_dir: str | None = Field(None, description="null: $VAE_DS_CACHE, else ~/.cache/vae_ds")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.corpus == "text" and not (self.path or (self.train and self.valid and self.test)):
+            raise ValueError("corpus `text` needs `path`, or all of `train`, `valid` and `test`")
+        if self.corpus == "dataset" and not self.path:
+            raise ValueError("corpus `dataset` needs `path`: a hub name or a directory")
+        if set(self.splits) - set(SPLITS):
+            raise ValueError(f"`splits` maps our names {', '.join(SPLITS)}; found {', '.join(self.splits)}")
+        return self
+
+
+class BatchConfig(Settings):
+    """The global batch decides the optimisation; the micro batch only decides memory."""
+
+    global_size: int = Field(64, alias="global", ge=1, description="sentences an optimizer step")
+    micro: int | Literal["auto"] = Field("auto", description="sentences a rank and forward pass")
+    bucket_batches: int = Field(32, ge=1, description="length buckets: sort within this many global batches")
+
+
+class ConstantBeta(Settings):
+    schedule: Literal["constant"]
+    value: float = Field(ge=0)
+
+
+class LinearBeta(Settings):
+    schedule: Literal["linear"]
+    max: float = Field(1.0, ge=0)
+    over_epochs: float | None = Field(None, gt=0)
+    over_steps: int | None = Field(None, ge=1)
+    over_fraction: float | None = Field(None, gt=0, le=1, description="of this phase's steps")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        return _exactly_one(self, "over_epochs", "over_steps", "over_fraction")
+
+
+class CyclicalBeta(Settings):
+    """Fu et al. 2019: each cycle is zero, then a linear ramp, then holds `max`."""
+
+    schedule: Literal["cyclical"]
+    max: float = Field(1.0, ge=0)
+    cycles: int = Field(4, ge=1)
+    zero: float = Field(0.5, ge=0, lt=1, description="part of a cycle at zero")
+    ramp: float = Field(0.25, ge=0, le=1, description="part of a cycle that ramps; the rest holds `max`")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.zero + self.ramp > 1:
+            raise ValueError(f"`zero` + `ramp` is {self.zero + self.ramp:g}; a cycle has only 1")
+        return self
+
+
+class TargetBeta(Settings):
+    """Beta is steered so that the raw KL of a step reaches `kl` nats; the one schedule with state."""
+
+    schedule: Literal["target"]
+    kl: float = Field(gt=0, description="the wanted KL in nats per sentence")
+    start: float = Field(0.0, ge=0)
+    rate: float = Field(0.01, gt=0, description="change of beta per step and relative KL error")
+    max: float = Field(1.0, gt=0)
+
+
+BetaConfig = Annotated[ConstantBeta | LinearBeta | CyclicalBeta | TargetBeta, Field(discriminator="schedule")]
+
+
+class FreeBits(Settings):
+    """KL thresholding (METHOD, section 2); `nats` 0 turns it off."""
+
+    mode: Literal["per_dim", "per_dim_batch", "total"] = "per_dim"
+    nats: float = Field(0.0, ge=0, description="lambda: per unit, or for the sum in mode `total`")
+
+
+class OptimizerConfig(Settings):
+    """AdamW. `eps` 1e-8 but in the paper's recipes, whose 1e-3 was chosen for a loss averaged over 256 positions."""
+
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(0.0, ge=0, description="largest gradient norm of the loss in nats a sentence; 0: no clipping")
+
+
+class LearningRateConfig(Settings):
+    """A warm-up from zero, then constant, linear or cosine decay to `final` times the peak at the phase's end."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    final: float = Field(0.0, ge=0, le=1)
+
+
+class PhaseConfig(Settings):
+    """One training phase (METHOD, section 3)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, ge=1)
+    freeze: tuple[str, ...] = Field((), description="groups (encoder, decoder, ...) or patterns of parameter names")
+    beta: BetaConfig = ConstantBeta(schedule="constant", value=1.0)
+    free_bits: FreeBits = FreeBits()
+    denoise: float = Field(0.0, ge=0, lt=1, description="probability that a token of the encoder's input is deleted")
+    sample_posterior: bool = Field(True, description="false: z = mu, a deterministic autoencoder")
+    reset_decoder: bool = Field(False, description="start the phase with the base's decoder weights")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    learning_rate: LearningRateConfig = LearningRateConfig()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        return _exactly_one(self, "epochs", "steps")
+
+
+class ValidationConfig(Settings):
+    every_steps: int = Field(500, ge=1, description="applied steps between validations; each phase's end is one too")
+    sentences: int = Field(2000, ge=2, description="the first N sentences of the valid split")
+
+
+class CheckpointConfig(Settings):
+    every_steps: int = Field(1000, ge=1, description="applied steps between checkpoints; each phase's end is one too")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class LoggingConfig(Settings):
+    every: int = Field(10, ge=1, description="applied steps between rows of metrics.jsonl")
+    tensorboard: bool = True
+    progress: bool = Field(True, description="a progress bar on the terminal")
+
+
+class EvaluationConfig(Settings):
+    """Settings of METHOD section 4's costly metrics; the sentence count is reported beside each."""
+
+    iw_samples: int = Field(100, ge=1)
+    iw_sentences: int | None = Field(None, ge=1, description="null: the whole split")
+    batch: int = Field(128, ge=1, description="sentences a forward pass and rank")
+
+
+class RunConfig(Settings):
+    """A whole training run. `vae-ds recipes show NAME` prints a shipped one."""
+
+    schema_version: Literal[1] = 1
+    name: str = "run"
+    seed: int = Field(0, ge=0)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on GPUs, fp32 on CPUs")
+    deepspeed: str = Field("zero1", description="a ZeRO stage (zero0..zero3), a shipped ds_config's name, or a file")
+    phases: tuple[PhaseConfig, ...] = Field(min_length=1)
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: Literal["best", "last"] = Field(
+        "best", description="which weights become model/: best valid nelbo, or last"
+    )
+    max_skipped_steps: int = Field(50, ge=1, description="steps skipped in a row that end the run")
+
+    @model_validator(mode="after")
+    def _unique_phases(self) -> Self:
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) != len(names):
+            raise ValueError(f"phase names must differ; found {', '.join(names)}")
+        return self
+
+
+class ArchitectureConfig(Settings):
+    """A new T5 for `vae-ds pretrain`; names as in transformers' T5Config."""
+
+    vocab_size: int = Field(4000, ge=300, description="SentencePiece pieces, the 100 sentinels not counted")
+    d_model: int = Field(128, ge=8)
+    d_kv: int = Field(32, ge=4)
+    d_ff: int = Field(512, ge=8)
+    num_layers: int = Field(4, ge=1)
+    num_decoder_layers: int = Field(4, ge=1)
+    num_heads: int = Field(4, ge=1)
+    dropout_rate: float = Field(0.0, ge=0, lt=1)
+    feed_forward_proj: Literal["relu", "gated-gelu"] = "relu"
+
+
+class PretrainConfig(Settings):
+    """A T5 pretrained from nothing: span corruption (Raffel et al. 2020) mixed with prefix language modelling."""
+
+    schema_version: Literal[1] = 1
+    name: str = "pretrain"
+    seed: int = Field(0, ge=0)
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    data: DataConfig = DataConfig()
+    paragraphs: bool = Field(True, description="docstrings: also train on whole paragraphs, valid and test taken out")
+    span_corruption: float = Field(0.3, ge=0, le=1, description="part of the examples; the rest is prefix LM")
+    noise_density: float = Field(0.15, gt=0, lt=1)
+    mean_span: float = Field(3.0, ge=1)
+    empty_prefix: float = Field(0.5, ge=0, le=1, description="part of the prefix LM examples that are plain LM")
+    batch: BatchConfig = BatchConfig()
+    steps: int = Field(1000, ge=1)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    deepspeed: str = "zero1"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    learning_rate: LearningRateConfig = LearningRateConfig(schedule="cosine", warmup_steps=100)
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    max_skipped_steps: int = Field(50, ge=1)
+
+
+Config = TypeVar("Config", RunConfig, PretrainConfig)
+
+
+def _exactly_one(settings: Any, *names: str) -> Any:
+    given = [name for name in names if getattr(settings, name) is not None]
+    if len(given) != 1:
+        found = "none" if not given else " and ".join(given)
+        raise ValueError(f"state exactly one of {', '.join(names)}; found {found}")
+    return settings
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes inside the package, sorted."""
+    folder = resources.files("vae_ds") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_recipe(recipe: str) -> tuple[str, str]:
+    """The YAML text of a recipe, a file or a shipped name, and where it came from.
+
+    Raises ConfigError if there is neither, or the file is not UTF-8.
+    """
+    path = Path(recipe)
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        if not path.is_file():
+            raise ConfigError(f"{recipe}: no such recipe file")
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    names = shipped_recipes()
+    if recipe not in names:
+        raise ConfigError(f"no recipe `{recipe}`{_suggest(recipe, names)}; shipped: {', '.join(names)}; or name a file")
+    return (resources.files("vae_ds") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8"), f"{recipe}.yaml"
+
+
+def load(kind: type[Config], recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe (a file or a shipped name), apply `KEY=VALUE` overrides, check everything.
+
+    Raises ConfigError that names the file, the key and what was found.
+    """
+    text, source = read_recipe(recipe)
+    tree = parse_yaml(text, source)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: a recipe is a mapping of keys; found {type(tree).__name__}")
+    return build(kind, override(tree, overrides), source)
+
+
+def build(kind: type[Config], tree: dict[str, Any], source: str) -> Config:
+    """Check a parsed recipe against its settings class. Raises ConfigError."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        faults = error.errors()
+        # A fault inside a list makes pydantic report the list, too; the innermost says enough.
+        inner = [one for one in faults if not any(one is not other and _within(other, one) for other in faults)]
+        raise ConfigError(f"{source}: " + "; ".join(_explain(kind, item) for item in inner)) from None
+
+
+def dump(config: Settings) -> str:
+    """The complete configuration as YAML, defaults included, in the order of the classes."""
+    tree = config.model_dump(mode="json", by_alias=True)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _within(inner: Any, outer: Any) -> bool:
+    return len(inner["loc"]) > len(outer["loc"]) and inner["loc"][: len(outer["loc"])] == outer["loc"]
+
+
+def _explain(kind: type[Settings], item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"] if part not in SCHEDULES)
+    if item["type"] == "extra_forbidden":
+        name = str(item["loc"][-1])
+        return f"unknown key `{path}`{_suggest(name, _keys_at(kind, item['loc'][:-1]))}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"`{path}` is missing"
+    if item["type"] == "value_error":
+        return f"`{path}`: {message}" if path else message
+    return f"`{path}`: {message[0].lower()}{message[1:]}; found {item['input']!r}"
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, [key for key in known if key != name], n=1, cutoff=0.6)
+    return f" (did you mean `{close[0]}`?)" if close else ""
+
+
+def _keys_at(kind: type[Settings], place: Iterable[int | str]) -> set[str]:
+    """The keys that may stand at a place of the recipe, given as pydantic names it."""
+    classes = {kind}
+    for part in place:
+        if part in SCHEDULES:
+            classes = {one for one in classes if part in get_args(one.model_fields["schedule"].annotation)}
+        elif isinstance(part, str):
+            fields = [
+                field for one in classes for name, field in one.model_fields.items() if part in (name, field.alias)
+            ]
+            classes = set().union(*(_settings_in(field.annotation) for field in fields))
+    return {field.alias or name for one in classes for name, field in one.model_fields.items()}
+
+
+def _settings_in(annotation: Any) -> set[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return {annotation}
+    return set().union(*(_settings_in(part) for part in get_args(annotation)))

@@ -1,0 +1,172 @@
+"""Examples of T5's pretraining: span corruption and prefix language modelling, from token ids.
+
+Span corruption (Raffel et al. 2020, section 3.1.4): spans of the text become one sentinel each; the target lists each
+sentinel with what it stands for, then one more sentinel. Prefix language modelling (section 3.2.3): the text is cut,
+the encoder reads what stands before the cut and the decoder writes the rest; with nothing before the cut the decoder
+is a plain language model of whole texts, which is what a VAE's decoder has to be.
+
+Shapes: N texts, B texts of a batch, T tokens. Source and target end with the end-of-sentence token, which is counted in
+their lengths.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vae_ds.config import PretrainConfig
+from vae_ds.errors import DataError
+from vae_ds.runtime import stream
+
+Ints = npt.NDArray[np.int64]
+
+SPANS, PREFIX = 0, 1
+IGNORED = -100  # the label that torch's cross entropy leaves out
+SHORTEST_FOR_SPANS = 4
+
+
+class Pair(NamedTuple):
+    """What the encoder reads and what the decoder writes, as tensors of token ids padded on the right."""
+
+    input_ids_BT: torch.Tensor
+    attention_mask_BT: torch.Tensor
+    labels_BT: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids of many texts in one array, without end-of-sentence tokens."""
+
+    ids: npt.NDArray[np.int32]
+    start_N: Ints
+
+    def __len__(self) -> int:
+        return len(self.start_N) - 1
+
+    def __getitem__(self, index: int) -> Ints:
+        return self.ids[self.start_N[index] : self.start_N[index + 1]].astype(np.int64)
+
+    @property
+    def lengths_N(self) -> Ints:
+        """Tokens of each text, end-of-sentence not counted."""
+        return np.diff(self.start_N)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which example each text becomes in one epoch; a function of (seed, epoch) alone."""
+
+    kind_N: Ints
+    cut_N: Ints
+    source_N: Ints
+    target_N: Ints
+
+    @property
+    def order_N(self) -> Ints:
+        """A number to sort by so that neighbours are of one kind and of about the same lengths."""
+        return (self.kind_N << 40) + (self.target_N << 20) + self.source_N
+
+
+def tokenise_texts(texts: Sequence[str], tokenizer: Any, max_tokens: int, block: int = 20_000) -> Texts:
+    """Token ids of the texts that fit `max_tokens` with their end-of-sentence token; longer and empty ones are left out.
+
+    Raises DataError if none is left.
+    """
+    kept: list[npt.NDArray[np.int32]] = []
+    for first in range(0, len(texts), block):
+        encoded = tokenizer(list(texts[first : first + block]), add_special_tokens=False)["input_ids"]
+        kept += [np.asarray(ids, np.int32) for ids in encoded if 0 < len(ids) < max_tokens]
+    if not kept:
+        raise DataError(f"none of {len(texts)} texts has between 1 and {max_tokens - 1} tokens; see `data.max_tokens`")
+    return Texts(np.concatenate(kept), np.cumsum([0] + [len(ids) for ids in kept], dtype=np.int64))
+
+
+def plan_epoch(lengths_N: Ints, config: PretrainConfig, epoch: int) -> Plan:
+    """Draw the kind and the cut of every text for one epoch."""
+    draws = stream(config.seed, "examples", epoch)
+    count = len(lengths_N)
+    kind_draw_N, empty_draw_N, cut_draw_N = draws.random((3, count))
+    spans_N = (kind_draw_N < config.span_corruption) & (lengths_N >= SHORTEST_FOR_SPANS)
+    cut_N = np.where(empty_draw_N < config.empty_prefix, 0, (cut_draw_N * lengths_N).astype(np.int64))
+    noise_N, count_N = _noise_sizes(lengths_N, config)
+    source_N = np.where(spans_N, lengths_N - noise_N + count_N, cut_N) + 1
+    target_N = np.where(spans_N, noise_N + count_N + 1, lengths_N - cut_N) + 1
+    return Plan(np.where(spans_N, SPANS, PREFIX).astype(np.int64), cut_N, source_N, target_N)
+
+
+def whole_texts(lengths_N: Ints) -> Plan:
+    """The plan of plain language modelling: the encoder reads nothing, the decoder writes the whole text."""
+    zeros_N = np.zeros(len(lengths_N), np.int64)
+    return Plan(zeros_N + PREFIX, zeros_N, zeros_N + 1, lengths_N + 1)
+
+
+def pairs(
+    texts: Texts,
+    index_B: Ints,
+    plan: Plan,
+    config: PretrainConfig,
+    *,
+    sentinels: Sequence[int],
+    eos: int,
+    pad: int,
+    epoch: int,
+) -> Pair:
+    """The padded batch of the texts `index_B`, each made as `plan` says; spans are drawn by (seed, epoch, text)."""
+    sources, targets = [], []
+    for index in map(int, index_B):
+        ids = texts[index]
+        if plan.kind_N[index] == SPANS:
+            draws = stream(config.seed, "spans", epoch, index)
+            noise, count = _noise_sizes(np.asarray([len(ids)]), config)
+            source, target = corrupt(ids, int(noise[0]), int(count[0]), sentinels, draws)
+        else:
+            source, target = ids[: plan.cut_N[index]], ids[plan.cut_N[index] :]
+        sources.append(np.append(source, eos))
+        targets.append(np.append(target, eos))
+    input_ids_BT = _pad(sources, pad)
+    lengths_B1 = torch.tensor([[len(source)] for source in sources])
+    mask_BT = (torch.arange(input_ids_BT.shape[1])[None, :] < lengths_B1).long()
+    return Pair(input_ids_BT, mask_BT, _pad(targets, IGNORED))
+
+
+def corrupt(
+    ids: Ints, noise: int, count: int, sentinels: Sequence[int], draws: np.random.Generator
+) -> tuple[Ints, Ints]:
+    """Replace `count` spans, `noise` tokens in all, by sentinels. Returns source and target, without end of sentence.
+
+    As in T5's code, a text starts with a kept span and ends with a replaced one, each at least one token long.
+    """
+    noise_lengths = _segments(noise, count, draws)
+    kept_lengths = _segments(len(ids) - noise, count, draws)
+    source: list[Ints] = []
+    target: list[Ints] = []
+    place = 0
+    for span, (kept, lost) in enumerate(zip(kept_lengths, noise_lengths, strict=True)):
+        mark = np.asarray([sentinels[span]])
+        source += [ids[place : place + kept], mark]
+        target += [mark, ids[place + kept : place + kept + lost]]
+        place += int(kept + lost)
+    target.append(np.asarray([sentinels[count]]))
+    return np.concatenate(source), np.concatenate(target)
+
+
+def _noise_sizes(lengths_N: Ints, config: PretrainConfig) -> tuple[Ints, Ints]:
+    """Tokens to replace, and in how many spans."""
+    noise_N = np.clip(np.rint(lengths_N * config.noise_density), 1, np.maximum(1, lengths_N - 1)).astype(np.int64)
+    most_N = np.maximum(1, np.minimum(noise_N, lengths_N - noise_N))
+    count_N = np.clip(np.rint(noise_N / config.mean_span).astype(np.int64), 1, most_N)
+    return noise_N, np.minimum(count_N, 99)  # T5 has 100 sentinels, and one closes the target
+
+
+def _segments(total: int, count: int, draws: np.random.Generator) -> Ints:
+    """`total` as a sum of `count` positive numbers, each way of it equally likely."""
+    borders = np.sort(draws.choice(total - 1, size=count - 1, replace=False)) + 1 if count > 1 else np.zeros(0, int)
+    return np.diff(np.concatenate([[0], borders, [total]])).astype(np.int64)
+
+
+def _pad(rows: Iterable[Ints], value: int) -> torch.Tensor:
+    tensors = [torch.from_numpy(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)

@@ -1,0 +1,17 @@
+"""The exceptions that a user can meet. Each carries one line that says what was found and what would do."""
+
+
+class UserError(Exception):
+    """The user's input is wrong; the command line prints the message alone and exits with 2."""
+
+
+class ConfigError(UserError):
+    """A recipe, a setting, a DeepSpeed configuration or a command-line argument is wrong."""
+
+
+class DataError(UserError):
+    """A text file, a data set or a corpus is missing or unusable."""
+
+
+class CheckpointError(UserError):
+    """A run directory, a checkpoint or an exported model is missing, broken or of another version."""

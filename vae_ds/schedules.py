@@ -1,0 +1,95 @@
+"""Schedules of the KL weight beta and of the learning rate: functions of the applied optimizer step.
+
+A step that was skipped (non-finite gradients) is not applied and advances no schedule. Steps count from 0 in each
+phase: the first update of a phase uses `at(0)`. The schedule `Target` alone has state, one number that the caller
+carries (and checkpoints).
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Beta is `value` throughout."""
+
+    value: float
+
+    def at(self, step: int, carried: float | None = None) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Beta rises from 0 to `max` over `over_steps` steps and stays there (Park & Lee 2021, equation 6)."""
+
+    max: float
+    over_steps: float
+
+    def at(self, step: int, carried: float | None = None) -> float:
+        return self.max * min(1.0, step / self.over_steps)
+
+
+@dataclass(frozen=True)
+class Cyclical:
+    """Cycles of equal length: zero, then a linear ramp to `max`, then hold (Fu et al. 2019, section 3.2)."""
+
+    max: float
+    total_steps: int
+    cycles: int
+    zero: float
+    ramp: float
+
+    def at(self, step: int, carried: float | None = None) -> float:
+        length = self.total_steps / self.cycles
+        place = min(step, self.total_steps - 1) % length / length
+        if place < self.zero:
+            return 0.0
+        if self.ramp == 0.0:
+            return self.max
+        return self.max * min(1.0, (place - self.zero) / self.ramp)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Beta steered so that the raw KL comes to `kl` nats: up while the KL is above it, down while below.
+
+    Integral control on the relative error, clipped to [-1, 1]; beta stays in [0, `max`].
+    """
+
+    kl: float
+    start: float
+    rate: float
+    max: float
+
+    def at(self, step: int, carried: float | None = None) -> float:
+        return self.start if carried is None else carried
+
+    def carry(self, beta: float, kl_nats: float) -> float:
+        """Beta of the next step, from this step's beta and raw KL (nats a sentence, global batch mean)."""
+        error = min(1.0, max(-1.0, kl_nats / self.kl - 1.0))
+        return min(self.max, max(0.0, beta + self.rate * error))
+
+
+Beta = Constant | Linear | Cyclical | Target
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """A linear warm-up to `peak`, then `constant`, `linear` or `cosine` decay to `final * peak` at `total_steps`."""
+
+    schedule: str
+    peak: float
+    warmup_steps: int
+    total_steps: int
+    final: float
+
+    def at(self, step: int) -> float:
+        """The rate of update number `step` (from 0); the warm-up's first update already moves."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.peak
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        shape = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.peak * (self.final + (1.0 - self.final) * shape)

@@ -1,0 +1,116 @@
+"""One table of METHOD section 4's metrics for several runs, read from their `eval-<split>.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vae_ds.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+COLUMNS = ("rec", "kl", "nelbo", "iw_nll", "ppl", "iw_ppl", "mi", "au", "z_gain")
+UNITS = "rec, kl, nelbo, iw_nll, mi, z_gain and lm_gain in nats per sentence; ppl and iw_ppl per word"
+
+
+def read_evaluations(run_dirs: Sequence[str | Path], split: str = "test") -> dict[str, dict[str, Any]]:
+    """The metrics of each run under its folder's name, or under its path where two names are the same.
+
+    Raises CheckpointError, with the file, for a run that was not evaluated on `split` or whose file is broken.
+    """
+    paths = [Path(run_dir) for run_dir in run_dirs]
+    names = [path.resolve().name for path in paths]
+    labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+    return {label: _read(path, split) for label, path in zip(labels, paths, strict=True)}
+
+
+def metrics_table(evaluations: Mapping[str, Mapping[str, Any]], split: str = "test") -> Table:
+    """A row a run, from label to metrics; `-` where a run has none.
+
+    `mi` shows its ceiling and `au` the number of units beside it. `lm_gain` appears if any run has it. The footnotes
+    say how many sentences the metrics, and the importance-weighted ones, rest on.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    shows_gain = any(metrics.get("lm_gain") is not None for metrics in evaluations.values())
+    columns = (*COLUMNS, "lm_gain") if shows_gain else COLUMNS
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), caption=_footnotes(evaluations, split), caption_justify="left")
+    table.add_column("run", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for label, metrics in evaluations.items():
+        table.add_row(_plain(label), *(_cell(metrics, column) for column in columns))
+    return table
+
+
+def print_metrics(run_dirs: Sequence[str | Path], split: str = "test", console: Console | None = None) -> None:
+    """Print the table of these runs. Raises CheckpointError as `read_evaluations` does."""
+    from rich.console import Console
+
+    console = console or Console()
+    table = metrics_table(read_evaluations(run_dirs, split), split)
+    # Rich would cut numbers to fit a narrow terminal or a pipe's 80 columns; a long line loses nothing.
+    needed = console.measure(table, options=console.options.update(width=10_000)).maximum
+    console.print(table, width=needed, crop=False, soft_wrap=True)
+
+
+def _read(run_dir: Path, split: str) -> dict[str, Any]:
+    path = run_dir / f"eval-{split}.json"
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; `vae-ds evaluate {run_dir} --split {split}` writes it") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not an evaluation: {error}") from None
+    if not isinstance(metrics, dict):
+        raise CheckpointError(f"{path}: not an evaluation: a {type(metrics).__name__}, not an object of metrics")
+    return metrics
+
+
+def _cell(metrics: Mapping[str, Any], column: str) -> str:
+    value = metrics.get(column)
+    if value is None:
+        return "-"
+    if column == "au":
+        units = metrics.get("kl_per_dim")
+        return f"{value} / {len(units)}" if units else f"{value}"
+    if column == "mi" and metrics.get("mi_ceiling") is not None:
+        return f"{value:.2f} / {metrics['mi_ceiling']:.2f}"
+    return f"{value:.2f}"
+
+
+def _footnotes(evaluations: Mapping[str, Mapping[str, Any]], split: str) -> str:
+    sizes = {label: _size(metrics, split) for label, metrics in evaluations.items()}
+    subsets = {label: _subset(metrics) for label, metrics in evaluations.items() if metrics.get("iw_nll") is not None}
+    return "\n".join(_plain(note) for note in (UNITS, *_shared(sizes), *_shared(subsets)))
+
+
+def _shared(notes: Mapping[str, str]) -> list[str]:
+    """One note where all runs agree, else one a run."""
+    if len(set(notes.values())) > 1:
+        return [f"{label}: {note}" for label, note in notes.items()]
+    return list(notes.values())[:1]
+
+
+def _size(metrics: Mapping[str, Any], split: str) -> str:
+    return f"{_count(metrics, 'sentences')} {split} sentences"
+
+
+def _subset(metrics: Mapping[str, Any]) -> str:
+    return f"iw_nll, iw_ppl: {_count(metrics, 'iw_sentences')} sentences, {_count(metrics, 'iw_samples')} samples each"
+
+
+def _count(metrics: Mapping[str, Any], key: str) -> str:
+    value = metrics.get(key)
+    return "an unknown number of" if value is None else f"{value:,}"
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
