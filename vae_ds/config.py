@@ -5,13 +5,15 @@ batch sizes in sentences, token limits in subword tokens with the end-of-sentenc
 """
 
 import difflib
+import json
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from vae_ds.errors import ConfigError
 from vae_ds.yaml_tree import override, parse_yaml
@@ -80,16 +82,20 @@ class BatchConfig(Settings):
 
 
 class ConstantBeta(Settings):
+    """One weight throughout."""
+
     schedule: Literal["constant"]
-    value: float = Field(ge=0)
+    value: float = Field(ge=0, description="the weight of the KL")
 
 
 class LinearBeta(Settings):
+    """From 0 to `max`, then constant (paper, equation 6). State one of the three lengths."""
+
     schedule: Literal["linear"]
-    max: float = Field(1.0, ge=0)
-    over_epochs: float | None = Field(None, gt=0)
-    over_steps: int | None = Field(None, ge=1)
-    over_fraction: float | None = Field(None, gt=0, le=1, description="of this phase's steps")
+    max: float = Field(1.0, ge=0, description="the weight at the end")
+    over_epochs: float | None = Field(None, gt=0, description="length in epochs")
+    over_steps: int | None = Field(None, ge=1, description="length in applied steps")
+    over_fraction: float | None = Field(None, gt=0, le=1, description="length as a part of this phase")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -100,8 +106,8 @@ class CyclicalBeta(Settings):
     """Fu et al. 2019: each cycle is zero, then a linear ramp, then holds `max`."""
 
     schedule: Literal["cyclical"]
-    max: float = Field(1.0, ge=0)
-    cycles: int = Field(4, ge=1)
+    max: float = Field(1.0, ge=0, description="the weight at the end of a ramp")
+    cycles: int = Field(4, ge=1, description="cycles in this phase")
     zero: float = Field(0.5, ge=0, lt=1, description="part of a cycle at zero")
     ramp: float = Field(0.25, ge=0, le=1, description="part of a cycle that ramps; the rest holds `max`")
 
@@ -117,9 +123,9 @@ class TargetBeta(Settings):
 
     schedule: Literal["target"]
     kl: float = Field(gt=0, description="the wanted KL in nats per sentence")
-    start: float = Field(0.0, ge=0)
+    start: float = Field(0.0, ge=0, description="the first weight")
     rate: float = Field(0.01, gt=0, description="change of beta per step and relative KL error")
-    max: float = Field(1.0, gt=0)
+    max: float = Field(1.0, gt=0, description="the largest weight")
 
 
 BetaConfig = Annotated[ConstantBeta | LinearBeta | CyclicalBeta | TargetBeta, Field(discriminator="schedule")]
@@ -128,34 +134,34 @@ BetaConfig = Annotated[ConstantBeta | LinearBeta | CyclicalBeta | TargetBeta, Fi
 class FreeBits(Settings):
     """KL thresholding (METHOD, section 2); `nats` 0 turns it off."""
 
-    mode: Literal["per_dim", "per_dim_batch", "total"] = "per_dim"
-    nats: float = Field(0.0, ge=0, description="lambda: per unit, or for the sum in mode `total`")
+    mode: Literal["per_dim", "per_dim_batch", "total"] = Field("per_dim", description="what the threshold is on")
+    nats: float = Field(0.0, ge=0, description="lambda: per unit, or for the sum in mode `total`; 0: off")
 
 
 class OptimizerConfig(Settings):
     """AdamW. `eps` 1e-8 but in the paper's recipes, whose 1e-3 was chosen for a loss averaged over 256 positions."""
 
-    lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of Adam's two moments")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     clip: float = Field(0.0, ge=0, description="largest gradient norm of the loss in nats a sentence; 0: no clipping")
 
 
 class LearningRateConfig(Settings):
     """A warm-up from zero, then constant, linear or cosine decay to `final` times the peak at the phase's end."""
 
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    final: float = Field(0.0, ge=0, le=1)
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="the shape after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="applied steps from 0 to the peak")
+    final: float = Field(0.0, ge=0, le=1, description="the last rate as a part of the peak")
 
 
 class PhaseConfig(Settings):
     """One training phase (METHOD, section 3)."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
-    epochs: float | None = Field(None, gt=0)
-    steps: int | None = Field(None, ge=1)
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="as logs and curves show it")
+    epochs: float | None = Field(None, gt=0, description="length in epochs, or")
+    steps: int | None = Field(None, ge=1, description="length in applied steps")
     freeze: tuple[str, ...] = Field((), description="groups (encoder, decoder, ...) or patterns of parameter names")
     beta: BetaConfig = ConstantBeta(schedule="constant", value=1.0)
     free_bits: FreeBits = FreeBits()
@@ -182,14 +188,14 @@ class CheckpointConfig(Settings):
 
 class LoggingConfig(Settings):
     every: int = Field(10, ge=1, description="applied steps between rows of metrics.jsonl")
-    tensorboard: bool = True
+    tensorboard: bool = Field(True, description="write RUN/tensorboard")
     progress: bool = Field(True, description="a progress bar on the terminal")
 
 
 class EvaluationConfig(Settings):
     """Settings of METHOD section 4's costly metrics; the sentence count is reported beside each."""
 
-    iw_samples: int = Field(100, ge=1)
+    iw_samples: int = Field(100, ge=1, description="K, importance samples a sentence")
     iw_sentences: int | None = Field(None, ge=1, description="null: the whole split")
     batch: int = Field(128, ge=1, description="sentences a forward pass and rank")
 
@@ -197,9 +203,9 @@ class EvaluationConfig(Settings):
 class RunConfig(Settings):
     """A whole training run. `vae-ds recipes show NAME` prints a shipped one."""
 
-    schema_version: Literal[1] = 1
-    name: str = "run"
-    seed: int = Field(0, ge=0)
+    schema_version: Literal[1] = Field(1, description="of this layout")
+    name: str = Field("run", description="runs/NAME is the default run directory")
+    seed: int = Field(0, ge=0, description="of the order, the noise, the samples and the new weights")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
@@ -252,6 +258,7 @@ class PretrainConfig(Settings):
     empty_prefix: float = Field(0.5, ge=0, le=1, description="part of the prefix LM examples that are plain LM")
     batch: BatchConfig = BatchConfig()
     steps: int = Field(1000, ge=1)
+    minutes: float | None = Field(None, gt=0, description="end after this training time if it comes before `steps`")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     deepspeed: str = "zero1"
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -263,6 +270,33 @@ class PretrainConfig(Settings):
 
 
 Config = TypeVar("Config", RunConfig, PretrainConfig)
+
+
+def reference(kind: type[Settings] = RunConfig, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Every setting of a recipe: dotted key, default as YAML, what it is; in the order of the classes."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in kind.model_fields.items():
+        key = prefix + (field.alias or name)
+        inner = sorted(_settings_in(field.annotation), key=lambda one: SCHEDULES.index(_schedule(one) or SCHEDULES[0]))
+        if not inner:
+            default = "" if field.is_required() else json.dumps(field.get_default())
+            rows.append((key, (name == "schedule" and _schedule(kind)) or default, _describe(field)))
+        dotted = f"{key}.N." if name == "phases" else f"{key}."
+        for one in inner:
+            rows += reference(one, dotted)
+    return rows
+
+
+def _describe(field: FieldInfo) -> str:
+    options = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    choice = " or ".join(f"`{option}`" for option in options) if len(options) > 1 else ""
+    return ": ".join(part for part in (field.description, choice) if part)
+
+
+def _schedule(kind: type[Settings]) -> str | None:
+    field = kind.model_fields.get("schedule")
+    options = get_args(field.annotation) if field else ()
+    return str(options[0]) if len(options) == 1 else None
 
 
 def _exactly_one(settings: Any, *names: str) -> Any:

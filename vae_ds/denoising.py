@@ -9,6 +9,7 @@ Shapes: N texts, B texts of a batch, T tokens. Source and target end with the en
 their lengths.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ Ints = npt.NDArray[np.int64]
 SPANS, PREFIX = 0, 1
 IGNORED = -100  # the label that torch's cross entropy leaves out
 SHORTEST_FOR_SPANS = 4
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(]?[A-Z0-9])")
 
 
 class Pair(NamedTuple):
@@ -71,17 +73,38 @@ class Plan:
 
 
 def tokenise_texts(texts: Sequence[str], tokenizer: Any, max_tokens: int, block: int = 20_000) -> Texts:
-    """Token ids of the texts that fit `max_tokens` with their end-of-sentence token; longer and empty ones are left out.
+    """Token ids of all texts, each short enough for `max_tokens` with its end-of-sentence token.
 
-    Raises DataError if none is left.
+    Longer texts are cut at ends of sentences; a single sentence that is still too long is left out, since a text that
+    stops anywhere would teach the model to stop anywhere. Raises DataError if nothing is left.
     """
     kept: list[npt.NDArray[np.int32]] = []
     for first in range(0, len(texts), block):
-        encoded = tokenizer(list(texts[first : first + block]), add_special_tokens=False)["input_ids"]
-        kept += [np.asarray(ids, np.int32) for ids in encoded if 0 < len(ids) < max_tokens]
+        some = list(texts[first : first + block])
+        for text, ids in zip(some, _encode(some, tokenizer), strict=True):
+            rows = [ids] if len(ids) < max_tokens else _cut(text, tokenizer, max_tokens)
+            kept += [np.asarray(row, np.int32) for row in rows if row]
     if not kept:
         raise DataError(f"none of {len(texts)} texts has between 1 and {max_tokens - 1} tokens; see `data.max_tokens`")
     return Texts(np.concatenate(kept), np.cumsum([0] + [len(ids) for ids in kept], dtype=np.int64))
+
+
+def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return encoded
+
+
+def _cut(text: str, tokenizer: Any, max_tokens: int) -> list[list[int]]:
+    """Ids of as few pieces of whole sentences as fit; no subword spans a space, so ids of sentences just join."""
+    rows: list[list[int]] = [[]]
+    for ids in _encode(_SENTENCE_END.split(text), tokenizer):
+        if len(ids) >= max_tokens:
+            rows.append([])
+            continue
+        if len(rows[-1]) + len(ids) >= max_tokens:
+            rows.append([])
+        rows[-1] += ids
+    return rows
 
 
 def plan_epoch(lengths_N: Ints, config: PretrainConfig, epoch: int) -> Plan:

@@ -15,3 +15,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A run directory, a checkpoint or an exported model is missing, broken or of another version."""
+
+
+class Stopped(Exception):  # noqa: N818 - an ending that was asked for, no error
+    """A signal asked the run to end; a checkpoint was saved, and the same command resumes. Exit code 75."""

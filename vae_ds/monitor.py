@@ -6,8 +6,8 @@ all phases: the x axis of each curve and the `step` of each row.
 Files of a run directory written here:
 
 - `metrics.jsonl`: one JSON object a logging step. `evaluations.jsonl`: one a validation.
-- `tensorboard/`: one directory a run. A resumed run adds an event file there that purges the points past the
-  checkpoint, so its curves go on where the checkpoint left them.
+- `tensorboard/`: one directory a run. A resumed run cuts the points past its checkpoint and adds an event file, so
+  its curves go on. TensorBoard's own purge mark is not enough: its default (Rust) loader does not know it.
 - `status.json`: running, stopped, failed or done. `environment.json`: versions, commit, devices.
 
 All JSON is strict: a number that is not finite is null (TensorBoard shows it as it is).
@@ -15,31 +15,33 @@ All JSON is strict: a number that is not finite is null (TensorBoard shows it as
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import re
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from vae_ds.errors import CheckpointError
+from vae_ds.records import (
+    environment,
+    read_status,
+    replace_file,
+    strict_json,
+    unpacked,
+    write_environment,
+    write_json,
+    write_status,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from vae_ds.runtime import Ranks
 
-STATES = ("running", "stopped", "failed", "done")
-PACKAGES = ("vae_ds", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
+__all__ = ["Monitor", "environment", "read_status", "write_environment", "write_json", "write_status"]
+
 SIZES = {"sentences", "tokens", "words", "iw_sentences", "iw_samples"}
 """What an evaluation says about its own extent; the same at each step, so no curve."""
 LINE_EVERY = 0.1
@@ -59,7 +61,9 @@ class Monitor:
         self._run_dir = Path(run_dir)
         self._active = ranks.is_main
         self._tensorboard = tensorboard and self._active
-        self._purge_step: int | None = None
+        # TensorBoard takes a run's first session mark for its beginning and purges at the later ones only, so a run
+        # needs a mark from its first file on.
+        self._purge_step = 0
         self._writer: SummaryWriter | None = None
         self._metrics: TextIO | None = None
         self._progress: _Bar | _Lines | None = None
@@ -69,16 +73,21 @@ class Monitor:
     def resume_from(self, step: int) -> None:
         """Forget all that was recorded after the checkpoint of global step `step`; 0 forgets the whole run.
 
-        The rows past it are cut, and so is a last row that a crash left unfinished; TensorBoard is told to drop its
-        points. Safe to call where nothing was recorded yet.
+        Rows and curves past it are cut, and so is a last row that a crash left unfinished. Safe to call where nothing
+        was recorded yet.
         """
         if not self._active:
             return
         if self._metrics is not None or self._writer is not None:
             raise RuntimeError("resume_from comes before the first row")
+        last_step = step if step > 0 else -1
         for name in ("metrics.jsonl", "evaluations.jsonl"):
-            _cut_rows(self._run_dir / name, step)
-        self._purge_step = step + 1
+            _cut_rows(self._run_dir / name, last_step)
+        if self._tensorboard:
+            for path in (self._run_dir / "tensorboard").glob("*tfevents*"):
+                _cut_points(path, last_step)
+        # The files are right for a server that starts now; the mark reaches one that has read the cut points already.
+        self._purge_step = last_step + 1
 
     def begin_phase(self, name: str, total_steps: int, done: int = 0) -> None:
         """A phase of `total_steps` applied steps begins, or goes on after `done` of them."""
@@ -94,12 +103,12 @@ class Monitor:
         """
         if not self._active:
             return
-        values = _unpacked(row)
+        values = unpacked(row)
         step = int(values["step"])
         if self._metrics is None:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             self._metrics = (self._run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._metrics.write(_strict_json(values) + "\n")
+        self._metrics.write(strict_json(values) + "\n")
         self._metrics.flush()
         if self._progress:
             self._progress.show(values)
@@ -136,19 +145,20 @@ class Monitor:
         """
         if not self._active:
             return
-        values = _unpacked(metrics)
+        values = unpacked(metrics)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         with (self._run_dir / "evaluations.jsonl").open("a", encoding="utf-8") as rows:
-            rows.write(_strict_json({"step": step, "split": split, **values}) + "\n")
+            rows.write(strict_json({"step": step, "split": split, **values}) + "\n")
         if self._progress:
-            self._progress.say(f"{split} at step {step}: {_terms(values, ('nelbo', 'rec', 'kl', 'mi', 'au', 'z_gain'))}")
+            terms = _terms(values, ("nelbo", "rec", "kl", "mi", "au", "z_gain"))
+            self._progress.say(f"{split} at step {step}: {terms}")
         writer = self._open_writer()
         if writer is None:
             return
         for key, value in values.items():
             if _is_number(value) and key not in SIZES:
                 writer.add_scalar(f"{split}/{key}", value, step)
-        units = [float(kl) for kl in _unpacked(kl_per_dim) or () if math.isfinite(kl)]
+        units = [float(kl) for kl in unpacked(kl_per_dim) or () if math.isfinite(kl)]
         if units:
             import numpy as np
 
@@ -177,7 +187,6 @@ class Monitor:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=self._purge_step)
-            self._purge_step = None
         return self._writer
 
 
@@ -254,96 +263,13 @@ class _Lines:
         return int(self._done / max(self._total * LINE_EVERY, 1))
 
 
-def write_status(run_dir: str | Path, state: str, **facts: Any) -> None:
-    """Write `status.json` atomically: the state, when, which process, and `facts` (`reason`, `exit_code`, `step` ...).
-
-    `started_at` is when the run last entered `running`, `updated_at` is now; both ISO 8601 in UTC. Call it on rank 0.
-    Raises ValueError for a state that is none of running, stopped, failed, done.
-    """
-    if state not in STATES:
-        raise ValueError(f"state `{state}`; one of {', '.join(STATES)}")
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    before: dict[str, Any] = {}
-    # A broken old status is no reason to lose the new one.
-    with suppress(CheckpointError):
-        before = read_status(run_dir) or {}
-    goes_on = before.get("pid") == os.getpid() or state != "running"
-    process = {
-        "started_at": (before.get("started_at") if goes_on else None) or now,
-        "updated_at": now,
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-    }
-    write_json(Path(run_dir) / "status.json", {"state": state, "reason": None} | facts | process)
+def _cut_rows(path: Path, last_step: int) -> None:
+    if path.exists():
+        kept = [row for row in path.read_bytes().split(b"\n") if 0 <= _step_of(row) <= last_step]
+        replace_file(path, b"".join(row + b"\n" for row in kept))
 
 
-def read_status(run_dir: str | Path) -> dict[str, Any] | None:
-    """What `write_status` wrote last, or None where there is no status. Raises CheckpointError if it is unreadable."""
-    path = Path(run_dir) / "status.json"
-    try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a run's status: {error}") from None
-    if not isinstance(status, dict) or status.get("state") not in STATES:
-        raise CheckpointError(f"{path}: not a run's status: its `state` is none of {', '.join(STATES)}")
-    return status
-
-
-def environment(ranks: Ranks) -> dict[str, Any]:
-    """Versions, the package's git commit, host, devices of this host and world size, as `environment.json` has them.
-
-    `commit` is null where the package is no checkout; `commit_modified` says that tracked files differ from it.
-    """
-    return {
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        **_checkout(),
-        "platform": platform.platform(),
-        "host": socket.gethostname(),
-        "world_size": ranks.world,
-        "device": ranks.device.type,
-        "devices": _devices(ranks),
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def write_environment(run_dir: str | Path, ranks: Ranks) -> None:
-    """Write `environment.json`, on rank 0."""
-    if ranks.is_main:
-        write_json(Path(run_dir) / "environment.json", environment(ranks))
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write strict JSON atomically: a reader meets the old file or the whole new one, whenever the writer dies.
-
-    Folders are made; numbers, arrays and tensors of any kind are taken; what is not finite becomes null.
-    """
-    _replace(Path(path), json.dumps(_finite(_unpacked(value)), indent=2, allow_nan=False, default=str) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Hosts that share the folder may share process numbers, so the name has both.
-    part = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def _cut_rows(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    rows = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    kept = [row for row in rows if 0 <= _step_of(row) <= step]
-    _replace(path, "".join(f"{row}\n" for row in kept))
-
-
-def _step_of(row: str) -> int:
+def _step_of(row: bytes) -> int:
     """The step of a row of JSON lines; -1 if the row is not whole."""
     try:
         return int(json.loads(row)["step"])
@@ -351,25 +277,27 @@ def _step_of(row: str) -> int:
         return -1
 
 
-def _unpacked(value: Any) -> Any:
-    """Tensors and arrays of any library as Python numbers and lists."""
-    if isinstance(value, Mapping):
-        return {str(key): _unpacked(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_unpacked(item) for item in value]
-    return value.tolist() if hasattr(value, "tolist") else value
+def _cut_points(path: Path, last_step: int) -> None:
+    """Take the points past `last_step` out of a TensorBoard event file, and a record that a crash left unfinished.
 
+    A record is its length (8 bytes, little endian), a checksum (4), an Event message and its checksum (4).
+    """
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _strict_json(values: dict[str, Any]) -> str:
-    return json.dumps(_finite(values), allow_nan=False)
+    records = path.read_bytes()
+    kept = []
+    begin = 0
+    while begin + 12 <= len(records):
+        end = begin + 12 + int.from_bytes(records[begin : begin + 8], "little") + 4
+        try:
+            event = Event.FromString(records[begin + 12 : end - 4])
+        except DecodeError:
+            break
+        if end <= len(records) and (event.step <= last_step or not event.HasField("summary")):
+            kept.append(records[begin:end])
+        begin = end
+    replace_file(path, b"".join(kept))
 
 
 def _is_number(value: Any) -> bool:
@@ -389,37 +317,3 @@ def _markdown_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) ->
 def _escape(text: str) -> str:
     """Text as one table cell that Markdown and HTML leave as it is."""
     return re.sub(r"[^\w\s,;'\"?/=$%^@]|_", lambda mark: f"&#{ord(mark[0])};", " ".join(text.split()))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _checkout() -> dict[str, Any]:
-    root = Path(__file__).resolve().parent.parent
-    found = _git(root, "rev-parse", "--show-toplevel", "HEAD")
-    top, commit = (found.splitlines() + ["", ""])[:2] if found else ("", "")
-    # An installed package may lie inside somebody else's checkout, whose commit says nothing about it.
-    if not commit or Path(top).resolve() != root:
-        return {"commit": None, "commit_modified": None}
-    return {"commit": commit, "commit_modified": bool(_git(root, "status", "--porcelain", "--untracked-files=no"))}
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _devices(ranks: Ranks) -> list[str]:
-    if ranks.device.type != "cuda":
-        return [f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"]
-    import torch
-
-    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in found]

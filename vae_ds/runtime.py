@@ -184,9 +184,9 @@ def stream(*keys: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def seed_everything(seed: int, rank: int) -> None:
+def seed_everything(seed: int, rank: int, phase: int) -> None:
     """Seed the generators behind dropout, differently on each rank; the method's own draws use `stream`."""
-    numbers = stream(seed, "rank", rank).integers(0, 2**31, size=3)
+    numbers = stream(seed, "phase", phase, "rank", rank).integers(0, 2**31, size=3)
     random.seed(int(numbers[0]))
     np.random.seed(int(numbers[1]))
     torch.manual_seed(int(numbers[2]))

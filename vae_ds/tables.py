@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from vae_ds.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
 COLUMNS = ("rec", "kl", "nelbo", "iw_nll", "ppl", "iw_ppl", "mi", "au", "z_gain")
@@ -28,35 +27,46 @@ def read_evaluations(run_dirs: Sequence[str | Path], split: str = "test") -> dic
     return {label: _read(path, split) for label, path in zip(labels, paths, strict=True)}
 
 
-def metrics_table(evaluations: Mapping[str, Mapping[str, Any]], split: str = "test") -> Table:
+def metrics_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row a run, from label to metrics; `-` where a run has none.
 
-    `mi` shows its ceiling and `au` the number of units beside it. `lm_gain` appears if any run has it. The footnotes
-    say how many sentences the metrics, and the importance-weighted ones, rest on.
+    `mi` shows its ceiling and `au` the number of units beside it. `lm_gain` appears if any run has it.
     """
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
     shows_gain = any(metrics.get("lm_gain") is not None for metrics in evaluations.values())
     columns = (*COLUMNS, "lm_gain") if shows_gain else COLUMNS
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), caption=_footnotes(evaluations, split), caption_justify="left")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("run", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for label, metrics in evaluations.items():
-        table.add_row(_plain(label), *(_cell(metrics, column) for column in columns))
+        table.add_row(escape(label), *(_cell(metrics, column) for column in columns))
     return table
 
 
-def print_metrics(run_dirs: Sequence[str | Path], split: str = "test", console: Console | None = None) -> None:
-    """Print the table of these runs. Raises CheckpointError as `read_evaluations` does."""
+def footnotes(evaluations: Mapping[str, Mapping[str, Any]], split: str) -> list[str]:
+    """The units, and how many sentences the metrics, and the importance-weighted ones, rest on."""
+    sizes = {label: f"{_count(metrics, 'sentences')} {split} sentences" for label, metrics in evaluations.items()}
+    subsets = {label: _subset(metrics) for label, metrics in evaluations.items() if metrics.get("iw_nll") is not None}
+    return [UNITS, *_shared(sizes), *_shared(subsets)]
+
+
+def print_metrics(run_dirs: Sequence[str | Path], split: str = "test", file: TextIO | None = None) -> None:
+    """Print the table of these runs, to standard output by default. Raises as `read_evaluations` does."""
     from rich.console import Console
 
-    console = console or Console()
-    table = metrics_table(read_evaluations(run_dirs, split), split)
+    evaluations = read_evaluations(run_dirs, split)
+    table = metrics_table(evaluations)
+    console = Console(file=file)
     # Rich would cut numbers to fit a narrow terminal or a pipe's 80 columns; a long line loses nothing.
     needed = console.measure(table, options=console.options.update(width=10_000)).maximum
-    console.print(table, width=needed, crop=False, soft_wrap=True)
+    console.width = max(console.width, needed)
+    console.print(table)
+    for note in footnotes(evaluations, split):
+        console.print(f" {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _read(run_dir: Path, split: str) -> dict[str, Any]:
@@ -84,21 +94,11 @@ def _cell(metrics: Mapping[str, Any], column: str) -> str:
     return f"{value:.2f}"
 
 
-def _footnotes(evaluations: Mapping[str, Mapping[str, Any]], split: str) -> str:
-    sizes = {label: _size(metrics, split) for label, metrics in evaluations.items()}
-    subsets = {label: _subset(metrics) for label, metrics in evaluations.items() if metrics.get("iw_nll") is not None}
-    return "\n".join(_plain(note) for note in (UNITS, *_shared(sizes), *_shared(subsets)))
-
-
 def _shared(notes: Mapping[str, str]) -> list[str]:
     """One note where all runs agree, else one a run."""
     if len(set(notes.values())) > 1:
         return [f"{label}: {note}" for label, note in notes.items()]
     return list(notes.values())[:1]
-
-
-def _size(metrics: Mapping[str, Any], split: str) -> str:
-    return f"{_count(metrics, 'sentences')} {split} sentences"
 
 
 def _subset(metrics: Mapping[str, Any]) -> str:
@@ -108,9 +108,3 @@ def _subset(metrics: Mapping[str, Any]) -> str:
 def _count(metrics: Mapping[str, Any], key: str) -> str:
     value = metrics.get(key)
     return "an unknown number of" if value is None else f"{value:,}"
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

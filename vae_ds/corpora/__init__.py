@@ -1,0 +1,23 @@
+"""Where text comes from: the `docstrings` corpus, text files, and data sets of the hub or on disk."""
+
+from vae_ds.config import DataConfig
+from vae_ds.corpora import dataset, docstrings, text
+from vae_ds.corpora.corpus import Corpus
+from vae_ds.corpora.splits import split_of
+
+__all__ = ["Corpus", "check", "load", "split_of"]
+
+_KINDS = {"docstrings": docstrings, "text": text, "dataset": dataset}
+
+
+def load(data: DataConfig) -> Corpus:
+    """The corpus that the settings name, cut to the first `data.limit` sentences a split.
+
+    Raises DataError with the file and line, or with what would do.
+    """
+    return _KINDS[data.corpus].load(data)
+
+
+def check(data: DataConfig) -> None:
+    """Raise DataError for whatever can be seen to be wrong without preparing the corpus."""
+    _KINDS[data.corpus].check(data)

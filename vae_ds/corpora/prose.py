@@ -8,6 +8,18 @@ import inspect
 import re
 import unicodedata
 from collections.abc import Iterator
+from itertools import pairwise
+
+from vae_ds.corpora.english import (
+    DETERMINERS,
+    FINITE,
+    FUNCTION_WORDS,
+    NEVER_LAST,
+    NO_SUBJECT,
+    PARTITIVE,
+    SUBORDINATE,
+    VERBS,
+)
 
 CODE = "\x01"
 MIN_WORDS, MAX_WORDS = 4, 30
@@ -28,23 +40,31 @@ _FENCE = re.compile(r"^(```|~~~)")
 _DIRECTIVE = re.compile(r"^\.\.\s+(?:\|[^|]+\|\s+)?([\w:-]+)::\s*(.*)$")
 _PROSE_DIRECTIVES = {"note", "warning", "tip", "caution", "important", "attention", "hint", "rubric", "seealso"}
 _BULLET = re.compile(r"^(?:[-*+•o–]|\(?\d{1,2}[.)]|\(?[a-z]\))\s+(.*)$")
-_FIELD = re.compile(r"^[:@](?:param|parameter|arg|argument|key|keyword|return|returns|raise|raises|except|yield|yields"
-                    r"|type|rtype|ivar|cvar|var|vartype)\b[^:]*:?\s*(.*)$")
+_FIELD = re.compile(
+    r"^[:@](?:param|parameter|arg|argument|key|keyword|return|returns|raise|raises|except|yield|yields"
+    r"|type|rtype|ivar|cvar|var|vartype)\b[^:]*:?\s*(.*)$"
+)
 _SECTION = re.compile(r"^(?:[A-Z][A-Za-z]+ ?){1,3}:$")
 _NUMPY_ITEM = re.compile(r"^[\w*.,`\[\]' ]{1,60} : \S.*$")
-_GOOGLE_ITEM = re.compile(r"^[-*]{0,2}\s*[`\w*.\[\]]+(?:, [`\w*.]+)*\s*(?:\([^()]*(?:\([^()]*\)[^()]*)*\))?\s?(?::|--)\s*(.*)$")
-_LABEL = re.compile(r"^(?:note|notes|warning|caution|important|tip|hint|remark|nb|n\.b\.|xxx|hack|fixme|todo)\b"
-                    r"(?:\s?\([^)]*\))?(?:\s?\d+)?\s*:+\s*", re.IGNORECASE)
+_GOOGLE_ITEM = re.compile(
+    r"^[-*]{0,2}\s*[`\w*.\[\]]+(?:, [`\w*.]+)*\s*(?:\([^()]*(?:\([^()]*\)[^()]*)*\))?\s?(?::|--)\s*(.*)$"
+)
+_LABEL = re.compile(
+    r"^(?:note|notes|warning|caution|important|tip|hint|remark|nb|n\.b\.|xxx|hack|fixme|todo)\b"
+    r"(?:\s?\([^)]*\))?(?:\s?\d+)?\s*:+\s*",
+    re.IGNORECASE,
+)
 
 _ROLE = re.compile(r":[\w:+-]+:`([^`]*)`")
 _LITERAL = re.compile(r"``([^`]+)``|`([^`]+)`_{0,2}")
 _LINK = re.compile(r"!?\[([^\]]+)\](?:\([^)]*\)|\[[^\]]*\])")
-_FOOTNOTE = re.compile(r"\s?\[(?:\d+|#\w*|[A-Z]\w*\d+)\]_?")
+_CITATION = re.compile(r"(\b(?:in|by|of|to|see|and|from|following|or))?\s?\[(?:\d+|#\w*|[A-Z]\w*\d+)\](?:_(?!\w))?")
 _STRONG = re.compile(r"(?<![\w*])(\*{1,2})(\w[^*]*?)\1(?![\w*])")
 _TITLE_AND_TARGET = re.compile(r"^(.*\S)\s*<[^>]*>$")
 _PLAIN_CODE = re.compile(r"^(?:[a-z]{2,}|None|True|False|[A-Z][a-z]+)(?: [a-z]{2,})*$")
-_ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "...", "\u00a0": " ",
-                        "\u2011": "-", "\u200b": "", "\ufb01": "fi"})
+_ASCII = str.maketrans(
+    {"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "...", "\u00a0": " ", "\u2011": "-", "\u200b": ""}
+)
 
 
 def paragraphs(documentation: str) -> Iterator[str]:
@@ -143,7 +163,8 @@ def inline(text: str) -> str:
     text = _ROLE.sub(lambda match: _code(match[1]), text)
     text = _LITERAL.sub(lambda match: _code(match[1] or match[2]), text)
     text = _LINK.sub(r"\1", text)
-    text = _FOOTNOTE.sub("", text)
+    # A sentence that speaks of "the algorithm in [1]" is none without the citation.
+    text = _CITATION.sub(lambda match: f"{match[1]} {CODE}[ref]" if match[1] else "", text)
     text = _STRONG.sub(r"\2", text)
     text = re.sub(r"\.{3,}", "...", text).removesuffix("::")
     return " ".join(_LABEL.sub("", text).split())
@@ -160,9 +181,8 @@ def _code(content: str) -> str:
 def sentences(paragraph: str) -> list[str]:
     """Split a paragraph into sentences, punctuation kept; abbreviations and initials end none."""
     hidden = _ABBREVIATION.sub(lambda match: match[0].replace(".", _HIDDEN_DOT), paragraph)
-    # An abbreviation that ends the paragraph ends its sentence too.
     starts = [0, *(match.end() for match in _SENTENCE_END.finditer(hidden)), len(hidden)]
-    pieces = [hidden[start:end].strip() for start, end in zip(starts, starts[1:], strict=False)]
+    pieces = [hidden[start:end].strip() for start, end in pairwise(starts)]
     return [piece.replace(_HIDDEN_DOT, ".") for piece in pieces if piece]
 
 
@@ -171,20 +191,19 @@ def loose_sentences(paragraph: str) -> list[str]:
     return [piece for piece in _LOOSE_END.split(paragraph) if piece]
 
 
-_ALLOWED = re.compile(r"^[A-Z][A-Za-z0-9 ,.;'\"()\-!?%]*[.!?][\")]?$")
+_ALLOWED = re.compile(r"^[A-Z][A-Za-z0-9 ,.;'\"()\-!?%]*[.!?]\"?$")
 _WORD = re.compile(r"^[a-z]+(?:-[a-z]+)*(?:'[a-z]{1,2})?$|^[a-z]+s'$")
-_NAME = re.compile(r"^[A-Z][a-z]+(?:-[A-Z]?[a-z]+)*(?:'s)?$|^I(?:'[a-z]{1,2})?$|^A$")
+_NAME = re.compile(r"^[A-Z][a-z]+(?:-[A-Z]?[a-z]+)*(?:'(?:s|t|re|ll|ve))?$|^I(?:'[a-z]{1,2})?$|^A$")
 _ACRONYM = re.compile(r"^[A-Z]{2,5}s?$")
 _NUMBER = re.compile(r"^\d{1,4}(?:\.\d{1,2})?%?$|^\d{1,2}(?:st|nd|rd|th)$|^\d0s$")
-_EDGES = "\"(),.;!?"
-_FUNCTION_WORDS = frozenset(
-    "a an the this that these those it its they them their he she his her we our you your i my is are was were be been"
-    " being has have had do does did can could will would shall should may might must not no nor and or but if then"
-    " than when where which who whom whose what how why while because so as at by for from in into of off on onto out"
-    " over to up down with within without between through during before after above below under again once here there"
-    " all any both each few more most other some such only own same too very also one two".split()
+_INNER_END = re.compile(r"[.!?](?=\D)")
+_LATIN = re.compile(r"\b(?:e\.g|i\.e|etc|vs|al)\.")
+_EDGES = '"(),.;!?'
+_PARENTHESIS = re.compile(r"\([^()]*\)")
+_LEGAL = re.compile(
+    r"copyright|licen[sc]|warrant|redistribut|all rights|merchantab|liab(?:le|ility)|lorem|\bTODO\b|\bFIXME\b",
+    re.IGNORECASE,
 )
-_LEGAL = re.compile(r"copyright|licen[sc]|warrant|redistribut|all rights|merchantab|liab(?:le|ility)", re.IGNORECASE)
 
 
 def words_of(sentence: str) -> list[str]:
@@ -192,34 +211,77 @@ def words_of(sentence: str) -> list[str]:
     return [word for raw in sentence.split() if (word := raw.strip(_EDGES))]
 
 
+def vocabulary(sentence: str) -> set[str]:
+    """The lower-case words of a sentence, the parts of compounds apart; names, acronyms and numbers left out."""
+    words = [word for word in words_of(sentence) if word[0].islower() and word not in {"e.g", "i.e"}]
+    return {part for word in words for part in word.split("'")[0].split("-") if part}
+
+
 def is_plain(sentence: str) -> bool:
-    """Whether a sentence is plain English prose: words, few names and numbers, no code, markup or fragments."""
-    count = len(sentence.split())
-    if not MIN_WORDS <= count <= MAX_WORDS or not _ALLOWED.match(sentence) or _LEGAL.search(sentence):
+    """Whether a sentence is plain, whole English: words, few names and numbers, no code, markup or fragments."""
+    raw = sentence.split()
+    if not MIN_WORDS <= len(raw) <= MAX_WORDS or not _ALLOWED.match(sentence) or _LEGAL.search(sentence):
         return False
-    if sentence.count("(") != sentence.count(")") or sentence.count('"') % 2 or "..." in sentence or "--" in sentence:
+    if sentence.count("(") != sentence.count(")") or sentence.count('"') % 2 or "--" in sentence:
         return False
-    first, *rest = sentence.split()
-    if not _NAME.match(first.strip(_EDGES)) and not _ACRONYM.match(first.strip(_EDGES)):
+    if _INNER_END.search(_LATIN.sub("", sentence)[:-2]):
         return False
-    lower = names = acronyms = numbers = function = 0
-    for raw in rest:
-        word = raw.strip(_EDGES)
+    words = [word.strip(_EDGES) for word in raw]
+    if not (_NAME.match(words[0]) or _ACRONYM.match(words[0])):
+        return False
+    names = acronyms = numbers = 0
+    for word in words[1:]:
         if _WORD.match(word):
             if len(word) == 1 and word != "a":
                 return False
-            lower += 1
-            function += word in _FUNCTION_WORDS
         elif _NAME.match(word):
             names += 1
         elif _ACRONYM.match(word):
             acronyms += 1
         elif _NUMBER.match(word):
             numbers += 1
-        elif word in {"e.g", "i.e", "-"}:
-            continue
-        else:
+        elif word not in {"e.g", "i.e", "-"}:
             return False
-    function += first.lower() in _FUNCTION_WORDS
     odd = names + acronyms + numbers
-    return function >= max(1, 0.15 * count) and odd <= max(1, 0.2 * count) and acronyms <= 2 and numbers <= 2
+    function = sum(word.lower() in FUNCTION_WORDS for word in words)
+    if function < max(1, 0.15 * len(words)) or odd > max(1, 0.2 * len(words)) or acronyms > 2 or numbers > 2:
+        return False
+    return has_clause(sentence, words)
+
+
+def has_clause(sentence: str, words: list[str]) -> bool:
+    """Whether there is a main clause: a finite verb or an imperative, by lists of common verbs.
+
+    "The size of the batch." and "If the file does not exist.", as parameter lists have them, have none.
+    """
+    first = words[0].lower()
+    if words[-1].lower() in NEVER_LAST or (words[1] == "of" and first not in PARTITIVE):
+        return False
+    if first in SUBORDINATE and "," not in sentence and " then " not in sentence and not sentence.endswith("?"):
+        return False
+    if first in NO_SUBJECT and not sentence.endswith("?"):
+        return False
+    if first in VERBS or (first not in FUNCTION_WORDS and words[1] in DETERMINERS):
+        return True
+    outside = _PARENTHESIS.sub("", sentence).lower().split()
+    return any(word.strip(_EDGES) in FINITE for word in outside)
+
+
+_TIDY = re.compile(r"^[\"'(\[]?[A-Za-z][^{}<>=\\|@#$^~\n]*$")
+
+
+def is_decent(sentence: str) -> bool:
+    """Whether a sentence may serve language-model pretraining: mostly words; some code names, any length to 80."""
+    raw = sentence.replace(CODE, "").split()
+    if not 3 <= len(raw) <= 80 or not sentence.isascii() or not _TIDY.match(sentence.lstrip(CODE)):
+        return False
+    if _LEGAL.search(sentence):
+        return False
+    edges = _EDGES + ":'[]"
+    words = [word.strip(edges) for word in raw]
+    good = sum(bool(_WORD.match(word) or _NAME.match(word) or _ACRONYM.match(word) or _NUMBER.match(word))
+               for word in words)  # fmt: skip
+    function = sum(word.lower() in FUNCTION_WORDS for word in words)
+    if sentence[-1] not in '.!?:;)"' and (len(words) < 5 or good < 0.9 * len(words)):
+        return False
+    return good >= 0.8 * len(words) and function >= max(1, 0.12 * len(words))

@@ -19,9 +19,12 @@ DECLARED = (
 )  # fmt: skip
 
 # Tests say little in English, and vendored copies repeat other packages.
-_LEFT_OUT = re.compile(r"(?:^|/)(?:tests?|testing|idle_test|_vendor|vendored?|_vendored_packages|third_party|externals"
-                       r"|site-packages|lib2to3|__pycache__|node_modules)/|(?:^|/)(?:test_[^/]*|[^/]*_test|conftest)\.py$")
-SUFFIXES = frozenset({".py", ".pyi", ".rst", ".md"})
+_LEFT_OUT = re.compile(
+    r"(?:^|/)(?:tests?|testing|idle_test|_vendor|vendored?|_vendored_packages|third_party|externals"
+    r"|site-packages|lib2to3|__pycache__|node_modules)/|(?:^|/)(?:test_[^/]*|[^/]*_test|conftest)\.py$"
+)
+HEADERS = frozenset({".h", ".hpp", ".cuh"})
+SUFFIXES = frozenset({".py", ".pyi", ".rst", ".md"}) | HEADERS
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,20 @@ Split = Literal["train", "valid", "test"]
 
 _DIGITS = re.compile(r"\d+")
 _NEITHER_LETTER_NOR_DIGIT = re.compile(r"[\W_]+")
+_FINAL_S = re.compile(r"(?<=\w\w[^s])s$")
+_ARTICLES = frozenset({"a", "an", "the"})
 _VALID_PERCENT = 5
 _TEST_PERCENT = 5
 
 
 def near_key(text: str) -> str:
-    """The near-duplicate key: lower case, each run of digits one symbol, punctuation and white space one space."""
+    """The near-duplicate key: lower case, each run of digits one symbol, punctuation and white space one space.
+
+    Articles and a final s are folded too: "Return the value." and "Returns a value." are one sentence to a learner.
+    """
     folded = _DIGITS.sub("0", unicodedata.normalize("NFKC", text).lower())
-    return _NEITHER_LETTER_NOR_DIGIT.sub(" ", folded).strip()
+    words = _NEITHER_LETTER_NOR_DIGIT.sub(" ", folded).split()
+    return " ".join(_FINAL_S.sub("", word) for word in words if word not in _ARTICLES)
 
 
 def split_of_key(key: str) -> Split:

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Sets everything up and passes the tests; arguments go to pytest: bash launchers/test.sh [-k NAME ...]
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+source "$here/lib.sh"
+
+setup test,dev
+cd "$REPO"
+# Only tests are named by default; a run under another directory's settings would miss the timeouts.
+exec "$PY" -m pytest -c "$REPO/pyproject.toml" "$@"

@@ -1,0 +1,50 @@
+"""Packaging of vae_ds. Version ranges stand here, exact pins in launchers/constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+README = Path(__file__).parent / "README.md"
+
+setup(
+    name="vae_ds",
+    version="0.1.0",
+    description="Turn a pretrained T5 into a text VAE by finetuning alone, on DeepSpeed",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["vae_ds", "vae_ds.corpora", "vae_ds.ds_configs"],
+    # ds_configs/ stands at the top level, where DeepSpeed users look for it, and inside the package in a wheel.
+    package_dir={"vae_ds.ds_configs": "ds_configs"},
+    package_data={
+        "vae_ds": ["recipes/*.yaml", "tiny/*"],
+        "vae_ds.ds_configs": ["*.json"],
+    },
+    entry_points={"console_scripts": ["vae-ds = vae_ds.cli:main"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17,<6",  # the T5 that is finetuned
+        "deepspeed>=0.19.8,<0.20",  # a minor release moves what engine.py relies on
+        "datasets>=4",  # Arrow caches of token ids; hub and local data sets
+        "tensorboard>=2.15",
+        "sentencepiece>=0.2",  # T5 tokenizers: trained and read as SentencePiece models
+        "protobuf",  # transformers reads a SentencePiece model through it
+        "safetensors>=0.5",
+        "numpy>=2",
+        "pydantic>=2.7",  # strict recipes
+        "pyyaml>=6",
+        "rich>=13",  # tables and the training's progress bar
+        "tqdm>=4.66",  # progress bars of the data's preparation
+        "pyarrow>=15",  # the files that datasets writes and reads
+        "huggingface_hub>=1",  # looks at a base's configuration before its weights are fetched
+        "setuptools>=77",  # torch and DeepSpeed compile their operators through it
+        "psutil>=5.9",  # launchers: the processes of a job
+        "packaging>=23",  # launchers: what an environment already has
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout>=2.3"],
+        "dev": ["ruff>=0.9", "mypy>=1.13", "types-PyYAML"],
+    },
+)

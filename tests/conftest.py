@@ -1,0 +1,29 @@
+"""What every test needs before torch, transformers or deepspeed is imported: threads, no network, private caches."""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# The ranks of a distributed test share the machine's cores; more threads than cores only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+# A worker killed while DeepSpeed compiles leaves a lock on which every user of the same folder hangs.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose DeepSpeed's accelerator, and give the session a cache of its own: a user's must not make a test pass."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if "VAE_DS_CACHE" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="vae_ds_cache_")
+        os.environ["VAE_DS_CACHE"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))

@@ -1,0 +1,295 @@
+"""What each rank of test_engine.py runs: engines on a small network with odd sizes, beside plain torch.
+
+Shapes: B sentences of a micro batch, T tokens, G sentences of the global batch.
+"""
+
+import gc
+import json
+import math
+import os
+import sys
+import traceback
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from vae_ds import runtime
+from vae_ds.config import OptimizerConfig
+from vae_ds.engine import PhaseEngine, PhaseState, StepOutcome, resolve
+from vae_ds.masters import MOMENTS
+from vae_ds.runtime import Ranks
+
+STAGES = (0, 1, 2, 3)
+PRECISIONS = ("fp32", "bf16")
+GLOBAL, WORDS, TOKENS = 8, 11, 3
+FROZEN = "middle."
+
+
+class Output(NamedTuple):
+    """As the model's terms: a named tuple that ZeRO-3's hooks rebuild."""
+
+    loss_B: torch.Tensor
+    mu_BX: torch.Tensor
+
+
+class Network(nn.Module):
+    """Sizes that neither two ranks nor DeepSpeed's alignments divide."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(WORDS, 6)
+        self.middle = nn.Linear(6, 7)
+        self.norm = nn.LayerNorm(7)
+        self.mu = nn.Linear(7, 5, bias=False)
+        self.out = nn.Linear(5, WORDS)
+
+    def code(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """An entry beside `forward`, as encode is in the model."""
+        return self.mu(self.norm(torch.tanh(self.middle(self.embed(ids_BT).mean(1)))))
+
+    def forward(self, ids_BT: torch.Tensor, labels_B: torch.Tensor) -> Output:
+        mu_BX = self.code(ids_BT)
+        return Output(nn.functional.cross_entropy(self.out(mu_BX).float(), labels_B, reduction="none"), mu_BX.float())
+
+
+def network(weights: dict[str, torch.Tensor] | None = None, freeze: str | None = FROZEN) -> Network:
+    """A float32 network on the CPU, ready for an engine."""
+    model = Network()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if weights is not None:
+                parameter.copy_(weights[name])
+            parameter.requires_grad_(freeze is None or not name.startswith(freeze))
+    return model
+
+
+def engine(
+    model: nn.Module, ranks: Ranks, stage: int | str, precision: str, accumulation: int = 2, **optimizer: Any
+) -> PhaseEngine:
+    """An engine; `stage` may carry a shipped variant (`2_offload`), or `3_persistent` for whole small parameters."""
+    number, _, variant = str(stage).partition("_")
+    suffix = f"_{precision}_{variant}" if variant == "offload" else ""
+    tree = resolve(f"zero{number}{suffix}", precision)
+    if number == "3" and variant != "persistent":
+        # DeepSpeed keeps parameters whole below this size, and all of ours are.
+        tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return PhaseEngine(
+        model,
+        optimizer=OptimizerConfig(**{"weight_decay": 0.1, **optimizer}),
+        micro=GLOBAL // ranks.world // accumulation,
+        accumulation=accumulation,
+        ranks=ranks,
+        precision=precision,
+        ds_config=tree,
+    )
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Global batch number `step`: ids_GT and labels_G."""
+    draw = torch.Generator().manual_seed(100 + step)
+    ids_GT = torch.randint(WORDS, (GLOBAL, TOKENS), generator=draw)
+    return ids_GT, torch.randint(WORDS, (GLOBAL,), generator=draw)
+
+
+def train_step(
+    trained: PhaseEngine, ranks: Ranks, step: int, accumulation: int = 2, spoil: bool = False
+) -> tuple[float, StepOutcome]:
+    """One global batch through the engine: the global mean loss, and the outcome. `spoil`: NaN on the last rank."""
+    ids_GT, labels_G = batch(step)
+    micro = GLOBAL // ranks.world // accumulation
+    total = torch.zeros(())
+    outcome = None
+    for number in range(accumulation):
+        assert outcome is None, "an outcome inside an accumulation"
+        start = (number * ranks.world + ranks.rank) * micro
+        rows = slice(start, start + micro)
+        output = trained.forward(ids_BT=ids_GT[rows], labels_B=labels_G[rows])
+        total += output.loss_B.detach().sum()
+        loss = output.loss_B.mean()
+        if spoil and number == 0 and ranks.rank == ranks.world - 1:
+            loss = loss * math.nan
+        trained.backward(loss)
+        outcome = trained.step(lr_at(step))
+    assert outcome is not None, "no outcome at the boundary"
+    return float(runtime.all_sum(total)) / GLOBAL, outcome
+
+
+def lr_at(step: int) -> float:
+    return 1e-2 / (1 + step)
+
+
+def assert_same(left: PhaseState, right: PhaseState, tolerance: float | None = None) -> None:
+    """Equal bit for bit, or within an absolute tolerance."""
+
+    def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+        return torch.equal(a, b) if tolerance is None else torch.allclose(a, b, rtol=0, atol=tolerance)
+
+    assert list(left.weights) == list(right.weights)
+    assert left.steps == right.steps, (left.steps, right.steps)
+    for name, value in left.weights.items():
+        assert close(value, right.weights[name]), f"weight {name}: {(value - right.weights[name]).abs().max()}"
+    for key in MOMENTS:
+        assert list(left.moments[key]) == list(right.moments[key])
+        for name, value in left.moments[key].items():
+            assert close(value, right.moments[key][name]), f"{key} of {name}"
+
+
+def assert_replicas(state: PhaseState) -> None:
+    """Every rank has the same weights and moments."""
+    tensors = [*state.weights.values(), *(value for key in MOMENTS for value in state.moments[key].values())]
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    rows = runtime.gather_rows(flat[None])
+    assert all(torch.equal(row, rows[0]) for row in rows), "the ranks hold different states"
+
+
+def parity(ranks: Ranks, stage: int | str, clip: float) -> None:
+    """Float32 training is plain torch's on the global batch: losses, norms, weights, moments, frozen part alone."""
+    plain = network()
+    trainable = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    adam = torch.optim.AdamW(trainable, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    trained = engine(network(), ranks, stage, "fp32", clip=clip)
+    clipped = False
+    for step in range(4):
+        loss, outcome = train_step(trained, ranks, step)
+        ids_GT, labels_G = batch(step)
+        expected = plain(ids_GT, labels_G).loss_B.mean()
+        expected.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(trainable, clip if clip > 0 else math.inf))
+        adam.param_groups[0]["lr"] = lr_at(step)
+        adam.step()
+        adam.zero_grad()
+        clipped |= 0 < clip < norm
+        assert outcome.applied
+        assert math.isclose(loss, expected.item(), abs_tol=1e-5), (step, loss, expected)
+        assert math.isclose(outcome.grad_norm, norm, rel_tol=1e-4), (step, outcome.grad_norm, norm)
+        with torch.no_grad():
+            # Validation calls the module by other doors between the steps.
+            code = trained.module.code(ids_GT)
+        assert torch.allclose(code, plain.code(ids_GT), atol=1e-5)
+    assert clipped == (clip > 0), "the case does not test what it says"
+    state = trained.state()
+    assert state.steps == 4
+    for name, parameter in plain.named_parameters():
+        assert torch.allclose(state.weights[name], parameter, rtol=0, atol=1e-5), name
+        if parameter.requires_grad:
+            for key in MOMENTS:
+                assert torch.allclose(state.moments[key][name], adam.state[parameter][key], rtol=1e-3, atol=1e-6), name
+    trained.close()
+
+
+def phases(ranks: Ranks, stage: int | str, precision: str) -> None:
+    """Frozen tensors stay bit for bit, all others move, and the next phase's engine starts from exactly that."""
+    start = {name: parameter.detach().clone() for name, parameter in network().named_parameters()}
+    first = engine(network(), ranks, stage, precision)
+    state = first.state()
+    assert all(torch.equal(state.weights[name], value) for name, value in start.items()), "not the weights given"
+    assert state.steps == 0
+    assert all(not value.any() for key in MOMENTS for value in state.moments[key].values())
+    for step in range(2):
+        assert train_step(first, ranks, step)[1].applied
+    state = first.state()
+    assert state.steps == 2
+    for name, value in start.items():
+        assert torch.equal(state.weights[name], value) == name.startswith(FROZEN), name
+        assert (name in state.moments["exp_avg"]) != name.startswith(FROZEN), name
+    assert_replicas(state)
+    optimizer = weakref.ref(first._engine.optimizer)
+    engine_ref = weakref.ref(first._engine)
+    first.close()
+    gc.collect()
+    assert engine_ref() is None, "the closed engine is still alive"
+    assert optimizer() is None, "the closed engine's optimizer is still alive"
+
+    plain = network(state.weights, freeze=None)
+    second = engine(network(state.weights, freeze=None), ranks, stage, precision)
+    handed = second.state()
+    assert all(torch.equal(handed.weights[name], value) for name, value in state.weights.items()), "hand-over"
+    ids_GT, labels_G = batch(0)
+    with torch.no_grad():
+        output = second.forward(ids_BT=ids_GT, labels_B=labels_G)
+        assert torch.allclose(output.loss_B, plain(ids_GT, labels_G).loss_B, atol=1e-5 if precision == "fp32" else 0.1)
+    assert train_step(second, ranks, 2)[1].applied
+    moved = second.state()
+    assert not any(torch.equal(moved.weights[name], value) for name, value in state.weights.items())
+    assert_replicas(moved)
+    second.close()
+
+
+def skipped(ranks: Ranks, stage: int | str, precision: str) -> None:
+    """A NaN on one rank skips the step on all, leaves everything as it was, and nothing of it in later steps.
+
+    The judge is a twin, built on other weights (frozen ones too) and loaded with the state before the NaN.
+    """
+    trained = engine(network(), ranks, stage, precision)
+    assert train_step(trained, ranks, 0)[1].applied
+    before = trained.state()
+    _, outcome = train_step(trained, ranks, 1, spoil=True)
+    assert not outcome.applied
+    assert not math.isfinite(outcome.grad_norm)
+    assert_same(before, trained.state())
+    share = trained.state(share=True)
+    assert list(share.weights) == list(before.weights)[ranks.rank :: ranks.world]
+    assert list(share.names) == list(before.weights)
+
+    twin = engine(network({name: value + 1 for name, value in before.weights.items()}), ranks, stage, precision)
+    twin.load(before)
+    assert_same(before, twin.state())
+    ids_GT, labels_G = batch(5)
+    with torch.no_grad():
+        outputs = [each.forward(ids_BT=ids_GT, labels_B=labels_G).loss_B for each in (trained, twin)]
+    assert torch.equal(*outputs), "the forward weights are not those loaded"
+    results = [train_step(each, ranks, 2) for each in (trained, twin)]
+    assert results[0][1].applied
+    assert results[0] == results[1]
+    assert_same(trained.state(), twin.state())
+    trained.close()
+    twin.close()
+
+
+def cases() -> dict[str, Callable[[Ranks], None]]:
+    """Every case by name, in the order they run."""
+    found: dict[str, Callable[[Ranks], None]] = {}
+
+    def add(name: str, work: Callable[..., None], *arguments: Any) -> None:
+        found[name] = lambda ranks: work(ranks, *arguments)
+
+    for stage, clip in [*((stage, 0.05) for stage in STAGES), (0, 0.0), (2, 0.0), ("3_persistent", 0.0)]:
+        add(f"parity-zero{stage}-{'clip' if clip else 'no_clip'}", parity, stage, clip)
+    kinds = [(stage, precision) for precision in PRECISIONS for stage in STAGES]
+    for stage, precision in [*kinds, ("3_persistent", "bf16"), ("2_offload", "bf16"), ("3_offload", "bf16")]:
+        for work in (phases, skipped):
+            add(f"{work.__name__}-zero{stage}-{precision}", work, stage, precision)
+    return found
+
+
+def main(results: Path, works: dict[str, Callable[[Ranks], None]]) -> None:
+    """Run the cases in order; each rank writes its answers, and the first fault ends it: the ranks are out of step."""
+    ranks = runtime.start()
+    resolve("zero0", "fp32")
+    # DeepSpeed and our tear-down collect garbage at each engine; what was imported needs no second look.
+    gc.collect()
+    gc.freeze()
+    answers: dict[str, str] = {}
+    path = results / f"rank{ranks.rank}.json"
+    for name, work in works.items():
+        try:
+            work(ranks)
+            answers[name] = "ok"
+        except Exception:
+            answers[name] = traceback.format_exc()
+        path.write_text(json.dumps(answers))
+        if answers[name] != "ok":
+            print(name, answers[name], flush=True)
+            os._exit(1)
+    runtime.finish()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), cases())

@@ -1,0 +1,144 @@
+"""Start real processes that talk over gloo, as a cluster would, and never wait for them longer than stated."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# A rank that fails leaves the others in a collective; they get this long to say something.
+GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How the processes ended, in rank order; a negative code is the signal's number."""
+
+    codes: list[int]
+    outputs: list[str]
+    timed_out: bool
+    duration_s: float
+
+    @property
+    def output(self) -> str:
+        """Everything that every rank wrote."""
+        return "\n".join(f"--- rank {rank}\n{text}" for rank, text in enumerate(self.outputs))
+
+    def report(self) -> str:
+        """One text for a failed assertion."""
+        fate = "timed out" if self.timed_out else "ended"
+        return f"{fate} after {self.duration_s:.0f} s with codes {self.codes}\n{self.output}"
+
+
+def launch(
+    arguments: Sequence[str | Path],
+    *,
+    processes: int = 2,
+    timeout_s: float = 120.0,
+    env: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+    check: bool = True,
+) -> Finished:
+    """Run `python ARGUMENTS` (a script, or `-m` and a module, with their own) as `processes` ranks of one group.
+
+    Each rank has a session of its own, so that whatever it starts ends with it; environment and caches are private to
+    this call. With `check`, an AssertionError carries all output unless every code is 0.
+    """
+    with tempfile.TemporaryDirectory(prefix="vae_ds_launch_") as folder:
+        private = Path(folder)
+        common = _environment(private, processes) | dict(env or {})
+        started = time.monotonic()
+        ranks = [_start(arguments, rank, private, common, cwd) for rank in range(processes)]
+        try:
+            timed_out = _wait(ranks, started + timeout_s)
+        finally:
+            _end(ranks)
+        outputs = [(private / f"rank{rank}.log").read_text(errors="replace") for rank in range(processes)]
+        finished = Finished([rank.returncode for rank in ranks], outputs, timed_out, time.monotonic() - started)
+        _remove_shared_memory(common["MASTER_PORT"])
+    if check and any(finished.codes):
+        raise AssertionError(finished.report())
+    return finished
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def clean_environment(private: Path) -> dict[str, str]:
+    """This process's environment without any rank of ours or a scheduler's, with caches below `private`."""
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in ours and not key.startswith("SLURM_")}
+    kept.update(
+        CUDA_VISIBLE_DEVICES="",
+        OMP_NUM_THREADS="1",
+        TOKENIZERS_PARALLELISM="false",
+        HF_HUB_OFFLINE="1",
+        PYTHONUNBUFFERED="1",
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        TORCH_EXTENSIONS_DIR=str(private / "torch_extensions"),
+        TMPDIR=str(private),
+    )
+    return kept
+
+
+def _environment(private: Path, processes: int) -> dict[str, str]:
+    return clean_environment(private) | {
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+
+
+def _start(
+    arguments: Sequence[str | Path], rank: int, private: Path, common: Mapping[str, str], cwd: Path
+) -> subprocess.Popen[bytes]:
+    with (private / f"rank{rank}.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=cwd,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], deadline: float) -> bool:
+    """Until all ended, or one failed and the others had their grace. Whether the deadline came first."""
+    failed = False
+    while any(rank.poll() is None for rank in ranks):
+        now = time.monotonic()
+        if now > deadline:
+            return not failed
+        if not failed and any(rank.poll() not in (None, 0) for rank in ranks):
+            failed, deadline = True, min(deadline, now + GRACE_S)
+        time.sleep(0.05)
+    return False
+
+
+def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Kill each rank's whole session, also what a rank that is gone has left behind."""
+    for rank in ranks:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(rank.pid, signal.SIGKILL)
+    for rank in ranks:
+        rank.wait()
+
+
+def _remove_shared_memory(port: str) -> None:
+    """DeepSpeed's shared-memory buffers outlive their processes; 69 MB each where they are made at all."""
+    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        with suppress(OSError):
+            path.unlink()

@@ -1,0 +1,432 @@
+"""The metrics against closed forms and a plain loop, the same on one process and on two."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Independent, MultivariateNormal, Normal
+
+import tiny
+from vae_ds import runtime
+from vae_ds.batches import collate, from_texts
+from vae_ds.config import EvaluationConfig, ModelConfig, OptimizerConfig
+from vae_ds.errors import DataError
+from vae_ds.evaluate import derangement, evaluate, importance_nll, log_weights
+from vae_ds.model import T5VAE, load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+ALONE = runtime.Ranks(0, 0, 1, torch.device("cpu"))
+SEED = 3
+LATENT = 6
+# 17 sentences in batches of 4: two ranks need a filler, for the last batch and for the last sentence's samples.
+TEXTS = [*tiny.ENGLISH[:15], "a ~ sentence with unknown % signs", tiny.ENGLISH[0]]
+SETTINGS = EvaluationConfig(iw_samples=7, iw_sentences=5, batch=4)
+KEYS = {
+    *("sentences", "tokens", "words", "truncated", "unk", "rec", "kl", "nelbo", "paper_nelbo", "ppl", "ppl_subword"),
+    *("kl_per_dim", "mi", "mi_ceiling", "au", "z_gain", "lm_gain", "iw_nll", "iw_ppl", "iw_sentences", "iw_samples"),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(tiny.make_base(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture(scope="module")
+def tokens(base):
+    return from_texts(TEXTS, load_tokenizer(base), 24)
+
+
+def build(base, **settings):
+    """A random model whose posteriors are neither the prior nor all the same."""
+    model = T5VAE.from_base(ModelConfig(base=base, latent_dim=LATENT, mu_std=0.6, logvar_std=0.3, **settings))
+    with torch.no_grad():  # max pooling leaves a mean that all sentences share: half of the units say little
+        if model.bottleneck is not None:
+            model.bottleneck.mu.weight[: LATENT // 2] *= 0.02
+    return model
+
+
+def measure(model, tokens, settings=SETTINGS, **options):
+    return evaluate(model, tokens, ALONE, settings, seed=SEED, pad_id=0, **options)
+
+
+# The estimators
+
+
+class LinearGaussian:
+    """x | z ~ N(W z, s^2 I), z ~ N(0, I): p(x) is known, and with orthogonal columns so is a diagonal posterior."""
+
+    def __init__(self, sentences: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        orthogonal = torch.linalg.qr(torch.randn(7, 3, generator=generator, dtype=torch.float64))[0]
+        self.w_XL = orthogonal * torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
+        self.s = 0.7
+        marginal = MultivariateNormal(
+            torch.zeros(7, dtype=torch.float64), self.w_XL @ self.w_XL.T + self.s**2 * torch.eye(7, dtype=torch.float64)
+        )
+        z_SL = torch.randn(sentences, 3, generator=generator, dtype=torch.float64)
+        self.x_SX = z_SL @ self.w_XL.T + self.s * torch.randn(sentences, 7, generator=generator, dtype=torch.float64)
+        self.nll_S = -marginal.log_prob(self.x_SX)
+        precision_L = 1 + (self.w_XL**2).sum(0) / self.s**2
+        self.mu_SL = self.x_SX @ self.w_XL / self.s**2 / precision_L
+        self.logvar_SL = -precision_L.log().expand_as(self.mu_SL)
+
+    def estimate(self, mu_SL, logvar_SL, samples, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        eps_SKL = torch.randn(len(mu_SL), samples, 3, generator=generator, dtype=torch.float64)
+        z_SKL = mu_SL[:, None] + torch.exp(logvar_SL / 2)[:, None] * eps_SKL
+        rec_SK = -Independent(Normal(z_SKL @ self.w_XL.T, self.s), 1).log_prob(self.x_SX[:, None])
+        return importance_nll(log_weights(rec_SK, z_SKL, mu_SL[:, None], logvar_SL[:, None]))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 50])
+def test_the_exact_posterior_gives_the_exact_likelihood_for_any_k(samples):
+    world = LinearGaussian(20)
+    for seed in range(3):
+        estimate = world.estimate(world.mu_SL, world.logvar_SL, samples, seed)
+        torch.testing.assert_close(estimate, world.nll_S, rtol=1e-10, atol=1e-10)
+
+
+def test_a_wrong_posterior_gives_a_bound_that_tightens_with_k():
+    world = LinearGaussian(200)
+    mu_SL, logvar_SL = world.mu_SL + 0.3, world.logvar_SL + 0.5
+    gaps = [float((world.estimate(mu_SL, logvar_SL, k) - world.nll_S).mean()) for k in (1, 5, 50)]
+    assert gaps[0] > 2 * gaps[1] > 0
+    assert abs(gaps[2]) < gaps[1] / 4
+    # With one sample the bound is the negative ELBO, whose gap is the divergence to the true posterior.
+    q, p = Normal(mu_SL, torch.exp(logvar_SL / 2)), Normal(world.mu_SL, torch.exp(world.logvar_SL / 2))
+    divergence = torch.distributions.kl_divergence(q, p).sum(1).mean()
+    many = torch.stack([world.estimate(mu_SL, logvar_SL, 1, seed) for seed in range(50)]).mean()
+    assert float(many - world.nll_S.mean()) == pytest.approx(float(divergence), rel=0.05)
+    torch.testing.assert_close(world.estimate(mu_SL, logvar_SL, 2_000), world.nll_S, rtol=0, atol=0.15)
+
+
+def test_the_estimator_survives_likelihoods_of_long_sentences():
+    log_weights_SK = torch.tensor([[-5000.0, -5000.0], [-5000.0, -6000.0]], dtype=torch.float64)
+    expected = torch.tensor([5000.0, 5000.0 + math.log(2)], dtype=torch.float64)
+    torch.testing.assert_close(importance_nll(log_weights_SK), expected)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 501])
+def test_a_derangement_uses_each_sentence_once_and_none_for_itself(count):
+    mate_N = derangement(count, 0)
+    assert sorted(mate_N) == list(range(count))
+    assert not (mate_N == np.arange(count)).any()
+    assert np.array_equal(mate_N, derangement(count, 0))
+    assert count < 10 or not np.array_equal(mate_N, derangement(count, 1))
+
+
+# The metrics
+
+
+def loop(model, tokens, settings):
+    """Every metric, a sentence at a time, by torch.distributions and the stock loss; no batching, nothing shared."""
+    posteriors, z_L_of, labels_of, rec_of = [], [], [], []
+
+    def nll(z_L, labels_T):
+        output = model.t5(encoder_outputs=(z_L.float()[None, None],), labels=labels_T[None])
+        return float(output.loss.double()) * len(labels_T)
+
+    with torch.no_grad():
+        for i in range(len(tokens)):
+            ids = torch.as_tensor(tokens[i])
+            mu_1L, logvar_1L = model.encode(ids[None], torch.ones_like(ids)[None])
+            q = Independent(Normal(mu_1L[0].double(), torch.exp(logvar_1L[0].double() / 2)), 1)
+            eps = collate(tokens, np.array([i]), pad_id=0, latent_dim=LATENT, seed=SEED, keys=(), eval=True).eps_BL[0]
+            posteriors.append(q)
+            z_L_of.append(q.mean + q.stddev * eps)
+            labels_of.append(ids)
+            rec_of.append(nll(z_L_of[i], ids))
+        prior = Independent(Normal(torch.zeros(LATENT).double(), torch.ones(LATENT).double()), 1)
+        kl = np.stack([torch.distributions.kl_divergence(q.base_dist, prior.base_dist).numpy() for q in posteriors])
+        ratios = [
+            float(posteriors[i].log_prob(z))
+            - float(torch.logsumexp(torch.stack([q.log_prob(z) for q in posteriors]), 0))
+            + math.log(len(tokens))
+            for i, z in enumerate(z_L_of)
+        ]
+        mates = derangement(len(tokens), SEED)
+        swapped = [nll(z_L_of[mates[i]], labels_of[i]) for i in range(len(tokens))]
+        iw = []
+        for i in range(settings.iw_sentences):
+            noise = runtime.stream(SEED, "iw", i).standard_normal((settings.iw_samples, LATENT))
+            q = posteriors[i]
+            zs = [q.mean + q.stddev * torch.from_numpy(eps) for eps in noise]
+            logs = [-nll(z, labels_of[i]) + float(prior.log_prob(z) - q.log_prob(z)) for z in zs]
+            iw.append(-float(torch.logsumexp(torch.tensor(logs).double(), 0)) + math.log(settings.iw_samples))
+    mu_NL = torch.stack([q.mean for q in posteriors])
+    words = [len(tokens.text(i).split()) + 1 for i in range(len(tokens))]
+    return {
+        "rec": np.mean(rec_of),
+        "kl": kl.sum(1).mean(),
+        "kl_per_dim": list(kl.mean(0)),
+        "nelbo": np.mean(rec_of) + kl.sum(1).mean(),
+        "paper_nelbo": np.mean(rec_of) - kl.sum(1).mean(),
+        "ppl": math.exp((sum(rec_of) + kl.sum()) / sum(words)),
+        "ppl_subword": math.exp((sum(rec_of) + kl.sum()) / sum(map(len, labels_of))),
+        "mi": np.mean(ratios),
+        "mi_ceiling": math.log(len(tokens)),
+        "au": sum(float(mu_NL[:, unit].var(correction=0)) > 0.01 for unit in range(LATENT)),
+        "z_gain": np.mean(swapped) - np.mean(rec_of),
+        "iw_nll": np.mean(iw),
+        "iw_ppl": math.exp(sum(iw) / sum(words[: settings.iw_sentences])),
+        "sentences": len(tokens),
+        "tokens": sum(map(len, labels_of)),
+        "words": sum(words),
+        "iw_sentences": settings.iw_sentences,
+        "iw_samples": settings.iw_samples,
+    }
+
+
+def test_metrics_equal_a_plain_loop(base):
+    whole = from_texts(TEXTS, load_tokenizer(base), 64)  # nothing is cut, so words are those of the texts
+    model = build(base)
+    model.train()  # dropout 0.1: evaluation must not see it
+    model.t5.decoder.eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.random.get_rng_state()
+    found = measure(model, whole, yardstick=100.0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert found == measure(model, whole, yardstick=100.0)
+    expected = loop(model.eval(), whole, SETTINGS)
+    assert 0 < expected["au"] < LATENT  # else the threshold is not tested
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-4), key
+    assert found["lm_gain"] == pytest.approx(100.0 - expected["rec"], abs=1e-3)
+    assert found["mi"] <= found["mi_ceiling"]
+    assert set(found) == KEYS
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_cut_sentences_and_unknown_subwords_are_shares(base, tokens):
+    found = measure(build(base), tokens, full=False)
+    tokenizer = load_tokenizer(base)
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    assert found["truncated"] == pytest.approx(np.mean([len(row) > 24 for row in ids]))
+    assert 0 < found["truncated"] < 1
+    kept = [[*row[:-1][:23], row[-1]] for row in ids]
+    unknown = sum(row.count(tokenizer.unk_token_id) for row in kept)
+    assert unknown > 0
+    assert found["unk"] == pytest.approx(unknown / sum(map(len, kept)))
+    assert found["tokens"] == sum(map(len, kept))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_the_batch_size_changes_nothing(base, tokens, batch):
+    model = build(base)
+    expected = measure(model, tokens)
+    found = measure(model, tokens, SETTINGS.model_copy(update={"batch": batch}))
+    assert dict(logs(found)) == close_to(expected)
+
+
+def test_no_forward_pass_holds_more_than_a_batch(base, tokens):
+    model = build(base)
+    sizes = []
+    model.t5.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    encoded = []
+    model.t5.encoder.register_forward_pre_hook(lambda module, args, kwargs: encoded.append(1), with_kwargs=True)
+    measure(model, tokens, EvaluationConfig(iw_samples=50, batch=8))
+    assert max(sizes) == 8
+    assert sum(sizes) == 17 * (2 + 50)
+    assert len(encoded) == 3  # 17 sentences in batches of 8: each is encoded once, whatever K is
+
+
+def test_the_first_sentences_are_the_subset(base, tokens):
+    model = build(base)
+    part, whole = measure(model, tokens.first(5)), measure(model, tokens)
+    assert whole["iw_nll"] == pytest.approx(part["iw_nll"], rel=1e-6)
+    assert whole["iw_ppl"] == pytest.approx(part["iw_ppl"], rel=1e-6)
+    assert measure(model, tokens, EvaluationConfig(iw_samples=2))["iw_sentences"] == len(tokens)
+    assert measure(model, tokens, EvaluationConfig(iw_samples=2, iw_sentences=99))["iw_sentences"] == len(tokens)
+
+
+def test_during_training_there_is_no_importance_sampling(base, tokens):
+    model = build(base)
+    full, quick = measure(model, tokens), measure(model, tokens, full=False)
+    left_out = {"iw_nll", "iw_ppl", "iw_sentences", "iw_samples"}
+    assert {key for key, value in quick.items() if value is None} == left_out | {"lm_gain"}
+    assert {key: full[key] for key in KEYS - left_out} == {key: quick[key] for key in KEYS - left_out}
+
+
+def test_the_seed_decides_the_samples(base, tokens):
+    model = build(base)
+    first = measure(model, tokens)
+    other = evaluate(model, tokens, ALONE, SETTINGS, seed=SEED + 1, pad_id=0)
+    for key in ("rec", "mi", "z_gain", "iw_nll"):
+        assert first[key] != other[key]
+    assert first["kl"] == other["kl"]
+
+
+def test_a_decoder_that_ignores_z_has_no_gain(base, tokens):
+    model = build(base)
+    with torch.no_grad():
+        memories = [weight for name, weight in model.named_parameters() if ".memory." in name]
+        for weight in memories:
+            weight.zero_()
+    assert memories
+    found = measure(model, tokens)
+    assert found["z_gain"] == pytest.approx(0.0, abs=1e-9)
+    assert found["kl"] > 1  # the KL alone does not tell
+
+
+def test_a_decoder_that_uses_z_gains(base, tokens):
+    model = build(base, dropout=0.0)
+    batch = collate(tokens, np.arange(len(tokens)), pad_id=0, latent_dim=LATENT, seed=0, keys=(), sample=False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    before = measure(model, tokens, full=False)
+    for _ in range(60):
+        optimizer.zero_grad()
+        terms = model(**batch.arguments())
+        (terms.rec_B.mean() + (terms.logvar_BL + 8).square().mean()).backward()  # z nearly its mean
+        optimizer.step()
+    after = measure(model, tokens, full=False)
+    assert after["rec"] < before["rec"] / 2
+    assert after["z_gain"] > 5
+
+
+def test_a_collapsed_posterior(base, tokens):
+    model = build(base)
+    with torch.no_grad():
+        for weight in (model.bottleneck.mu.weight, model.bottleneck.logvar.weight):
+            weight.zero_()
+    found = measure(model, tokens)
+    assert (found["kl"], found["au"]) == (0.0, 0)
+    assert found["mi"] == pytest.approx(0.0, abs=1e-12)
+    assert found["nelbo"] == found["rec"]
+    assert found["kl_per_dim"] == [0.0] * LATENT
+
+
+def test_a_plain_language_model_has_an_exact_likelihood_and_nulls(base, tokens):
+    model = T5VAE.from_base(ModelConfig(base=base, injection="none"))
+    found = measure(model, tokens, yardstick=1.0)
+    null = {"kl", "paper_nelbo", "kl_per_dim", "mi", "mi_ceiling", "au", "z_gain", "lm_gain", "iw_samples"}
+    assert {key for key, value in found.items() if value is None} == null
+    assert set(found) == KEYS
+    with torch.no_grad():
+        nll = [float(model.reconstruction(None, torch.as_tensor(tokens[i])[None])) for i in range(len(tokens))]
+    assert found["rec"] == pytest.approx(np.mean(nll), rel=1e-6)
+    assert found["nelbo"] == found["rec"]
+    assert found["ppl"] == pytest.approx(math.exp(sum(nll) / tokens.words_N.sum()), rel=1e-5)
+    assert found["iw_nll"] == pytest.approx(np.mean(nll[:5]), rel=1e-6)
+    assert found["iw_ppl"] == pytest.approx(math.exp(sum(nll[:5]) / tokens.words_N[:5].sum()), rel=1e-5)
+    assert found["iw_sentences"] == 5
+
+
+def test_one_sentence_has_no_mate_and_none_at_all_is_an_error(base, tokens):
+    found = measure(build(base), tokens.first(1))
+    assert (found["z_gain"], found["au"], found["mi_ceiling"]) == (None, 0, 0.0)
+    assert found["mi"] == pytest.approx(0.0, abs=1e-12)
+    with pytest.raises(DataError, match="no sentences"):
+        measure(build(base), tokens.first(0))
+
+
+def test_a_perplexity_past_the_largest_float_is_infinite(base):
+    model = build(base)
+    with torch.no_grad():
+        model.t5.shared.weight.mul_(100)
+    one_long_word = from_texts(["ab" * 60], load_tokenizer(base), 128)
+    assert measure(model, one_long_word, full=False)["ppl"] == math.inf
+
+
+# More than one process
+
+
+@pytest.mark.timeout(120)
+def test_two_processes_find_what_one_finds(base):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, base],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,  # read only at the end: a worker writes little
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=100)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0]
+    first, second = (json.loads(output.splitlines()[-1]) for output in outputs)
+    assert first == second  # the calls too: ZeRO 3 hangs on a rank that makes one fewer
+    partitioned = first.pop("partitioned")
+    expected = report(base, ALONE)
+    for injection, alone in expected.items():
+        assert dict(logs(first[injection]["metrics"])) == close_to(alone["metrics"])
+        assert first[injection]["calls"] < alone["calls"]
+    before, after = partitioned
+    assert dict(logs(before)) == close_to(expected["cross_attention"]["metrics"])
+    assert after["rec"] != before["rec"]
+
+
+def close_to(metrics):
+    """What float32 leaves equal when sentences are batched otherwise; perplexities by their logarithm."""
+    return {key: value if value is None else pytest.approx(value, rel=1e-6, abs=5e-6) for key, value in logs(metrics)}
+
+
+def logs(metrics):
+    return [(key, math.log(value) if value and "ppl" in key else value) for key, value in metrics.items()]
+
+
+def report(base, ranks):
+    """Metrics and forward calls of a model with and of one without a latent."""
+    tokens = from_texts(TEXTS, load_tokenizer(base), 24)
+    found = {}
+    for injection in ("cross_attention", "none"):
+        model = build(base, injection=injection)
+        calls = []
+        model.t5.decoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        if model.bottleneck is not None:
+            model.bottleneck.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        metrics = evaluate(model, tokens, ranks, SETTINGS, seed=SEED, pad_id=0, yardstick=100.0)
+        found[injection] = {"metrics": metrics, "calls": len(calls)}
+    return found
+
+
+def inside_engine(base, ranks):
+    """Metrics within a ZeRO 3 engine, and once more after a step: an evaluation must leave it able to train."""
+    from vae_ds.engine import PhaseEngine, resolve
+
+    tokens = from_texts(TEXTS, load_tokenizer(base), 24)
+    engine = PhaseEngine(
+        build(base).train(),
+        optimizer=OptimizerConfig(),
+        micro=4,
+        accumulation=1,
+        ranks=ranks,
+        precision="fp32",
+        ds_config=resolve("zero3", "fp32"),
+    )
+
+    def measured():
+        return evaluate(engine.module, tokens, ranks, SETTINGS, seed=SEED, pad_id=0, yardstick=100.0)
+
+    before = measured()
+    batch = collate(tokens, np.arange(4), pad_id=0, latent_dim=LATENT, seed=0, keys=())
+    engine.backward(engine.forward(**batch.arguments()).rec_B.mean())
+    assert engine.step(1e-3).applied
+    return before, measured()
+
+
+if __name__ == "__main__":
+    this = runtime.start()
+    line = json.dumps({**report(sys.argv[1], this), "partitioned": inside_engine(sys.argv[1], this)})
+    sys.stderr.flush()
+    os.write(1, f"\n{line}\n".encode())
+    runtime.finish()
+    os._exit(0)  # as DeepSpeed may abort while the interpreter ends

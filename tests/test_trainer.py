@@ -1,0 +1,172 @@
+"""Whole runs with real processes: phases at each ZeRO stage, world sizes, micro batches, free bits, stop and resume."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import launch
+from safetensors.torch import load_file
+from tiny import ENGLISH, make_base
+
+from vae_ds.model import T5VAE
+from vae_ds.phases import group_of
+
+WORKER = Path(__file__).parent / "workers" / "train_jobs.py"
+FREE_BITS = {"per_dim": 0.05, "per_dim_batch": 0.05, "total": 0.5}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two phases on 300 short sentences: a warm-up with a frozen decoder, then everything."""
+    folder = tmp_path_factory.mktemp("trainer")
+    base = make_base(folder / "base", "t5", num_layers=1, num_decoder_layers=2)
+    text = folder / "text"
+    text.mkdir()
+    for name, part in {"train": ENGLISH[:300], "valid": ENGLISH[300:350], "test": ENGLISH[350:400]}.items():
+        (text / f"{name}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"""
+name: small
+model: {{base: {base}, latent_dim: 8, dropout: 0}}
+data: {{corpus: text, path: {text}, max_tokens: 40, cache_dir: {folder / "cache"}}}
+batch: {{global: 32}}
+precision: fp32
+phases:
+  - name: warmup
+    steps: 25
+    freeze: [decoder, embeddings, memory]
+    beta: {{schedule: constant, value: 0}}
+    denoise: 0.2
+    optimizer: {{lr: 2.0e-3, clip: 50}}
+  - name: full
+    steps: 25
+    beta: {{schedule: linear, max: 1, over_fraction: 0.5}}
+    optimizer: {{lr: 2.0e-3, clip: 50}}
+    learning_rate: {{schedule: cosine, warmup_steps: 3}}
+validation: {{every_steps: 25, sentences: 50}}
+checkpoint: {{every_steps: 1000, keep: 9}}
+logging: {{every: 1, tensorboard: false, progress: false}}
+export: last
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def run_jobs(world: int, jobs: list[dict[str, Any]], folder: Path) -> None:
+    """Run jobs on `world` real processes; a failure shows their output."""
+    listing = folder / f"jobs-{world}.json"
+    listing.write_text(json.dumps(jobs), encoding="utf-8")
+    result = launch([WORKER, listing], world, timeout=240)
+    assert result.returncode == 0, result.output
+    assert "ENDED" in result.output, result.output
+
+
+def job(recipe: Path, run_dir: Path, *overrides: str, stop_at: int | None = None) -> dict[str, Any]:
+    return {"recipe": str(recipe), "run_dir": str(run_dir), "overrides": list(overrides), "stop_at": stop_at}
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_s"} for line in lines]
+
+
+def assert_same_curve(one: Path, other: Path, tolerance: float) -> None:
+    first, second = rows(one), rows(other)
+    assert [row["step"] for row in first] == [row["step"] for row in second] == list(range(1, 51))
+    for a, b in zip(first, second, strict=True):
+        for key in ("loss", "rec", "kl", "beta", "lr", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (key, a, b)
+
+
+def checkpoint_weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """All weights of the checkpoint at a global step, by parameter name."""
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in (run_dir / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
+        tensors |= load_file(shard)
+    assert tensors, f"no checkpoint of step {step} in {run_dir}"
+    return {name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")}
+
+
+@pytest.fixture(scope="module")
+def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every run that the tests below compare, in one launch of two processes and one of one."""
+    folder = tmp_path_factory.mktemp("runs")
+    two = [job(recipe, folder / f"stage{stage}", f"deepspeed=zero{stage}") for stage in range(4)]
+    one = []
+    for mode, nats in FREE_BITS.items():
+        bits = f"phases.1.free_bits={{mode: {mode}, nats: {nats}}}"
+        two.append(job(recipe, folder / f"two-{mode}", bits, "batch.micro=8"))
+        one += [job(recipe, folder / f"one-{mode}-{micro}", bits, f"batch.micro={micro}") for micro in (32, 4)]
+    dropout = ("model.dropout=0.1",)
+    two.append(job(recipe, folder / "whole", *dropout))
+    for phase, stop_at in (("warmup", 11), ("full", 37)):
+        two.append(job(recipe, folder / f"stopped-{phase}", *dropout, stop_at=stop_at))
+        two.append(job(recipe, folder / f"stopped-{phase}", *dropout))
+    run_jobs(2, two, folder)
+    run_jobs(1, one, folder)
+    return folder
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("stage", range(4))
+def test_phases_freeze_and_hand_over(runs: Path, recipe: Path, stage: int) -> None:
+    """Phase 1 leaves every frozen tensor bit-identical and moves all others; phase 2 moves all."""
+    run_dir = runs / f"stage{stage}"
+    config = (run_dir / "config.yaml").read_text()
+    from vae_ds import config as configuration
+
+    settings = configuration.build(configuration.RunConfig, configuration.parse_yaml(config, "config"), "config").model
+    start = {name: p.detach() for name, p in T5VAE.from_base(settings, seed=0).named_parameters()}
+    middle, end = checkpoint_weights(run_dir, 25), checkpoint_weights(run_dir, 50)
+    assert start.keys() == middle.keys() == end.keys()
+    for name, before in start.items():
+        if group_of(name) in {"decoder", "embeddings", "memory"}:
+            assert torch.equal(before, middle[name]), f"{name} moved though frozen"
+        else:
+            assert not torch.equal(before, middle[name]), f"{name} did not move in phase 1"
+        assert not torch.equal(middle[name], end[name]), f"{name} did not move in phase 2"
+    exported = load_file(run_dir / "model" / "model.safetensors")
+    for name, value in exported.items():
+        assert torch.equal(value, end[name]), f"{name} was not exported exactly"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_agree(runs: Path, stage: int) -> None:
+    assert_same_curve(runs / "stage0", runs / f"stage{stage}", 1e-4)
+
+
+@pytest.mark.parametrize("mode", FREE_BITS)
+def test_the_optimisation_does_not_know_the_cluster(runs: Path, mode: str) -> None:
+    """One process and two, micro batches of 4, 8 and 32: one loss curve over 50 steps."""
+    assert_same_curve(runs / f"two-{mode}", runs / f"one-{mode}-32", 1e-4)
+    assert_same_curve(runs / f"two-{mode}", runs / f"one-{mode}-4", 1e-4)
+
+
+def test_free_bits_matter(runs: Path) -> None:
+    """Without this, the comparison above could pass with thresholds that never bind."""
+    last = {mode: rows(runs / f"two-{mode}")[-1]["loss"] for mode in FREE_BITS}
+    assert len({round(loss, 4) for loss in last.values()}) == len(FREE_BITS), last
+
+
+@pytest.mark.parametrize("phase", ["warmup", "full"])
+def test_a_resumed_run_is_the_run_never_stopped(runs: Path, phase: str) -> None:
+    """Stopped by a signal to one rank and run again, with dropout: the same rows, the same weights."""
+    assert rows(runs / f"stopped-{phase}") == rows(runs / "whole")
+    ours, theirs = (load_file(runs / name / "model" / "model.safetensors") for name in (f"stopped-{phase}", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert json.loads((runs / f"stopped-{phase}" / "status.json").read_text())["state"] == "done"
+
+
+def test_the_loss_falls_and_is_logged(runs: Path) -> None:
+    curve = rows(runs / "whole")
+    assert sum(row["rec"] for row in curve[-5:]) < 0.8 * sum(row["rec"] for row in curve[:5])
+    wanted = {"phase", "step", "epoch", "rec", "kl", "kl_weighted", "beta", "loss", "lr", "grad_norm", "padding"}
+    assert wanted | {"skipped_steps"} <= curve[0].keys()
+    assert [row["phase"] for row in curve] == ["warmup"] * 25 + ["full"] * 25
+    assert curve[0]["beta"] == 0.0
+    assert curve[-1]["beta"] == 1.0

@@ -1,0 +1,89 @@
+"""A new T5: built from a recipe's architecture, trained as text to text, written where transformers loads it.
+
+Shapes: B texts, T tokens, V vocabulary entries.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vae_ds.config import ArchitectureConfig
+from vae_ds.denoising import IGNORED
+from vae_ds.vocabulary import save_tokenizer
+
+# Matrix kernels and shards like sizes that this divides.
+ROUND_VOCABULARY = 64
+
+
+class TextToText(nn.Module):
+    """A T5 as one function from a batch to the nats of each text."""
+
+    def __init__(self, t5: nn.Module) -> None:
+        super().__init__()
+        self.t5 = t5
+
+    def forward(
+        self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor, labels_BT: torch.Tensor
+    ) -> torch.Tensor:
+        """Negative log-likelihood of each target, summed over its tokens: float32 nats, (B,)."""
+        t5: Any = self.t5
+        logits_BTV = t5(
+            input_ids=input_ids_BT,
+            attention_mask=attention_mask_BT,
+            decoder_input_ids=t5.prepare_decoder_input_ids_from_labels(labels_BT),
+            use_cache=False,
+        ).logits
+        nats = F.cross_entropy(
+            logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return nats.view_as(labels_BT).sum(1)
+
+
+def build_t5(architecture: ArchitectureConfig, tokenizer: Any, seed: int) -> Any:
+    """A T5ForConditionalGeneration with new float32 weights, a function of architecture and seed, on the CPU.
+
+    Its input embeddings and its output layer are one tensor, as in T5 v1.0.
+    """
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        **architecture.model_dump(exclude={"vocab_size"}),
+        vocab_size=-(-len(tokenizer) // ROUND_VOCABULARY) * ROUND_VOCABULARY,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return T5ForConditionalGeneration(config)
+
+
+def continue_text(model: Any, tokenizer: Any, prefix: str, max_new_tokens: int = 48, **generate_kwargs: Any) -> str:
+    """The prefix and what the model writes after it, greedily by default; an empty prefix makes a whole text."""
+    source = tokenizer(prefix, return_tensors="pt").to(model.device)
+    with torch.no_grad():
+        made = model.generate(**source, max_new_tokens=max_new_tokens, **generate_kwargs)
+    # One decoding of both halves: the cut may lie within a word.
+    return str(tokenizer.decode([*source["input_ids"][0].tolist(), *made[0].tolist()], skip_special_tokens=True))
+
+
+def export_t5(model: Any, tokenizer: Any, pieces: bytes, card: str, target: Path) -> None:
+    """Write config.json, model.safetensors in bfloat16, the tokenizer and README.md; a directory there is replaced."""
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    model.to(torch.bfloat16).save_pretrained(part)
+    save_tokenizer(tokenizer, pieces, part)
+    (part / "README.md").write_text(card, encoding="utf-8")
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    part.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

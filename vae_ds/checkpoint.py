@@ -1,0 +1,257 @@
+"""Portable checkpoints: whole float32 weights and Adam moments, resumable at any world size, stage and precision.
+
+RUN/checkpoints/step-00000123/ holds one safetensors shard a rank (parameter i in shard i mod world, its keys
+`weights/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`) and `manifest.json`, the marker: sizes and SHA-256 of the shards,
+progress, and each rank's random generators. It is written last, and a directory without it is no checkpoint.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vae_ds import generators, runtime
+from vae_ds.engine import PhaseState
+from vae_ds.errors import CheckpointError
+from vae_ds.masters import MOMENTS
+from vae_ds.runtime import Ranks
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+FOLDER = "checkpoints"
+NAME = re.compile(r"step-(\d{8,})")
+# Directories that are being written or deleted; their contents mean nothing.
+WRITING, LEAVING = ".writing-", ".leaving-"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: where it is, after how many applied steps of the run, and its manifest."""
+
+    path: Path
+    step: int
+    manifest: dict[str, Any]
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def save(run_dir: Path, state: PhaseState, progress: dict[str, Any], ranks: Ranks) -> Path:
+    """Publish a checkpoint named by progress["global_step"]. A collective.
+
+    `state` is whole or this rank's share; `progress` is plain JSON data, rank 0's counts. Every rank writes its shard,
+    all wait, rank 0 writes the manifest last. Raises CheckpointError on every rank if one of them cannot write.
+    """
+    root = Path(run_dir) / FOLDER
+    final = root / f"step-{int(progress['global_step']):08d}"
+    writing = root / f"{WRITING}{final.name}"
+    _together(lambda: _clear(root, writing) if ranks.is_main else None, "prepare")
+    shards = _together(lambda: _write_shard(writing, state, ranks), "write")
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "world": ranks.world,
+        "steps": state.steps,
+        "scaler": state.scaler,
+        "names": list(state.names or state.weights),
+        "shards": shards,
+        "progress": progress,
+        "generators": runtime.gather_objects(generators.capture()),
+    }
+    _together(lambda: _publish(writing, final, manifest) if ranks.is_main else None, "publish")
+    return final
+
+
+def newest(run_dir: Path, *, verify: bool = True) -> Checkpoint | None:
+    """The newest checkpoint whose manifest, sizes and (with `verify`) checksums hold; None if there is none.
+
+    Broken ones are skipped with a warning. Each process looks for itself and finds the same.
+    """
+    for path in _directories(Path(run_dir)):
+        try:
+            return _open(path, verify)
+        except CheckpointError as error:
+            _log.warning("%s; taking the one before it", error)
+    return None
+
+
+def load(checkpoint: Checkpoint, ranks: Ranks | None = None) -> tuple[PhaseState, dict[str, Any]]:
+    """The whole state and the progress, at any world size. With `ranks` also this rank's generators, if that world's.
+
+    The generators are restored by PhaseEngine.load, once the engine is built: building draws numbers too.
+    Raises CheckpointError if a shard cannot be read or a tensor is missing.
+    """
+    manifest = checkpoint.manifest
+    kept = manifest["generators"] if ranks is not None and ranks.world == manifest["world"] else None
+    state = PhaseState(
+        weights={},
+        moments={key: {} for key in MOMENTS},
+        steps=int(manifest["steps"]),
+        scaler=manifest["scaler"],
+        names=tuple(manifest["names"]),
+        generators=kept[ranks.rank] if kept is not None and ranks is not None else None,
+    )
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in manifest["shards"]:
+        tensors.update(_read_shard(checkpoint.path / shard["file"]))
+    for name in state.names:
+        if f"weights/{name}" not in tensors:
+            raise CheckpointError(f"{checkpoint}: the weight `{name}` is missing")
+        state.weights[name] = tensors[f"weights/{name}"]
+        for key in MOMENTS:
+            if f"{key}/{name}" in tensors:
+                state.moments[key][name] = tensors[f"{key}/{name}"]
+    return state, manifest["progress"]
+
+
+def prune(run_dir: Path, keep: int, ranks: Ranks) -> None:
+    """Delete all but the newest `keep` whole checkpoints, and broken ones that are older than a whole one.
+
+    Rank 0 deletes. Nothing goes while no whole checkpoint is newer.
+    """
+    if not ranks.is_main:
+        return
+    whole = 0
+    for path in _directories(Path(run_dir)):
+        if whole >= max(1, keep) or (whole and not _is_whole(path)):
+            _remove(path)
+        elif _is_whole(path):
+            whole += 1
+
+
+def _together(work: Callable[[], Any], verb: str) -> list[Any]:
+    """Run `work` on this rank, gather the values; where one rank fails, all raise, so that none waits for it."""
+    value, fault = None, None
+    try:
+        value = work()
+    except Exception as error:  # told to all below: the others wait for an answer
+        fault = f"{type(error).__name__}: {error}"
+    answers = runtime.gather_objects((value, fault))
+    for rank, (_, told) in enumerate(answers):
+        if told is not None:
+            raise CheckpointError(f"rank {rank} could not {verb} the checkpoint: {told}; the one before it stays")
+    return [found for found, _ in answers]
+
+
+def _clear(root: Path, writing: Path) -> None:
+    """Remove what an interrupted save or prune left, and make the directory to write into."""
+    root.mkdir(parents=True, exist_ok=True)
+    for path in root.iterdir():
+        if path.name.startswith((WRITING, LEAVING)):
+            shutil.rmtree(path, ignore_errors=True)
+    writing.mkdir()
+
+
+def _write_shard(folder: Path, state: PhaseState, ranks: Ranks) -> dict[str, Any]:
+    """Write this rank's share of the tensors. Returns the manifest's entry."""
+    mine = (state.names or tuple(state.weights))[ranks.rank :: ranks.world]
+    tensors = {f"weights/{name}": state.weights[name] for name in mine}
+    for key in MOMENTS:
+        tensors.update({f"{key}/{name}": state.moments[key][name] for name in mine if name in state.moments[key]})
+    path = folder / f"shard-{ranks.rank:05d}.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    _sync(path)
+    return {"file": path.name, "size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _publish(writing: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Give the directory its name, then write the marker: from then on the checkpoint exists."""
+    replaced = None
+    if final.exists():
+        replaced = final.with_name(f"{LEAVING}{final.name}")
+        os.replace(final, replaced)
+    os.replace(writing, final)
+    _sync(final.parent)
+    unfinished = final / f"{MANIFEST}.unfinished"
+    unfinished.write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
+    _sync(unfinished)
+    os.replace(unfinished, final / MANIFEST)
+    _sync(final)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _directories(run_dir: Path) -> Iterator[Path]:
+    """Directories with a checkpoint's name, newest first."""
+    root = run_dir / FOLDER
+    if not root.is_dir():
+        return
+    found = [(int(match[1]), path) for path in root.iterdir() if (match := NAME.fullmatch(path.name))]
+    for _, path in sorted(found, reverse=True):
+        yield path
+
+
+def _open(path: Path, verify: bool) -> Checkpoint:
+    """Read the manifest and hold the shards against it. Raises CheckpointError that says what is wrong."""
+    marker = path / MANIFEST
+    try:
+        manifest = json.loads(marker.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: incomplete, {MANIFEST} is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{marker}: unreadable: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
+        found = manifest.get("schema_version") if isinstance(manifest, dict) else None
+        raise CheckpointError(f"{marker}: schema version {found!r}; this vae_ds reads {SCHEMA_VERSION}")
+    if not isinstance(manifest.get("shards"), list):
+        raise CheckpointError(f"{marker}: it names no shards")
+    for shard in manifest["shards"]:
+        file = path / shard["file"]
+        size = file.stat().st_size if file.is_file() else None
+        if size != shard["size"]:
+            raise CheckpointError(f"{file}: {'missing' if size is None else f'{size} bytes'}, not {shard['size']}")
+        if verify and _sha256(file) != shard["sha256"]:
+            raise CheckpointError(f"{file}: its checksum is not the manifest's")
+    match = NAME.fullmatch(path.name)
+    return Checkpoint(path, int(match[1]) if match else 0, manifest)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _open(path, verify=False)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Take the name away first: a half-deleted directory must not look like a checkpoint."""
+    leaving = path.with_name(f"{LEAVING}{path.name}")
+    try:
+        os.replace(path, leaving)
+        shutil.rmtree(leaving)
+    except OSError as error:
+        _log.warning("%s: could not be deleted: %s", path, error)
+
+
+def _read_shard(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as shard:
+            return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: unreadable: {error}") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Ask the disk to keep a file, or a directory's entries, before anything refers to it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,217 @@
+"""The `dataset` corpus: a data set of the Hugging Face hub, or a local directory in the hub's or save_to_disk's layout.
+
+Only data files are read (parquet, csv, json lines, ...), never a data set's own code.
+"""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetNotFoundError
+
+from vae_ds.config import SPLITS, DataConfig
+from vae_ds.corpora.corpus import Corpus, digest, limited, quiet_datasets
+from vae_ds.errors import DataError
+
+DEFAULT_NAMES: dict[str, str] = DataConfig.model_fields["splits"].default
+_HUB_PATIENCE_S = 5.0
+_DIRECTORY = "a local directory with parquet, csv or json lines files or one written by save_to_disk"
+
+log = logging.getLogger(__name__)
+
+
+def load(data: DataConfig) -> Corpus:
+    """The chosen column of each split, in the data set's order; rows without text are left out, with a warning.
+
+    Raises DataError: no such data set or directory, a hub out of reach, a missing split or column.
+    """
+    rows = {split: _texts(part, data, split) for split, part in _parts(data).items()}
+    facts = (part for split in SPLITS for part in (split, *rows[split]["text"]))
+    return Corpus("dataset", digest(facts), rows)
+
+
+def check(data: DataConfig) -> None:
+    """Check what headers and metadata say: the place, the splits, the column. Raises DataError as `load` does."""
+    if _is_saved(data):
+        for split, part in _parts(data).items():
+            _check_column(part.features, data, split)
+        return
+    with _explained(data), _reachable_or_offline(data), quiet_datasets():
+        builder = datasets.load_dataset_builder(_place(data), data.subset)
+        files = builder.config.data_files
+        known = builder.info.splits or files
+        if known:
+            _check_splits(list(known), data)
+        if builder.info.features:
+            _check_column(builder.info.features, data, "train")
+        elif Path(_place(data)).is_dir():
+            _check_first_rows(data)
+
+
+def _check_first_rows(data: DataConfig) -> None:
+    streams = datasets.load_dataset(_place(data), data.subset, streaming=True)
+    for split, name in _names(data).items():
+        first = next(iter(streams[name.partition("[")[0]]), None)
+        if first is None:
+            raise DataError(f"{data.path}: split `{name}` has no rows")
+        if data.column not in first:
+            raise _no_column(list(first), data, split)
+
+
+def _parts(data: DataConfig) -> dict[str, Dataset]:
+    """The data set's rows by our split names."""
+    names = _names(data)
+    with _explained(data), quiet_datasets():
+        if _is_saved(data):
+            saved = datasets.load_from_disk(_place(data))
+            if not isinstance(saved, DatasetDict):
+                raise DataError(
+                    f"{data.path}: one split was saved here; save a DatasetDict with {', '.join(names.values())}"
+                )
+            _check_splits(list(saved), data)
+            return {split: saved[name] for split, name in names.items()}
+        with _reachable_or_offline(data):
+            builder = datasets.load_dataset_builder(_place(data), data.subset)
+            known = builder.info.splits or builder.config.data_files
+            if known:
+                _check_splits(list(known), data)
+            builder.download_and_prepare()
+            _check_splits(list(builder.info.splits or {}), data)
+            return {split: builder.as_dataset(split=name) for split, name in names.items()}
+
+
+def _names(data: DataConfig) -> dict[str, str]:
+    return {**DEFAULT_NAMES, **data.splits}
+
+
+def _place(data: DataConfig) -> str:
+    assert data.path is not None  # the settings ask for it
+    local = Path(data.path).expanduser()
+    if local.is_dir():
+        return str(local)
+    if local.is_file():
+        raise DataError(f"{data.path}: a file; data.path is a hub name or {_DIRECTORY}")
+    if local.is_absolute() or data.path.startswith((".", "~")) or data.path.count("/") > 1:
+        raise DataError(f"{data.path}: no such directory; data.path is a hub name or {_DIRECTORY}")
+    return data.path
+
+
+def _is_saved(data: DataConfig) -> bool:
+    place = Path(_place(data))
+    return (place / "dataset_dict.json").is_file() or (place / "state.json").is_file()
+
+
+def _check_splits(there: list[str], data: DataConfig) -> None:
+    for split, name in _names(data).items():
+        # A slice such as train[:90%] makes splits that a data set lacks.
+        if name.partition("[")[0] not in there:
+            raise DataError(
+                f"{data.path}: no split `{name}` for {split}; there: {', '.join(map(str, there))};"
+                f" set data.splits.{split} to one of them, or to a slice such as train[95%:]"
+            )
+
+
+def _no_column(there: list[str], data: DataConfig, split: str) -> DataError:
+    return DataError(f"{data.path}: no column `{data.column}` in {split}; there: {', '.join(there)}; set data.column")
+
+
+def _check_column(features: datasets.Features, data: DataConfig, split: str) -> None:
+    if data.column not in features:
+        raise _no_column(list(features), data, split)
+    kind = getattr(features[data.column], "dtype", None)
+    if kind not in {"string", "large_string", "string_view"}:
+        raise DataError(f"{data.path}: column `{data.column}` in {split} holds {kind or 'lists'}, not text")
+
+
+def _texts(part: Dataset, data: DataConfig, split: str) -> Dataset:
+    _check_column(part.features, data, split)
+    rows = part.select_columns([data.column])
+    if data.column != "text":
+        rows = rows.rename_column(data.column, "text")
+    filled = [index for index, text in enumerate(_column(rows)) if text and not text.isspace()]
+    if len(filled) < len(rows):
+        log.warning(
+            "%s: %d of %d rows of %s have no text; left out", data.path, len(rows) - len(filled), len(rows), split
+        )
+        rows = rows.select(filled)
+    if not filled:
+        raise DataError(f"{data.path}: split `{_names(data)[split]}` has no rows with text in `{data.column}`")
+    return limited(rows, data.limit)
+
+
+def _column(rows: Dataset) -> Iterator[str | None]:
+    for batch in rows.with_format("arrow").iter(10_000):
+        yield from batch["text"].to_pylist()
+
+
+@contextmanager
+def _reachable_or_offline(data: DataConfig) -> Iterator[None]:
+    """Let a hub name be served from the library's cache at once where the hub is out of reach.
+
+    On its own the library retries for half a minute a call and prints each try.
+    """
+    before = datasets.config.HF_HUB_OFFLINE
+    local = Path(_place(data)).is_dir()
+    datasets.config.HF_HUB_OFFLINE = before or not (local or _hub_answers())
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _hub_answers() -> bool:
+    endpoint = urlsplit(datasets.config.HF_ENDPOINT)
+    proxies = getproxies()
+    proxy = proxies.get(endpoint.scheme) or proxies.get("all")
+    target = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else endpoint
+    port = target.port or (443 if target.scheme == "https" else 80)
+    try:
+        socket.create_connection((target.hostname or "", port), timeout=_HUB_PATIENCE_S).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _explained(data: DataConfig) -> Iterator[None]:
+    """Turn the library's many errors into one line that says what would do."""
+    try:
+        yield
+    except DataError:
+        raise
+    except DatasetNotFoundError:
+        raise DataError(
+            f"{data.path}: no such directory here and no such data set on the hub, or it is private (`hf auth login`)"
+        ) from None
+    except FileNotFoundError as error:
+        if Path(_place(data)).is_dir():
+            raise DataError(f"{data.path}: no data files; it should be {_DIRECTORY} ({_line(error)})") from None
+        raise _unreachable(data) from None
+    except ConnectionError:
+        raise _unreachable(data) from None
+    except (OSError, ValueError, RuntimeError, NotImplementedError, pa.ArrowException) as error:
+        raise DataError(f"{data.path}: cannot be read: {_line(error.__cause__ or error)}") from None
+    except datasets.exceptions.DatasetsError as error:
+        raise DataError(f"{data.path}: cannot be read: {_line(error.__cause__ or error)}") from None
+
+
+def _unreachable(data: DataConfig) -> DataError:
+    offline = "HF_HUB_OFFLINE is set" if datasets.config.HF_HUB_OFFLINE else "cannot be reached"
+    return DataError(
+        f"{data.path}: no such directory, not in the cache {os.fspath(datasets.config.HF_DATASETS_CACHE)}, and the"
+        f" hub ({offline}) cannot be asked: set data.path to {_DIRECTORY}; or load it once where there is a network,"
+        " with HF_HOME on a disk that both see, and run with HF_HUB_OFFLINE=1"
+    )
+
+
+def _line(error: BaseException | Any) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,390 @@
+"""A small T5 pretrained from nothing on the corpus of a recipe, with the engine that trains the VAE.
+
+Shapes: B texts of a micro batch, G of a global batch, S steps of an epoch, N texts, T tokens.
+The loss is in nats per target token, the mean over the global batch.
+"""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vae_ds import batches, checkpoint, corpora, engine, monitor, phases, runtime
+from vae_ds import config as configuration
+from vae_ds import vocabulary as pieces_of
+from vae_ds.basemodel import TextToText, build_t5, continue_text, export_t5
+from vae_ds.config import PretrainConfig
+from vae_ds.corpora import docstrings
+from vae_ds.denoising import Pair, Plan, Texts, pairs, plan_epoch, tokenise_texts, whole_texts
+from vae_ds.engine import PhaseEngine, PhaseState
+from vae_ds.errors import CheckpointError, ConfigError, Stopped
+from vae_ds.modelcard import base_card
+from vae_ds.runtime import Ranks
+from vae_ds.schedules import LearningRate
+
+# What a resumed run may set anew: how it is watched and stored, not what it computes.
+FREE_ON_RESUME = {"logging", "checkpoint", "validation", "deepspeed", "name"}
+SHOWN_TEXTS = 6
+
+
+@dataclass
+class PretrainState:
+    """Everything that changes in a run but the weights and moments; goes into each checkpoint."""
+
+    position: int = 0  # global batches consumed, skipped ones too
+    step: int = 0  # applied optimizer steps
+    skipped: int = 0
+    skipped_in_row: int = 0
+    tokens: int = 0  # target tokens seen
+    duration_s: float = 0.0
+    window: dict[str, float] = field(default_factory=dict)  # sums since the last logged row
+    held_out: dict[str, float] = field(default_factory=dict)  # the last validation
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is known before the model is built."""
+
+    config: PretrainConfig
+    run_dir: Path
+    ranks: Ranks
+    precision: str
+    ds_config: dict[str, Any]
+    micro: int
+    tokenizer: Any
+    pieces: bytes
+    train: Texts
+    valid: Texts
+    sources: dict[str, Any]  # what the text is, for the model card
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return batches.steps_per_epoch(len(self.train), self.config.batch.global_size)
+
+    def batch(self, texts: Texts, index_B: np.ndarray, plan: Plan, epoch: int) -> Pair:
+        """The tensors of some texts, on this rank's device."""
+        made = pairs(
+            texts,
+            index_B,
+            plan,
+            self.config,
+            sentinels=pieces_of.sentinel_ids(self.tokenizer),
+            eos=self.tokenizer.eos_token_id,
+            pad=self.tokenizer.pad_token_id,
+            epoch=epoch,
+        )
+        return Pair(*(tensor.to(self.ranks.device) for tensor in made))
+
+
+def pretrain(config: PretrainConfig, run_dir: str | Path, resume: bool = True) -> Path:
+    """Train a new T5 and its vocabulary, or go on from where the run directory stands. Returns the run directory.
+
+    `run_dir`/model is what came of it: a directory that transformers loads, replaced at each validation. Start it on
+    every rank. Raises UserError for wrong input and Stopped after a signal, once a checkpoint is safe.
+    """
+    directory = Path(run_dir)
+    ranks = runtime.start()
+    if _is_done(directory, config, resume):
+        return directory
+    job = prepare(config, directory, ranks)
+    if ranks.is_main:
+        (directory / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+    monitor.write_environment(directory, ranks)
+    runtime.barrier()
+    Pretrainer(job).run()
+    return directory
+
+
+def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Job:
+    """Check what can be checked, read the corpus, learn the vocabulary, tokenise. Raises UserError."""
+    corpora.check(config.data)
+    precision = engine.precision_for(config.precision, ranks.device)
+    ds_config = engine.resolve(config.deepspeed, precision, ranks.device.type)
+    micro = batches.micro_batch(config.batch.global_size, ranks.world, config.batch.micro, cap=512)
+    corpus = runtime.rank0_first(lambda: corpora.load(config.data))
+    sentences = [str(text) for text in corpus.splits["train"]["text"]]
+    blocks: list[str] = []
+    if config.paragraphs and config.data.corpus == "docstrings":
+        blocks = [str(text) for text in runtime.rank0_first(lambda: docstrings.paragraphs(config.data))["text"]]
+    # A sentence that is a paragraph too counts twice: sentences alone are what a VAE is about.
+    texts = [*sentences, *blocks]
+    pieces = runtime.rank0_first(lambda: _vocabulary(texts, config.architecture.vocab_size, run_dir))
+    tokenizer = pieces_of.tokenizer_from_pieces(pieces)
+    train = tokenise_texts(texts, tokenizer, config.data.max_tokens)
+    held_out = corpus.splits["valid"].select(range(min(config.validation.sentences, len(corpus.splits["valid"]))))
+    valid = tokenise_texts([str(text) for text in held_out["text"]], tokenizer, config.data.max_tokens)
+    sources = {
+        "corpus": corpus.name,
+        "fingerprint": corpus.fingerprint,
+        "sentences": len(sentences),
+        "paragraphs": len(blocks),
+        "texts": len(train),
+        "tokens": int(train.lengths_N.sum()) + len(train),
+        "example_prefixes": _prefixes(held_out["text"]),
+    }
+    return Job(config, run_dir, ranks, precision, ds_config, micro, tokenizer, pieces, train, valid, sources)
+
+
+class Pretrainer:
+    """One run on this rank."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.state = PretrainState()
+        self.stop = runtime.StopFlag()
+        self.stop.install()
+        logging = job.config.logging
+        self.monitor = monitor.Monitor(job.run_dir, job.ranks, logging.tensorboard, logging.progress)
+        rate = job.config.learning_rate
+        self.learning_rate = LearningRate(
+            rate.schedule, job.config.optimizer.lr, rate.warmup_steps, job.config.steps, rate.final
+        )
+
+    def run(self) -> None:
+        """Train from the newest checkpoint if there is one, to the last step, and export."""
+        job = self.job
+        runtime.seed_everything(job.config.seed, job.ranks.rank, 0)
+        resumed = self._restore()
+        self._status("running")
+        model = build_t5(job.config.architecture, job.tokenizer, job.config.seed)
+        if resumed is not None:
+            with torch.no_grad():
+                for name, parameter in TextToText(model).named_parameters():
+                    parameter.copy_(resumed.weights[name])
+        trained = PhaseEngine(
+            TextToText(model),
+            optimizer=job.config.optimizer,
+            micro=job.micro,
+            accumulation=job.config.batch.global_size // (job.micro * job.ranks.world),
+            ranks=job.ranks,
+            precision=job.precision,
+            ds_config=job.ds_config,
+        )
+        try:
+            if resumed is not None:
+                trained.load(resumed)
+            self.monitor.begin_phase("pretrain", job.config.steps, self.state.step)
+            trained.train()
+            self.steps(trained)
+        finally:
+            trained.close()
+        self.monitor.close()
+        self._status("done")
+
+    def steps(self, trained: PhaseEngine) -> None:
+        """Step, log, validate, save, until the applied steps are done."""
+        config, state = self.job.config, self.state
+        epoch_of_plan, plan, order_SG = -1, whole_texts(self.job.train.lengths_N), np.empty((0, 0), dtype=np.int64)
+        began = clock = time.monotonic()
+        before_s = state.duration_s
+        while self.progress() < 1.0:
+            epoch, number = phases.epoch_of(state.position, self.job.steps_per_epoch)
+            if epoch != epoch_of_plan:
+                epoch_of_plan, (plan, order_SG) = epoch, self._order(epoch)
+            stop = self.step(trained, plan, order_SG[number], epoch)
+            # One clock for all ranks: what they do next must not differ.
+            state.duration_s = runtime.broadcast_object(before_s + time.monotonic() - began)
+            finished = self.progress() >= 1.0
+            fresh = state.skipped_in_row == 0
+            if fresh and (finished or state.step % config.logging.every == 0):
+                now = time.monotonic()
+                self._log(now - clock)
+                clock = now
+            if fresh and (finished or state.step % config.validation.every_steps == 0):
+                self.validate(trained)
+                clock = time.monotonic()
+            if stop or (fresh and (finished or state.step % config.checkpoint.every_steps == 0)):
+                self.save(trained)
+                clock = time.monotonic()
+            if stop and not finished:
+                self._status("stopped")
+                self.monitor.close()
+                raise Stopped(f"stopped at step {state.step} of {config.steps}; rerun to resume")
+
+    def progress(self) -> float:
+        """How much of the run is done, 0 to 1: by steps, or by time where the recipe limits that and it is further."""
+        config = self.job.config
+        by_time = 0.0 if config.minutes is None else self.state.duration_s / (60 * config.minutes)
+        return max(self.state.step / config.steps, by_time)
+
+    def step(self, trained: PhaseEngine, plan: Plan, index_G: np.ndarray, epoch: int) -> bool:
+        """One global batch: forward, backward, update. Whether to stop after it."""
+        job, state, ranks = self.job, self.state, self.job.ranks
+        # A decay that ends with the run, whichever limit ends it; the warm-up counts steps.
+        warm = state.step < job.config.learning_rate.warmup_steps
+        lr = self.learning_rate.at(state.step if warm else int(self.progress() * job.config.steps))
+        tokens = int(plan.target_N[index_G].sum())
+        shares = batches.share(index_G, plan.order_N, ranks.rank, ranks.world, job.micro)
+        # Nats, padded target positions, stop wish: one reduction a step.
+        sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+        outcome = None
+        for index_B in shares:
+            batch = job.batch(job.train, index_B, plan, epoch)
+            nats = trained.forward(**batch._asdict()).sum()
+            # The engine takes the mean over micro batches and ranks; the loss is a mean over tokens.
+            trained.backward(nats * (ranks.world * len(shares) / tokens))
+            outcome = trained.step(lr)
+            sums[0] += nats.detach().double()
+            sums[1] += batch.labels_BT.numel()
+        sums[2] = float(self.stop.raised is not None)
+        nats_sum, positions, stop = runtime.all_sum(sums).tolist()
+        state.position += 1
+        if outcome is None or not outcome.applied:
+            self._skip()
+            return stop > 0
+        state.skipped_in_row = 0
+        state.step += 1
+        state.tokens += tokens
+        adds = {"steps": 1.0, "nats": nats_sum, "tokens": tokens, "positions": positions}
+        for key, value in {**adds, "texts": len(index_G), "grad_norm": outcome.grad_norm}.items():
+            state.window[key] = state.window.get(key, 0.0) + value
+        state.window["lr"] = lr
+        self.monitor.advance(1)
+        return stop > 0
+
+    def validate(self, trained: PhaseEngine) -> None:
+        """Measure the held-out sentences and replace the exported model."""
+        trained.eval()
+        self.state.held_out = measure(trained.module, self.job)
+        trained.train()
+        self.monitor.evaluation(self.state.step, "valid", self.state.held_out)
+        self._export(trained.state())
+
+    def save(self, trained: PhaseEngine) -> None:
+        """Write a portable checkpoint; older ones go once it is whole."""
+        job = self.job
+        progress = {"state": asdict(self.state), "global_step": self.state.step, "data": self._data()}
+        checkpoint.save(job.run_dir, trained.state(), progress, job.ranks)
+        checkpoint.prune(job.run_dir, job.config.checkpoint.keep, job.ranks)
+
+    def _restore(self) -> PhaseState | None:
+        found = checkpoint.newest(self.job.run_dir)
+        if found is None:
+            self.monitor.resume_from(0)
+            return None
+        saved, progress = checkpoint.load(found, self.job.ranks)
+        if progress["data"] != self._data():
+            raise CheckpointError(f"{found}: the training data changed since this checkpoint; use another --run-dir")
+        self.state = PretrainState(**progress["state"])
+        self.monitor.resume_from(progress["global_step"])
+        return saved
+
+    def _order(self, epoch: int) -> tuple[Plan, np.ndarray]:
+        config = self.job.config
+        plan = plan_epoch(self.job.train.lengths_N, config, epoch)
+        size, buckets = config.batch.global_size, config.batch.bucket_batches
+        return plan, batches.epoch_batches(plan.order_N, size, buckets, config.seed, 0, epoch)
+
+    def _skip(self) -> None:
+        self.state.skipped += 1
+        self.state.skipped_in_row += 1
+        if self.state.skipped_in_row >= self.job.config.max_skipped_steps:
+            raise RuntimeError(f"{self.state.skipped_in_row} steps in a row had non-finite gradients; lower the lr")
+
+    def _log(self, duration_s: float) -> None:
+        window, state = self.state.window, self.state
+        self.monitor.log(
+            {
+                "phase": "pretrain",
+                "step": state.step,
+                "epoch": round(state.position / self.job.steps_per_epoch, 4),
+                "loss": window["nats"] / window["tokens"],
+                "lr": window["lr"],
+                "grad_norm": window["grad_norm"] / window["steps"],
+                "tokens_per_s": window["tokens"] / max(duration_s, 1e-9),
+                "texts_per_s": window["texts"] / max(duration_s, 1e-9),
+                "padding": 1.0 - window["tokens"] / window["positions"],
+                "skipped_steps": state.skipped,
+            }
+        )
+        state.window = {}
+
+    def _export(self, state: PhaseState) -> None:
+        job = self.job
+        if job.ranks.is_main:
+            model = build_t5(job.config.architecture, job.tokenizer, job.config.seed)
+            with torch.no_grad():
+                for name, parameter in TextToText(model).named_parameters():
+                    parameter.copy_(state.weights[name])
+            model.eval()
+            prefixes = job.sources["example_prefixes"]
+            examples = {prefix: continue_text(model, job.tokenizer, prefix) for prefix in prefixes}
+            card = base_card(
+                job.config,
+                job.sources,
+                asdict(self.state),
+                job.ranks,
+                job.precision,
+                model.num_parameters(),
+                examples,
+            )
+            export_t5(model, job.tokenizer, job.pieces, card, job.run_dir / "model")
+        runtime.barrier()
+
+    def _data(self) -> dict[str, Any]:
+        return {"fingerprint": self.job.train.fingerprint, "texts": len(self.job.train)}
+
+    def _status(self, state: str) -> None:
+        if self.job.ranks.is_main:
+            monitor.write_status(self.job.run_dir, state, step=self.state.step, total_steps=self.job.config.steps)
+
+
+@torch.no_grad()
+def measure(model: torch.nn.Module, job: Job) -> dict[str, float]:
+    """Held-out losses in nats: of whole sentences (plain LM), of second halves (prefix LM), of corrupted spans.
+
+    A collective: all ranks make the same number of forward passes.
+    """
+    lengths_N = job.valid.lengths_N
+    whole = whole_texts(lengths_N)
+    cut_N = lengths_N // 2
+    halves = Plan(whole.kind_N, cut_N, cut_N + 1, lengths_N - cut_N + 1)
+    only_spans = job.config.model_copy(update={"span_corruption": 1.0})
+    plans = {"lm": whole, "prefix": halves, "spans": plan_epoch(lengths_N, only_spans, 0)}
+    sums = torch.zeros(len(plans), dtype=torch.float64, device=job.ranks.device)
+    for row, plan in enumerate(plans.values()):
+        for index_B, weight_B in batches.evaluation_batches(plan.order_N, 128, job.ranks.rank, job.ranks.world):
+            nats_B = model(**job.batch(job.valid, index_B, plan, 0)._asdict())
+            sums[row] += (nats_B.double() * torch.from_numpy(weight_B).to(nats_B.device)).sum()
+    totals = runtime.all_sum(sums).tolist()
+    rates = {
+        f"{name}_per_token": total / int(plan.target_N.sum())
+        for (name, plan), total in zip(plans.items(), totals, strict=True)
+    }
+    size = {"sentences": len(job.valid), "tokens": int(whole.target_N.sum())}
+    return {**rates, "lm_per_sentence": totals[0] / len(job.valid), **size}
+
+
+def _vocabulary(texts: list[str], vocab_size: int, run_dir: Path) -> bytes:
+    """The run's own pieces, learned once: a resumed run must not learn others."""
+    path = run_dir / pieces_of.PIECES_FILE
+    if not path.is_file():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_bytes(pieces_of.train_pieces(texts, vocab_size))
+        part.replace(path)
+    return path.read_bytes()
+
+
+def _prefixes(texts: list[str]) -> list[str]:
+    """First halves of some held-out sentences, for the examples of the model card."""
+    long = [str(text).split() for text in texts if len(str(text).split()) >= 10]
+    return [" ".join(words[: len(words) // 2]) for words in long[:SHOWN_TEXTS]]
+
+
+def _is_done(run_dir: Path, config: PretrainConfig, resume: bool) -> bool:
+    """Whether there is nothing left to do. Raises ConfigError if the directory holds another run."""
+    stored = run_dir / "config.yaml"
+    if not stored.is_file():
+        return False
+    if not resume:
+        raise ConfigError(f"{run_dir} already holds a run; choose another --run-dir, or --resume auto")
+    before = configuration.load(PretrainConfig, str(stored))
+    changed = [key for key in PretrainConfig.model_fields if getattr(before, key) != getattr(config, key)]
+    fatal = [key for key in changed if key not in FREE_ON_RESUME]
+    if fatal:
+        raise ConfigError(f"{stored}: the run was made with other {', '.join(fatal)}; choose another --run-dir")
+    return (monitor.read_status(run_dir) or {}).get("state") == "done"

@@ -1,0 +1,159 @@
+"""The small JSON files of a run directory: `status.json` (running, stopped, failed, done) and `environment.json`.
+
+All JSON is strict: a number that is not finite is null. A file is replaced atomically: a reader meets the old one or
+the whole new one, whenever the writer dies.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vae_ds.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from vae_ds.runtime import Ranks
+
+STATES = ("running", "stopped", "failed", "done")
+PACKAGES = ("vae_ds", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+PROCESS_BEGAN = _now()
+
+
+def write_status(run_dir: str | Path, state: str, **facts: Any) -> None:
+    """Write `status.json` atomically: the state, when, which process, and `facts` (`reason`, `exit_code`, `step` ...).
+
+    `started_at` is when this process began, `updated_at` is now; both ISO 8601 in UTC. Call it on rank 0.
+    Raises ValueError for a state that is none of running, stopped, failed, done.
+    """
+    if state not in STATES:
+        raise ValueError(f"state `{state}`; one of {', '.join(STATES)}")
+    process = {"started_at": PROCESS_BEGAN, "updated_at": _now(), "pid": os.getpid(), "host": socket.gethostname()}
+    write_json(Path(run_dir) / "status.json", {"state": state, "reason": None} | facts | process)
+
+
+def read_status(run_dir: str | Path) -> dict[str, Any] | None:
+    """What `write_status` wrote last, or None where there is no status. Raises CheckpointError if it is unreadable."""
+    path = Path(run_dir) / "status.json"
+    try:
+        status = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a run's status: {error}") from None
+    if not isinstance(status, dict) or status.get("state") not in STATES:
+        raise CheckpointError(f"{path}: not a run's status: its `state` is none of {', '.join(STATES)}")
+    return status
+
+
+def environment(ranks: Ranks) -> dict[str, Any]:
+    """Versions, the package's git commit, host, devices of this host and world size, as `environment.json` has them.
+
+    `commit` is null where the package is no checkout; `commit_modified` says that tracked files differ from it.
+    """
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        **_checkout(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "world_size": ranks.world,
+        "device": ranks.device.type,
+        "devices": _devices(ranks),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "time": _now(),
+    }
+
+
+def write_environment(run_dir: str | Path, ranks: Ranks) -> None:
+    """Write `environment.json`, on rank 0."""
+    if ranks.is_main:
+        write_json(Path(run_dir) / "environment.json", environment(ranks))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write strict JSON atomically. Arrays and tensors of any library are taken; folders are made."""
+    replace_file(Path(path), f"{strict_json(value, indent=2)}\n".encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file atomically; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Hosts that share the folder may share process numbers, so the name has both; it has no part of the file's own
+    # name, by which another program may pick up what a crash left behind.
+    part = path.with_name(f".part-{socket.gethostname()}-{os.getpid()}")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """JSON text of `value`; what is not finite becomes null, what JSON has no form for its string."""
+    return json.dumps(_finite(unpacked(value)), indent=indent, allow_nan=False, default=str)
+
+
+def unpacked(value: Any) -> Any:
+    """Tensors and arrays of any library as Python numbers and lists."""
+    if isinstance(value, Mapping):
+        return {str(key): unpacked(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [unpacked(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _checkout() -> dict[str, Any]:
+    root = Path(__file__).resolve().parent.parent
+    found = _git(root, "rev-parse", "--show-toplevel", "HEAD")
+    top, commit = [*found.splitlines(), "", ""][:2] if found else ("", "")
+    # An installed package may lie inside somebody else's checkout, whose commit says nothing about it.
+    if not commit or Path(top).resolve() != root:
+        return {"commit": None, "commit_modified": None}
+    return {"commit": commit, "commit_modified": bool(_git(root, "status", "--porcelain", "--untracked-files=no"))}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _devices(ranks: Ranks) -> list[str]:
+    if ranks.device.type != "cuda":
+        return [f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"]
+    import torch
+
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in found]

@@ -1,0 +1,398 @@
+"""The training loop: a run is a list of phases, a phase is an engine, a step is a global batch.
+
+Shapes: B sentences of a micro batch, G of a global batch, L latent units.
+Losses are in nats per sentence, means over the global batch (METHOD, section 2).
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vae_ds import batches, checkpoint, corpora, engine, evaluate, generate, monitor, phases, records, runtime
+from vae_ds import config as configuration
+from vae_ds.config import RunConfig
+from vae_ds.engine import PhaseEngine, PhaseState
+from vae_ds.errors import CheckpointError, ConfigError, Stopped
+from vae_ds.gaussian import thresholded_kl
+from vae_ds.model import T5VAE, check_base, load_tokenizer
+from vae_ds.phases import PhasePlan
+from vae_ds.runtime import Ranks
+from vae_ds.schedules import Target
+from vae_ds.tokens import TokenSet, tokenise
+
+# What a resumed run may set anew: how it is watched and stored, not what it computes.
+FREE_ON_RESUME = {"logging", "checkpoint", "validation", "evaluation", "deepspeed", "name"}
+SHOWN_TEXTS = 8
+
+
+@dataclass
+class TrainState:
+    """Everything that changes in a run but the weights and moments; goes into each checkpoint."""
+
+    phase: int = 0
+    position: int = 0  # global batches consumed in this phase, skipped ones too
+    step: int = 0  # applied optimizer steps in this phase
+    skipped: int = 0
+    skipped_in_row: int = 0
+    beta: float | None = None  # carried by the schedule `target`
+    held_kl: list[float] | None = None  # last step's global mean KL of each unit
+    best: float | None = None  # lowest valid nelbo so far
+    window: dict[str, float] = field(default_factory=dict)  # sums since the last logged row
+
+    def begin_phase(self, index: int) -> None:
+        self.phase, self.position, self.step, self.skipped_in_row = index, 0, 0, 0
+        self.beta, self.held_kl, self.window = None, None, {}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is known before any weight is loaded."""
+
+    config: RunConfig
+    run_dir: Path
+    ranks: Ranks
+    precision: str
+    ds_config: dict[str, Any]
+    micro: int
+    tokenizer: Any
+    train: TokenSet
+    valid: TokenSet
+    plans: list[PhasePlan]
+
+    @property
+    def accumulation(self) -> int:
+        return self.config.batch.global_size // (self.micro * self.ranks.world)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(plan.steps for plan in self.plans)
+
+
+def train(
+    recipe: str | RunConfig,
+    run_dir: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: str = "auto",
+) -> Path:
+    """Run a recipe to its end, or on from where its run directory stands. Returns the run directory.
+
+    Start it on every rank. A run that is done returns at once. Raises UserError for wrong input, before any model is
+    loaded, and Stopped after a signal, once a checkpoint is safe.
+    """
+    config = recipe if isinstance(recipe, RunConfig) else configuration.load(RunConfig, recipe, overrides)
+    directory = Path(run_dir or Path("runs") / config.name)
+    ranks = runtime.start()
+    if _is_done(directory, config, resume):
+        return directory
+    job = prepare(config, directory, ranks)
+    if ranks.is_main:
+        _write_headers(job)
+    runtime.barrier()
+    Trainer(job).run()
+    return directory
+
+
+def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Job:
+    """Check everything that can be checked, then make the data ready. Raises UserError; loads no weights."""
+    check_base(config.model.base)
+    corpora.check(config.data)
+    precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
+    clips = {"gradient_clipping": [phase.optimizer.clip for phase in config.phases]}
+    ds_config = engine.resolve(config.deepspeed, precision, ranks.device, stated=clips)
+    micro = batches.micro_batch(config.batch.global_size, ranks.world, config.batch.micro)
+    tokenizer = load_tokenizer(config.model.base)
+    corpus = runtime.rank0_first(lambda: corpora.load(config.data))
+    cache = runtime.cache_dir(config.data.cache_dir)
+    train_set, valid_set = (
+        runtime.rank0_first(lambda split=split: tokenise(corpus, split, tokenizer, config.data.max_tokens, cache))
+        for split in ("train", "valid")
+    )
+    plans = phases.plan(config.phases, batches.steps_per_epoch(len(train_set), config.batch.global_size))
+    valid_set = valid_set.first(config.validation.sentences)
+    return Job(config, run_dir, ranks, precision, ds_config, micro, tokenizer, train_set, valid_set, plans)
+
+
+class Trainer:
+    """One run on this rank; `run` reads like the method."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.state = TrainState()
+        self.stop = runtime.StopFlag()
+        self.stop.install()
+        logging = job.config.logging
+        self.monitor = monitor.Monitor(job.run_dir, job.ranks, logging.tensorboard, logging.progress)
+
+    def run(self) -> None:
+        """All phases, from the newest checkpoint if there is one, then the export."""
+        resumed, weights = self._restore()
+        self._status("running")
+        for plan in self.job.plans[self.state.phase :]:
+            if plan.index != self.state.phase:
+                self.state.begin_phase(plan.index)
+            weights = self.run_phase(plan, weights, resumed)
+            resumed = None
+        self._export(weights)
+        self.monitor.close()
+        self._status("done")
+
+    def run_phase(
+        self, plan: PhasePlan, weights: dict[str, torch.Tensor] | None, resumed: PhaseState | None
+    ) -> dict[str, torch.Tensor]:
+        """Train one phase on an engine of its own. Returns the float32 weights that the next phase starts from."""
+        if self.state.step >= plan.steps and weights is not None:
+            return weights
+        job = self.job
+        model = self.build(plan, weights if self.state.position or resumed else self._reset(plan, weights))
+        trainer_engine = PhaseEngine(
+            model,
+            optimizer=plan.settings.optimizer,
+            micro=job.micro,
+            accumulation=job.accumulation,
+            ranks=job.ranks,
+            precision=job.precision,
+            ds_config=job.ds_config,
+        )
+        # After the engine, since building one draws numbers, too.
+        runtime.seed_everything(job.config.seed, job.ranks.rank, plan.index)
+        if resumed is not None:
+            trainer_engine.load(resumed)
+        self.monitor.begin_phase(plan.name, plan.steps, self.state.step)
+        phases.train_mode(trainer_engine.module)
+        try:
+            self.steps(plan, trainer_engine)
+            return trainer_engine.state().weights
+        finally:
+            trainer_engine.close()
+
+    def steps(self, plan: PhasePlan, trainer_engine: PhaseEngine) -> None:
+        """The loop of one phase: step, log, validate, save, until its applied steps are done."""
+        config, state = self.job.config, self.state
+        order_epoch, order_SG = -1, np.empty((0, 0), dtype=np.int64)
+        clock = time.monotonic()
+        while state.step < plan.steps:
+            epoch, number = phases.epoch_of(state.position, plan.steps_per_epoch)
+            if epoch != order_epoch:
+                order_epoch, order_SG = epoch, self._order(plan, epoch)
+            stop = self.step(plan, trainer_engine, order_SG[number], epoch)
+            finished = state.step == plan.steps
+            fresh = state.skipped_in_row == 0
+            if fresh and (finished or state.step % config.logging.every == 0):
+                now = time.monotonic()
+                self._log(plan, epoch, now - clock)
+                clock = now
+            if fresh and (finished or state.step % config.validation.every_steps == 0):
+                self.validate(plan, trainer_engine)
+                clock = time.monotonic()
+            if stop or (fresh and (finished or state.step % config.checkpoint.every_steps == 0)):
+                self.save(plan, trainer_engine)
+                clock = time.monotonic()
+            if stop:
+                self._status("stopped")
+                self.monitor.close()
+                raise Stopped(f"stopped in phase {plan.name} at step {state.step} of {plan.steps}; rerun to resume")
+
+    def step(self, plan: PhasePlan, trainer_engine: PhaseEngine, index_G: np.ndarray, epoch: int) -> bool:
+        """One global batch: forward, backward, update, and what the schedules carry on. Whether to stop after it."""
+        job, state, settings = self.job, self.state, plan.settings
+        beta = plan.beta.at(state.step, state.beta)
+        lr = plan.learning_rate.at(state.step)
+        units = trainer_engine.module.latent_dim
+        held_L = None if state.held_kl is None else torch.tensor(state.held_kl, device=job.ranks.device)
+        # Loss, rec, thresholded KL, tokens, positions, stop wish, then the KL of each unit: one reduction a step.
+        sums = torch.zeros(6 + units, dtype=torch.float64, device=job.ranks.device)
+        outcome = None
+        shares = batches.share(index_G, job.train.lengths_N, job.ranks.rank, job.ranks.world, job.micro)
+        for index_B in shares:
+            batch = batches.collate(
+                job.train,
+                index_B,
+                pad_id=job.tokenizer.pad_token_id,
+                latent_dim=units,
+                seed=job.config.seed,
+                keys=(plan.index, epoch),
+                denoise=settings.denoise,
+                sample=settings.sample_posterior,
+            ).to(job.ranks.device)
+            terms = trainer_engine.forward(**batch.arguments())
+            floor_B = thresholded_kl(terms.kl_BL, settings.free_bits.mode, settings.free_bits.nats, held_L)
+            loss_B = terms.rec_B + beta * floor_B
+            trainer_engine.backward(loss_B.mean())
+            outcome = trainer_engine.step(lr)
+            with torch.no_grad():
+                parts = [loss_B.sum(), terms.rec_B.sum(), floor_B.sum()]
+                sums[:3] += torch.stack(parts).double()
+                sums[3:5] += torch.tensor([batch.tokens, batch.positions], dtype=torch.float64, device=sums.device)
+                sums[6:] += terms.kl_BL.sum(0).double()
+        sums[5] = float(self.stop.raised is not None)
+        totals = runtime.all_sum(sums).cpu()
+        state.position += 1
+        if outcome is None or not outcome.applied:
+            self._skip()
+            return bool(totals[5] > 0)
+        state.skipped_in_row = 0
+        state.step += 1
+        kl_L = totals[6:] / len(index_G)
+        state.held_kl = kl_L.tolist()
+        if isinstance(plan.beta, Target):
+            state.beta = plan.beta.carry(beta, float(kl_L.sum()))
+        self._count(totals, kl_L, len(index_G), beta, lr, outcome.grad_norm)
+        self.monitor.advance(1)
+        return bool(totals[5] > 0)
+
+    def build(self, plan: PhasePlan, weights: dict[str, torch.Tensor] | None) -> T5VAE:
+        """A fresh float32 module on the CPU with this phase's freezing, ready for an engine (DESIGN, rule 2)."""
+        model = T5VAE.from_base(self.job.config.model, self.job.config.seed)
+        if weights is not None:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(weights[name])
+        phases.freeze(model, plan.settings.freeze, f"phases.{plan.index}.freeze")
+        return model
+
+    def validate(self, plan: PhasePlan, trainer_engine: PhaseEngine) -> None:
+        """Measure the valid split's first sentences; the best nelbo so far becomes model/."""
+        job = self.job
+        model = trainer_engine.module
+        metrics = evaluate.evaluate(
+            model,
+            job.valid,
+            job.ranks,
+            job.config.evaluation,
+            seed=job.config.seed,
+            full=False,
+            pad_id=job.tokenizer.pad_token_id,
+        )
+        pairs, samples = self._texts(model)
+        step = plan.first_step + self.state.step
+        self.monitor.evaluation(step, "valid", metrics, metrics.get("kl_per_dim"), pairs, samples)
+        if self.state.best is None or metrics["nelbo"] < self.state.best:
+            self.state.best = metrics["nelbo"]
+            if job.config.export == "best":
+                self._export(trainer_engine.state().weights)
+
+    def save(self, plan: PhasePlan, trainer_engine: PhaseEngine) -> None:
+        """Write a portable checkpoint; older ones go once it is whole."""
+        job = self.job
+        progress = {"state": asdict(self.state), "global_step": plan.first_step + self.state.step, "data": self._data()}
+        checkpoint.save(job.run_dir, trainer_engine.state(share=True), progress, job.ranks)
+        checkpoint.prune(job.run_dir, job.config.checkpoint.keep, job.ranks)
+
+    def _restore(self) -> tuple[PhaseState | None, dict[str, torch.Tensor] | None]:
+        found = checkpoint.newest(self.job.run_dir)
+        if found is None:
+            self.monitor.resume_from(0)
+            return None, None
+        saved, progress = checkpoint.load(found, self.job.ranks)
+        if progress["data"] != self._data():
+            raise CheckpointError(f"{found}: the training data changed since this checkpoint; use another --run-dir")
+        self.state = TrainState(**progress["state"])
+        self.monitor.resume_from(progress["global_step"])
+        return saved, saved.weights
+
+    def _order(self, plan: PhasePlan, epoch: int) -> np.ndarray:
+        batch = self.job.config.batch
+        return batches.epoch_batches(
+            self.job.train.lengths_N, batch.global_size, batch.bucket_batches, self.job.config.seed, plan.index, epoch
+        )
+
+    def _reset(self, plan: PhasePlan, weights: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+        """The weights a phase starts from: with `reset_decoder`, the decoder group is the base's again (Li 2019)."""
+        if weights is None or not plan.settings.reset_decoder:
+            return weights
+        base = T5VAE.from_base(self.job.config.model, self.job.config.seed)
+        fresh = {name: p.detach() for name, p in base.named_parameters() if phases.group_of(name) == "decoder"}
+        return weights | fresh
+
+    def _skip(self) -> None:
+        state, limit = self.state, self.job.config.max_skipped_steps
+        state.skipped += 1
+        state.skipped_in_row += 1
+        if state.skipped_in_row >= limit:
+            raise RuntimeError(f"{limit} steps in a row had non-finite gradients and were skipped; a lower lr may do")
+
+    def _count(
+        self, totals: torch.Tensor, kl_L: torch.Tensor, sentences: int, beta: float, lr: float, grad_norm: float
+    ) -> None:
+        window = self.state.window
+        loss, rec, floor, tokens, positions = (totals[:5]).tolist()
+        adds = {
+            "steps": 1.0,
+            "loss": loss / sentences,
+            "rec": rec / sentences,
+            "kl": float(kl_L.sum()),
+            "kl_weighted": beta * floor / sentences,
+            "grad_norm": grad_norm,
+            "tokens": tokens,
+            "positions": positions,
+        }
+        for key, value in adds.items():
+            window[key] = window.get(key, 0.0) + value
+        window["beta"], window["lr"] = beta, lr
+
+    def _log(self, plan: PhasePlan, epoch: int, duration_s: float) -> None:
+        window, state = self.state.window, self.state
+        steps = window["steps"]
+        row: dict[str, Any] = {"phase": plan.name, "step": plan.first_step + state.step}
+        row["epoch"] = round(state.position / plan.steps_per_epoch, 4)
+        row |= {key: window[key] / steps for key in ("rec", "kl", "kl_weighted", "loss", "grad_norm")}
+        row["nelbo"] = row["rec"] + row["kl"]
+        row |= {"beta": window["beta"], "lr": window["lr"], "tokens_per_s": window["tokens"] / max(duration_s, 1e-9)}
+        row["padding"] = 1.0 - window["tokens"] / window["positions"]
+        row["skipped_steps"] = state.skipped
+        state.window = {}
+        self.monitor.log(row)
+
+    def _texts(self, model: T5VAE) -> tuple[list[tuple[str, str]], list[str]]:
+        """Reconstructions and prior samples for TensorBoard; every rank makes the same, as ZeRO 3 needs."""
+        tokenizer, limit = self.job.tokenizer, self.job.config.data.max_tokens
+        if model.bottleneck is None:
+            drawn = {"max_new_tokens": limit, "temperature": 1.0}
+            return [], generate.sample(model, tokenizer, SHOWN_TEXTS, self.job.config.seed, **drawn)
+        sources = [self.job.valid.text(i) for i in range(min(SHOWN_TEXTS, len(self.job.valid)))]
+        made = generate.reconstruct(model, tokenizer, sources, max_new_tokens=limit)
+        samples = generate.sample(model, tokenizer, SHOWN_TEXTS, self.job.config.seed, max_new_tokens=limit)
+        return list(zip(sources, made, strict=True)), samples
+
+    def _export(self, weights: dict[str, torch.Tensor]) -> None:
+        job = self.job
+        target = job.run_dir / "model"
+        last = self.state.phase == len(job.plans) - 1 and self.state.step == job.plans[-1].steps
+        if job.ranks.is_main and not (job.config.export == "best" and last and target.exists()):
+            model = T5VAE.from_base(job.config.model, job.config.seed)
+            model.save_pretrained(target, job.tokenizer, weights=weights)
+        runtime.barrier()
+
+    def _data(self) -> dict[str, Any]:
+        return {"fingerprint": self.job.train.fingerprint, "sentences": len(self.job.train)}
+
+    def _status(self, state: str) -> None:
+        if self.job.ranks.is_main:
+            facts = {"phase": self.state.phase, "step": self.state.step, "total_steps": self.job.total_steps}
+            records.write_status(self.job.run_dir, state, **facts)
+
+
+def _is_done(run_dir: Path, config: RunConfig, resume: str) -> bool:
+    """Whether there is nothing left to do. Raises ConfigError if the directory holds another run."""
+    stored = run_dir / "config.yaml"
+    if not stored.is_file():
+        return False
+    if resume == "never":
+        raise ConfigError(f"{run_dir} already holds a run; choose another --run-dir, or --resume auto")
+    before = configuration.load(RunConfig, str(stored))
+    changed = [key for key in RunConfig.model_fields if getattr(before, key) != getattr(config, key)]
+    fatal = [key for key in changed if key not in FREE_ON_RESUME]
+    if fatal:
+        raise ConfigError(f"{stored}: the run was made with other {', '.join(fatal)}; choose another --run-dir")
+    return (records.read_status(run_dir) or {}).get("state") == "done"
+
+
+def _write_headers(job: Job) -> None:
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    (job.run_dir / "config.yaml").write_text(configuration.dump(job.config), encoding="utf-8")
+    records.write_environment(job.run_dir, job.ranks)
