@@ -103,37 +103,45 @@ show() {
   check "$code" "vae-ds $1"
 }
 
-stage "setup"
-if ((install)); then setup ""; else choose_environment; fi
-mkdir -p "$runs" || die "cannot make the directory $runs" "$WRONG_INPUT"
-runs=$(cd "$runs" && pwd)
-# Short names in what is printed, when called from the repository.
-[[ $PWD != "$REPO" ]] || runs=${runs#"$REPO"/}
-count=$(processes)
-echo "$("$PY" --version), $count processes, runs in $runs"
+# One function, read whole before it runs: bash reads a script line by line, and this one may change meanwhile.
+demo() {
+  stage "setup"
+  if ((install)); then setup ""; else choose_environment; fi
+  mkdir -p "$runs" || die "cannot make the directory $runs" "$WRONG_INPUT"
+  runs=$(cd "$runs" && pwd)
+  # Short names in what is printed, when called from the repository.
+  [[ $PWD != "$REPO" ]] || runs=${runs#"$REPO"/}
+  count=$(processes)
+  # The demo's global batch of 64 divides over powers of two.
+  while ((count & (count - 1))); do count=$((count - 1)); done
+  echo "$("$PY" --version), $count processes, runs in $runs"
 
-stage "train the VAE in two phases: $runs/demo"
-train demo "$runs/demo" "${for_vae[@]}"
-stage "train the yardstick, a plain language model from the same base: $runs/demo-yardstick"
-train demo-yardstick "$runs/demo-yardstick" "${for_yardstick[@]}"
-stage "evaluate the yardstick on the test split"
-evaluate "$runs/demo-yardstick"
-stage "evaluate the VAE on the test split"
-evaluate "$runs/demo" --yardstick "$runs/demo-yardstick"
+  stage "train the VAE in two phases: $runs/demo"
+  train demo "$runs/demo" "${for_vae[@]}"
+  stage "train the yardstick, a plain language model from the same base: $runs/demo-yardstick"
+  train demo-yardstick "$runs/demo-yardstick" "${for_yardstick[@]}"
+  stage "evaluate the yardstick on the test split"
+  evaluate "$runs/demo-yardstick"
+  stage "evaluate the VAE on the test split"
+  evaluate "$runs/demo" --yardstick "$runs/demo-yardstick"
 
-stage "results on the test split, nats a sentence"
-show compare "$runs/demo" "$runs/demo-yardstick"
-stage "reconstructions of test sentences"
-show reconstruct "$runs/demo" --from test -n 5
-stage "samples from the prior"
-show sample "$runs/demo" -n 8
-stage "from one sentence to another, in equal steps through the latent space"
-show interpolate "$runs/demo" "The name of the file to read." "Returns true if the two objects are equal."
-stage ""
+  stage "results on the test split, nats a sentence"
+  show compare "$runs/demo" "$runs/demo-yardstick"
+  stage "reconstructions of test sentences"
+  show reconstruct "$runs/demo" --from test -n 5
+  stage "samples from the prior"
+  show sample "$runs/demo" -n 8
+  stage "from one sentence to another, in equal steps through the latent space"
+  show interpolate "$runs/demo" "The name of the file to read." "Returns true if the two objects are equal."
+  stage ""
 
-say "done; seconds by stage"
-printf '%s\n' "${report[@]}"
-printf '%5d s  in all\n' "$SECONDS"
-tensorboard=$VENV/bin/tensorboard
-[[ $PWD != "$REPO" ]] || tensorboard=${tensorboard#"$REPO"/}
-printf '\nTo see the curves:\n  %s --logdir %s\n' "$tensorboard" "$runs"
+  say "done; seconds by stage"
+  printf '%s\n' "${report[@]}"
+  printf '%5d s  in all\n' "$SECONDS"
+  tensorboard=$VENV/bin/tensorboard
+  [[ $PWD != "$REPO" ]] || tensorboard=${tensorboard#"$REPO"/}
+  printf '\nTo see the curves:\n  %q --logdir %q\n' "$tensorboard" "$runs"
+}
+
+demo
+exit

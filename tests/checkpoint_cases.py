@@ -19,8 +19,8 @@ OTHER = 1.0  # what the weights of an engine about to be loaded are off by
 
 def train(ranks: Ranks, folder: Path) -> None:
     """Train, save by shares, and record what an uninterrupted run does next."""
-    torch.manual_seed(ranks.rank)
     trained = engine(network(), ranks, STAGE, "fp32")
+    torch.manual_seed(ranks.rank)
     for step in range(STEPS):
         train_step(trained, ranks, step)
     saved = trained.state(share=True)

@@ -261,7 +261,7 @@ def cases() -> dict[str, Callable[[Ranks], None]]:
     for stage, clip in [*((stage, 0.05) for stage in STAGES), (0, 0.0), (2, 0.0), ("3_persistent", 0.0)]:
         add(f"parity-zero{stage}-{'clip' if clip else 'no_clip'}", parity, stage, clip)
     kinds = [(stage, precision) for precision in PRECISIONS for stage in STAGES]
-    for stage, precision in [*kinds, ("3_persistent", "bf16"), ("2_offload", "bf16"), ("3_offload", "bf16")]:
+    for stage, precision in [*kinds, ("3_persistent", "bf16"), *((f"{stage}_offload", "bf16") for stage in (1, 2, 3))]:
         for work in (phases, skipped):
             add(f"{work.__name__}-zero{stage}-{precision}", work, stage, precision)
     return found

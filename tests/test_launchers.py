@@ -25,6 +25,8 @@ import tiny
 REPO = Path(__file__).resolve().parent.parent
 LAUNCHERS = REPO / "launchers"
 SCRIPTS = [*sorted(LAUNCHERS.glob("*.sh")), REPO / ".ci" / "run"]
+# What a launcher and its ranks need to the first step, on a machine that others use too.
+STARTUP_S = 300.0
 # A CUDA build of torch pins what it brings itself.
 TORCHS_OWN = re.compile(r"^(nvidia-|cuda-|triton)")
 
@@ -321,7 +323,7 @@ def test_the_ranks_exit_code_comes_back(job: dict[str, str], tmp_path: Path) -> 
     assert processes_of(job) == []
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_ranks_outlive_no_launcher(job: dict[str, str], settings: list[str], tmp_path: Path) -> None:
     """A killed launch.py leaves its ranks alone and lets `deepspeed` exit 0; ours ends them, and they save first."""
     run, output = tmp_path / "run", tmp_path / "output"
@@ -329,7 +331,7 @@ def test_ranks_outlive_no_launcher(job: dict[str, str], settings: list[str], tmp
     command = [sys.executable, str(LAUNCHERS / "ranks.py"), "-n", "2", "train", "demo", "--run-dir", str(run)]
     process = start([*command, "--set", *changes], job, output)
     try:
-        wait_until(lambda: len(rows(run)) > 2, process, output, 120)
+        wait_until(lambda: len(rows(run)) > 2, process, output, STARTUP_S)
         (launcher,) = [one for one in processes_of(job) if "deepspeed.launcher.launch" in one.cmdline()]
         launcher.kill()
         process.wait(timeout=90)
@@ -350,7 +352,7 @@ def test_the_demo_from_a_stop_to_the_table(job: dict[str, str], settings: list[s
     slow += ["--set-yardstick", "phases.0.steps=8"]
     try:
         process = start(slow, job, output)
-        wait_until(lambda: len(rows(runs / "demo")) > 2, process, output, 120)
+        wait_until(lambda: len(rows(runs / "demo")) > 2, process, output, STARTUP_S)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(timeout=90) == 75, output.read_text(encoding="utf-8")
         assert processes_of(job) == []
@@ -370,7 +372,7 @@ def test_the_demo_from_a_stop_to_the_table(job: dict[str, str], settings: list[s
             assert json.loads((runs / run / "eval-test.json").read_text(encoding="utf-8"))["sentences"] == 80
         for word in ("rec", "iw_nll", "z_gain", "demo-yardstick", "seconds by stage", "in all"):
             assert word in said
-        assert re.search(r"tensorboard --logdir .*my runs", said)
+        assert re.search(r"tensorboard --logdir \S*my\\ runs\n", said)
 
         written = (runs / "demo" / "eval-test.json").stat().st_mtime_ns
         process = start(slow, job, output)

@@ -22,11 +22,7 @@ WAIT_FOR_RANK0_S = 10.0
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Parse, run, and leave with the documented exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    # DeepSpeed's launcher puts --local_rank=N in front; the environment says the same.
-    words = [word for word in words if not word.startswith("--local_rank")]
-    arguments = _parser().parse_args(words)
-    code = _run(arguments)
+    code = run(list(sys.argv[1:] if argv is None else argv))
     sys.stdout.flush()
     sys.stderr.flush()
     if _distributed():
@@ -36,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def run(words: Sequence[str]) -> int:
+    """Run one command in this process and return its exit code; wrong arguments raise SystemExit(2)."""
+    # DeepSpeed's launcher puts --local_rank=N in front; the environment says the same.
+    arguments = _parser().parse_args([word for word in words if not word.startswith("--local_rank")])
     try:
         arguments.command(arguments)
     except UserError as error:
@@ -148,7 +147,8 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
 
     model, tokenizer = jobs.load_model(Path(arguments.run))
     texts = arguments.text or jobs.sentences(Path(arguments.run), arguments.source, arguments.number)
-    made = generate.reconstruct(model, tokenizer, texts, sampled=arguments.sampled, seed=arguments.seed, **_decoding(arguments))
+    drawn = {"sampled": arguments.sampled, "seed": arguments.seed}
+    made = generate.reconstruct(model, tokenizer, texts, **drawn, **_decoding(arguments))
     for text, again in zip(texts, made, strict=True):
         print(f"text  {text}\n  ->  {again}\n")
 

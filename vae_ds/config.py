@@ -18,8 +18,8 @@ from pydantic.fields import FieldInfo
 from vae_ds.errors import ConfigError
 from vae_ds.yaml_tree import override, parse_yaml
 
-SCHEMA_VERSION = 1
 SPLITS = ("train", "valid", "test")
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SCHEDULES = ("constant", "linear", "cyclical", "target")
 
 
@@ -209,7 +209,7 @@ class RunConfig(Settings):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on GPUs, fp32 on CPUs")
+    precision: Precision = Field("auto", description="auto: bf16 on GPUs, fp32 on CPUs")
     deepspeed: str = Field("zero1", description="a ZeRO stage (zero0..zero3), a shipped ds_config's name, or a file")
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
     validation: ValidationConfig = ValidationConfig()
@@ -259,7 +259,7 @@ class PretrainConfig(Settings):
     batch: BatchConfig = BatchConfig()
     steps: int = Field(1000, ge=1)
     minutes: float | None = Field(None, gt=0, description="end after this training time if it comes before `steps`")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     deepspeed: str = "zero1"
     optimizer: OptimizerConfig = OptimizerConfig()
     learning_rate: LearningRateConfig = LearningRateConfig(schedule="cosine", warmup_steps=100)

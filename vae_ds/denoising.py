@@ -9,6 +9,7 @@ Shapes: N texts, B texts of a batch, T tokens. Source and target end with the en
 their lengths.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ class Texts:
 
     def __getitem__(self, index: int) -> Ints:
         return self.ids[self.start_N[index] : self.start_N[index + 1]].astype(np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the ids and of where each text starts."""
+        return hashlib.blake2b(self.ids.tobytes() + self.start_N.tobytes(), digest_size=8).hexdigest()
 
     @property
     def lengths_N(self) -> Ints:
@@ -160,18 +166,21 @@ def corrupt(
 ) -> tuple[Ints, Ints]:
     """Replace `count` spans, `noise` tokens in all, by sentinels. Returns source and target, without end of sentence.
 
-    As in T5's code, a text starts with a kept span and ends with a replaced one, each at least one token long.
+    Spans are at least one token long and so is what lies between them. Unlike in T5's code the text may begin with a
+    span and need not end with one: most sentences have one span, which would always be their end.
     """
-    noise_lengths = _segments(noise, count, draws)
-    kept_lengths = _segments(len(ids) - noise, count, draws)
+    lost_lengths = _segments(noise, count, draws)
+    kept_lengths = _segments(len(ids) - noise + 2, count + 1, draws)
+    kept_lengths[[0, -1]] -= 1
     source: list[Ints] = []
     target: list[Ints] = []
     place = 0
-    for span, (kept, lost) in enumerate(zip(kept_lengths, noise_lengths, strict=True)):
+    for span, (kept, lost) in enumerate(zip(kept_lengths[:-1], lost_lengths, strict=True)):
         mark = np.asarray([sentinels[span]])
         source += [ids[place : place + kept], mark]
         target += [mark, ids[place + kept : place + kept + lost]]
         place += int(kept + lost)
+    source.append(ids[place:])
     target.append(np.asarray([sentinels[count]]))
     return np.concatenate(source), np.concatenate(target)
 

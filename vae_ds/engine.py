@@ -133,8 +133,7 @@ class PhaseEngine:
         self._ranks = ranks
         self._adam = torch.optim.AdamW(
             list(self._trainable.values()),
-            # DeepSpeed takes a step with zero gradients while it builds stage 0 in bf16: at 0 that decays nothing.
-            lr=0.0,
+            lr=0.0,  # `step` brings each step's own
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
@@ -147,7 +146,8 @@ class PhaseEngine:
         self._library = _library()
         self._engine = self._initialize(module, filled)
         self._masters = Masters(self._library, self._engine, self._adam, self._trainable, self._stage, ranks)
-        # DeepSpeed derives the masters from weights that it has already rounded to 16 bits.
+        # DeepSpeed derives the masters from weights that it has already rounded to 16 bits, and at stage 0 has taken a
+        # step with zero gradients by now.
         for name, value in exact.items():
             self._masters.write(name, value)
 

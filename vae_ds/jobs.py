@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vae_ds import corpora, evaluate, records, runtime
 from vae_ds import config as configuration
+from vae_ds import corpora, evaluate, records, runtime
 from vae_ds.config import EvaluationConfig, RunConfig
 from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.model import T5VAE, load_tokenizer

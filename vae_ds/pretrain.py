@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vae_ds import batches, checkpoint, corpora, engine, monitor, phases, runtime
+from vae_ds import batches, checkpoint, corpora, engine, monitor, phases, records, runtime
 from vae_ds import config as configuration
 from vae_ds import vocabulary as pieces_of
 from vae_ds.basemodel import TextToText, build_t5, continue_text, export_t5
@@ -25,8 +25,8 @@ from vae_ds.modelcard import base_card
 from vae_ds.runtime import Ranks
 from vae_ds.schedules import LearningRate
 
-# What a resumed run may set anew: how it is watched and stored, not what it computes.
-FREE_ON_RESUME = {"logging", "checkpoint", "validation", "deepspeed", "name"}
+# What a resumed run may set anew: how it is watched and stored, and when it ends.
+FREE_ON_RESUME = {"logging", "checkpoint", "validation", "deepspeed", "name", "steps", "minutes"}
 SHOWN_TEXTS = 6
 
 
@@ -92,7 +92,7 @@ def pretrain(config: PretrainConfig, run_dir: str | Path, resume: bool = True) -
     job = prepare(config, directory, ranks)
     if ranks.is_main:
         (directory / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
-    monitor.write_environment(directory, ranks)
+    records.write_environment(directory, ranks)
     runtime.barrier()
     Pretrainer(job).run()
     return directory
@@ -251,13 +251,13 @@ class Pretrainer:
         self.state.held_out = measure(trained.module, self.job)
         trained.train()
         self.monitor.evaluation(self.state.step, "valid", self.state.held_out)
-        self._export(trained.state())
+        self._export(trained.module, trained.state())
 
     def save(self, trained: PhaseEngine) -> None:
         """Write a portable checkpoint; older ones go once it is whole."""
         job = self.job
         progress = {"state": asdict(self.state), "global_step": self.state.step, "data": self._data()}
-        checkpoint.save(job.run_dir, trained.state(), progress, job.ranks)
+        checkpoint.save(job.run_dir, trained.state(share=True), progress, job.ranks)
         checkpoint.prune(job.run_dir, job.config.checkpoint.keep, job.ranks)
 
     def _restore(self) -> PhaseState | None:
@@ -302,13 +302,15 @@ class Pretrainer:
         )
         state.window = {}
 
-    def _export(self, state: PhaseState) -> None:
+    def _export(self, trained: torch.nn.Module, state: PhaseState) -> None:
         job = self.job
         if job.ranks.is_main:
             model = build_t5(job.config.architecture, job.tokenizer, job.config.seed)
+            assert isinstance(trained, TextToText)
+            weights = trained.plain(state.weights)
             with torch.no_grad():
-                for name, parameter in TextToText(model).named_parameters():
-                    parameter.copy_(state.weights[name])
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(weights[name])
             model.eval()
             prefixes = job.sources["example_prefixes"]
             examples = {prefix: continue_text(model, job.tokenizer, prefix) for prefix in prefixes}
@@ -329,7 +331,7 @@ class Pretrainer:
 
     def _status(self, state: str) -> None:
         if self.job.ranks.is_main:
-            monitor.write_status(self.job.run_dir, state, step=self.state.step, total_steps=self.job.config.steps)
+            records.write_status(self.job.run_dir, state, step=self.state.step, total_steps=self.job.config.steps)
 
 
 @torch.no_grad()
@@ -387,4 +389,4 @@ def _is_done(run_dir: Path, config: PretrainConfig, resume: bool) -> bool:
     fatal = [key for key in changed if key not in FREE_ON_RESUME]
     if fatal:
         raise ConfigError(f"{stored}: the run was made with other {', '.join(fatal)}; choose another --run-dir")
-    return (monitor.read_status(run_dir) or {}).get("state") == "done"
+    return (records.read_status(run_dir) or {}).get("state") == "done"
