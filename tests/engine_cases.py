@@ -251,17 +251,20 @@ def skipped(ranks: Ranks, stage: int | str, precision: str) -> None:
     twin.close()
 
 
-def cases() -> dict[str, Callable[[Ranks], None]]:
-    """Every case by name, in the order they run."""
+def cases(precision: str) -> dict[str, Callable[[Ranks], None]]:
+    """Every case of a precision by name, in the order they run."""
     found: dict[str, Callable[[Ranks], None]] = {}
 
     def add(name: str, work: Callable[..., None], *arguments: Any) -> None:
         found[name] = lambda ranks: work(ranks, *arguments)
 
-    for stage, clip in [*((stage, 0.05) for stage in STAGES), (0, 0.0), (2, 0.0), ("3_persistent", 0.0)]:
-        add(f"parity-zero{stage}-{'clip' if clip else 'no_clip'}", parity, stage, clip)
-    kinds = [(stage, precision) for precision in PRECISIONS for stage in STAGES]
-    for stage, precision in [*kinds, ("3_persistent", "bf16"), *((f"{stage}_offload", "bf16") for stage in (1, 2, 3))]:
+    stages: list[int | str] = list(STAGES)
+    if precision == "fp32":
+        for stage, clip in [*((stage, 0.05) for stage in STAGES), (0, 0.0), (2, 0.0), ("3_persistent", 0.0)]:
+            add(f"parity-zero{stage}-{'clip' if clip else 'no_clip'}", parity, stage, clip)
+    else:
+        stages += ["3_persistent", "1_offload", "2_offload", "3_offload"]
+    for stage in stages:
         for work in (phases, skipped):
             add(f"{work.__name__}-zero{stage}-{precision}", work, stage, precision)
     return found
@@ -292,4 +295,4 @@ def main(results: Path, works: dict[str, Callable[[Ranks], None]]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), cases())
+    main(Path(sys.argv[1]), cases(sys.argv[2]))

@@ -22,12 +22,12 @@ PROCESSES = 2
 
 
 class Session:
-    """One launch of all cases: its answers by rank, its output, and what it compiled."""
+    """One launch of a precision's cases: its answers by rank, its output, and what it compiled."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, precision: str) -> None:
         self.extensions = folder / "extensions"
         self.finished: Finished = launch(
-            [Path(engine_cases.__file__), folder],
+            [Path(engine_cases.__file__), folder, precision],
             processes=PROCESSES,
             timeout_s=270,
             env={"TORCH_EXTENSIONS_DIR": str(self.extensions)},
@@ -37,12 +37,17 @@ class Session:
         self.answers = [json.loads(path.read_text()) if path.is_file() else {} for path in paths]
 
 
-@pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
-    return Session(tmp_path_factory.mktemp("engine"))
+@pytest.fixture(scope="module", params=engine_cases.PRECISIONS)
+def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Session:
+    return Session(tmp_path_factory.mktemp("engine"), request.param)
 
 
-@pytest.mark.parametrize("case", engine_cases.cases())
+@pytest.mark.parametrize(
+    ("session", "case"),
+    [(precision, case) for precision in engine_cases.PRECISIONS for case in engine_cases.cases(precision)],
+    indirect=["session"],
+    scope="module",
+)
 def test_case_on_two_ranks(session: Session, case: str) -> None:
     for answers in session.answers:
         assert answers.get(case) == "ok", answers.get(case, f"not reached\n{session.finished.report()}")

@@ -341,7 +341,7 @@ def test_a_perplexity_past_the_largest_float_is_infinite(base):
 # More than one process
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(280)
 def test_two_processes_find_what_one_finds(base):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -357,7 +357,7 @@ def test_two_processes_find_what_one_finds(base):
         for rank in range(2)
     ]
     try:
-        outputs = [worker.communicate(timeout=100)[0] for worker in workers]
+        outputs = [worker.communicate(timeout=250)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

@@ -107,9 +107,10 @@ def test_other_ways_of_choosing_tokens(model, tokenizer, decoding):
         assert again != generate.reconstruct(model, tokenizer, TEXTS, seed=1, **decoding, **SHORT)
 
 
-def test_nearly_no_temperature_is_greedy(model, tokenizer):
-    cold = generate.sample(model, tokenizer, 4, 0, temperature=1e-4, **SHORT)
-    assert cold == generate.sample(model, tokenizer, 4, 0, **SHORT)
+@pytest.mark.parametrize("decoding", [{"temperature": 1e-4}, {"temperature": 1.5, "top_p": 1e-6}], ids=["cold", "thin"])
+def test_nearly_no_freedom_is_greedy(model, tokenizer, decoding):
+    drawn = generate.sample(model, tokenizer, 4, 0, **decoding, **SHORT)
+    assert drawn == generate.sample(model, tokenizer, 4, 0, **SHORT)
 
 
 @pytest.mark.parametrize("path", ["linear", "slerp"])

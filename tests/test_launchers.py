@@ -341,7 +341,7 @@ def test_ranks_outlive_no_launcher(job: dict[str, str], settings: list[str], tmp
         kill_all(job)
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1500)
 def test_the_demo_from_a_stop_to_the_table(job: dict[str, str], settings: list[str], tmp_path: Path) -> None:
     """Ctrl-C in phase 1, the same command again, and once more when all is done."""
     runs, output = tmp_path / "my runs", tmp_path / "output"
@@ -362,7 +362,7 @@ def test_the_demo_from_a_stop_to_the_table(job: dict[str, str], settings: list[s
         assert stopped_at < 40
 
         process = start(slow, job, output)
-        code = process.wait(timeout=700)
+        code = process.wait(timeout=900)
         said = output.read_text(encoding="utf-8")
         assert code == 0, said
         assert processes_of(job) == []

@@ -149,13 +149,8 @@ class Pretrainer:
         runtime.seed_everything(job.config.seed, job.ranks.rank, 0)
         resumed = self._restore()
         self._status("running")
-        model = build_t5(job.config.architecture, job.tokenizer, job.config.seed)
-        if resumed is not None:
-            with torch.no_grad():
-                for name, parameter in TextToText(model).named_parameters():
-                    parameter.copy_(resumed.weights[name])
         trained = PhaseEngine(
-            TextToText(model),
+            TextToText(build_t5(job.config.architecture, job.tokenizer, job.config.seed)),
             optimizer=job.config.optimizer,
             micro=job.micro,
             accumulation=job.config.batch.global_size // (job.micro * job.ranks.world),

@@ -17,8 +17,8 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from uuid import uuid4
 
 from datasets import Dataset, load_from_disk
@@ -37,14 +37,12 @@ _EXTRACTION = (__file__, *(module.__file__ for module in (english, prose, source
 _COMMENT = re.compile(r"^[ \t]*(?:#:?|//+!?|\*)[ \t](.*)$")
 _MESSAGE_WORDS = 6
 
+Kind = Literal["sentences", "paragraphs"]
+Keyed = tuple[str, str]
+"""A sentence after its near-duplicate key."""
 
-@dataclass(frozen=True)
-class Extract:
-    """What one file gives: plain sentences, and paragraphs as lists of sentences, both with near-duplicate keys."""
-
-    package: str
-    sentences: list[tuple[str, str]]
-    paragraphs: list[list[tuple[str, str]]]
+Extract = tuple[str, list[list[Keyed]]]
+"""What one file gives: its package, and the wanted sentences of each paragraph."""
 
 
 def load(data: DataConfig) -> Corpus:
@@ -53,7 +51,7 @@ def load(data: DataConfig) -> Corpus:
     The first call extracts (a minute or two, with a progress bar) into the cache; later calls map the cached files.
     Raises DataError if the cache cannot be written.
     """
-    folder = _prepared(data)
+    folder = _prepared(data, "sentences")
     meta = json.loads((folder / "meta.json").read_text())
     rows = {split: limited(_open(folder / split), data.limit) for split in SPLITS}
     return Corpus("docstrings", digest([meta["fingerprint"], str(data.limit)]), rows)
@@ -64,7 +62,7 @@ def paragraphs(data: DataConfig) -> Dataset:
 
     Every sentence whose near-duplicate key falls into valid or test is taken out, also after the finest splitting.
     """
-    return limited(_open(_prepared(data) / "paragraphs"), data.limit)
+    return limited(_open(_prepared(data, "paragraphs") / "paragraphs"), data.limit)
 
 
 def check(data: DataConfig) -> None:
@@ -86,22 +84,26 @@ def _open(folder: Path) -> Dataset:
     return rows
 
 
-def _prepared(data: DataConfig) -> Path:
+def _prepared(data: DataConfig, kind: Kind) -> Path:
     """The cache folder of what is installed now, filled if it is not there yet."""
     root = cache_dir(data.cache_dir) / "docstrings"
     # A change to the extraction makes another corpus, and nobody has to remember to raise a version.
     code = [ast.dump(ast.parse(Path(str(module)).read_text("utf-8"))) for module in _EXTRACTION]
-    folder = root / digest([*(f"{name}=={version}" for name, version in sorted(sources.versions().items())), *code])
+    installed = (f"{name}=={version}" for name, version in sorted(sources.versions().items()))
+    folder = root / f"{kind}-{digest([*installed, *code])}"
     if (folder / "meta.json").is_file():
         return folder
     check(data)
-    sentences, texts = _extract_installed()
+    extracts = list(
+        _progress(kind, [(source.name, path) for source in sources.installed_sources() for path in source.files])
+    )
+    texts = _sentences(extracts) if kind == "sentences" else {"paragraphs": _paragraphs(extracts)}
     temporary = root / f".partial-{uuid4().hex}"
     try:
         with quiet_datasets():
-            for name, rows in {**sentences, "paragraphs": texts}.items():
+            for name, rows in texts.items():
                 Dataset.from_dict({"text": rows}).save_to_disk(str(temporary / name))
-        meta = {"fingerprint": digest(line for split in SPLITS for line in [split, *sentences[split]])}
+        meta = {"fingerprint": digest(line for name, rows in texts.items() for line in [name, *rows])}
         (temporary / "meta.json").write_text(json.dumps(meta))
         # Another process may have been quicker; its files say the same.
         with suppress(OSError):
@@ -113,18 +115,13 @@ def _prepared(data: DataConfig) -> Path:
     return folder
 
 
-def _extract_installed() -> tuple[dict[str, list[str]], list[str]]:
-    jobs = [(source.name, path) for source in sources.installed_sources() for path in source.files]
-    extracts = list(_progress(jobs))
-    return _sentences(extracts), _paragraphs(extracts)
-
-
-def _progress(jobs: list[tuple[str, Path]]) -> Iterator[Extract]:
+def _progress(kind: Kind, jobs: list[tuple[str, Path]]) -> Iterator[Extract]:
     """Extract from all files in parallel, in order, with a bar on an interactive terminal."""
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
-    bar = {"total": len(jobs), "desc": "docstrings", "unit": "file", "disable": None, "leave": False}
+    bar = {"total": len(jobs), "desc": f"docstrings: {kind}", "unit": "file", "disable": None, "leave": False}
+    extract = _sentences_of if kind == "sentences" else _paragraphs_of
     if workers == 1 or multiprocessing.current_process().daemon:
-        yield from tqdm(map(_extract_file, jobs), **bar)
+        yield from tqdm(map(extract, jobs), **bar)
         return
     # Forked workers run plain Python only, and unlike spawned ones need no guard in the user's main module.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
@@ -132,20 +129,25 @@ def _progress(jobs: list[tuple[str, Path]]) -> Iterator[Extract]:
         warnings.simplefilter("ignore", DeprecationWarning)
         pool = multiprocessing.get_context(method).Pool(workers)
     with pool:
-        yield from tqdm(pool.imap(_extract_file, jobs, chunksize=16), **bar)
+        yield from tqdm(pool.imap(extract, jobs, chunksize=16), **bar)
 
 
-def _extract_file(job: tuple[str, Path]) -> Extract:
+def _sentences_of(job: tuple[str, Path]) -> Extract:
     package, path = job
-    plain: list[tuple[str, str]] = []
-    blocks: list[list[tuple[str, str]]] = []
-    for is_documentation, text in _texts(path):
-        for paragraph in prose.paragraphs(text):
-            found = [(near_key(sentence), sentence) for sentence in prose.sentences(paragraph)]
-            if is_documentation:
-                plain += [(key, sentence) for key, sentence in found if prose.is_plain(sentence)]
-            blocks.append([pair for pair in found if prose.is_decent(pair[1]) and not _held_out(*pair)])
-    return Extract(package, plain, [block for block in blocks if block])
+    blocks: list[list[Keyed]] = []
+    if path.suffix not in sources.HEADERS:
+        texts = (text for is_documentation, text in _texts(path) if is_documentation)
+        plain = (filter(prose.is_plain, prose.sentences(block)) for text in texts for block in prose.paragraphs(text))
+        blocks = [[(near_key(sentence), sentence) for sentence in found] for found in plain]
+    return package, [block for block in blocks if block]
+
+
+def _paragraphs_of(job: tuple[str, Path]) -> Extract:
+    package, path = job
+    every = (prose.sentences(block) for _, text in _texts(path) for block in prose.paragraphs(text))
+    keyed = ([(near_key(sentence), sentence) for sentence in found if prose.is_decent(sentence)] for found in every)
+    blocks = [[pair for pair in found if not _held_out(*pair)] for found in keyed]
+    return package, [block for block in blocks if block]
 
 
 def _texts(path: Path) -> Iterator[tuple[bool, str]]:
@@ -201,11 +203,11 @@ def _sentences(extracts: list[Extract]) -> dict[str, list[str]]:
     """Unique sentences of known words by split. Of near-duplicates the first stays."""
     first: dict[str, str] = {}
     packages: dict[str, set[str]] = defaultdict(set)
-    for extract in extracts:
-        for key, sentence in extract.sentences:
+    for package, blocks in extracts:
+        for key, sentence in (pair for block in blocks for pair in block):
             first.setdefault(key, sentence)
             for word in prose.vocabulary(sentence):
-                packages[word].add(extract.package)
+                packages[word].add(package)
     uses: dict[str, int] = defaultdict(int)
     for sentence in first.values():
         for word in prose.vocabulary(sentence):
@@ -222,8 +224,8 @@ def _paragraphs(extracts: list[Extract]) -> list[str]:
     """Paragraphs without sentences that came before, cut at sentence ends to at most PARAGRAPH_WORDS words."""
     seen: set[str] = set()
     rows: list[tuple[str, str]] = []
-    for extract in extracts:
-        for block in extract.paragraphs:
+    for _, blocks in extracts:
+        for block in blocks:
             fresh = []
             for key, sentence in block:
                 if key not in seen:
