@@ -24,6 +24,8 @@ from vae_ds.runtime import Ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 NOWHERE = Path("unused")
+# Ten seconds on two free cores; on shared ones ten times that.
+pytestmark = pytest.mark.timeout(600)
 
 
 class Session:
@@ -39,7 +41,7 @@ class Session:
             self.reports[world] = launch(
                 [Path(checkpoint_cases.__file__), results, self.run_dir, str(world)],
                 processes=world,
-                timeout_s=140,
+                timeout_s=280,
                 check=False,
             )
             for rank in range(world):

@@ -19,6 +19,8 @@ from vae_ds.errors import ConfigError
 from vae_ds.runtime import Ranks
 
 PROCESSES = 2
+# Half a minute on two free cores; on shared ones it took five.
+pytestmark = pytest.mark.timeout(600)
 
 
 class Session:
@@ -29,7 +31,7 @@ class Session:
         self.finished: Finished = launch(
             [Path(engine_cases.__file__), folder, precision],
             processes=PROCESSES,
-            timeout_s=270,
+            timeout_s=560,
             env={"TORCH_EXTENSIONS_DIR": str(self.extensions)},
             check=False,
         )
