@@ -101,14 +101,15 @@ def build_t5(architecture: ArchitectureConfig, tokenizer: Any, seed: int) -> Any
     """
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
+    settings: dict[str, Any] = {
         **architecture.model_dump(exclude={"vocab_size"}),
-        vocab_size=-(-len(tokenizer) // ROUND_VOCABULARY) * ROUND_VOCABULARY,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
+        "vocab_size": -(-len(tokenizer) // ROUND_VOCABULARY) * ROUND_VOCABULARY,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True,
+    }
+    config = T5Config(**settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return T5ForConditionalGeneration(config)

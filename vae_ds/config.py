@@ -1,7 +1,6 @@
 """The run configuration: strict, typed, frozen; one YAML file, dotted overrides, unknown keys raise with a suggestion.
 
-Units: lengths of phases and schedules in applied optimizer steps or epochs, free bits and KL targets in nats,
-batch sizes in sentences, token limits in subword tokens with the end-of-sentence token counted.
+Units: lengths in applied optimizer steps or epochs, KL in nats, batches in sentences, tokens with the end-of-sentence.
 """
 
 import difflib
@@ -282,15 +281,14 @@ def reference(kind: type[Settings] = RunConfig, prefix: str = "") -> list[tuple[
             default = "" if field.is_required() else json.dumps(field.get_default())
             rows.append((key, (name == "schedule" and _schedule(kind)) or default, _describe(field)))
         dotted = f"{key}.N." if name == "phases" else f"{key}."
-        for one in inner:
-            rows += reference(one, dotted)
+        rows += [row for one in inner for row in reference(one, dotted)]
     return rows
 
 
 def _describe(field: FieldInfo) -> str:
     options = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    choice = " or ".join(f"`{option}`" for option in options) if len(options) > 1 else ""
-    return ": ".join(part for part in (field.description, choice) if part)
+    choice = " or ".join(f"`{option}`" for option in options if len(options) > 1)
+    return ": ".join(filter(None, (field.description, choice)))
 
 
 def _schedule(kind: type[Settings]) -> str | None:
@@ -302,7 +300,7 @@ def _schedule(kind: type[Settings]) -> str | None:
 def _exactly_one(settings: Any, *names: str) -> Any:
     given = [name for name in names if getattr(settings, name) is not None]
     if len(given) != 1:
-        found = "none" if not given else " and ".join(given)
+        found = " and ".join(given) or "none"
         raise ValueError(f"state exactly one of {', '.join(names)}; found {found}")
     return settings
 
@@ -319,9 +317,9 @@ def read_recipe(recipe: str) -> tuple[str, str]:
     Raises ConfigError if there is neither, or the file is not UTF-8.
     """
     path = Path(recipe)
-    if path.suffix in {".yaml", ".yml"} or path.is_file():
-        if not path.is_file():
-            raise ConfigError(f"{recipe}: no such recipe file")
+    if path.suffix in {".yaml", ".yml"} and not path.is_file():
+        raise ConfigError(f"{recipe}: no such recipe file")
+    if path.is_file():
         try:
             return path.read_text(encoding="utf-8"), str(path)
         except UnicodeDecodeError as error:
@@ -368,8 +366,7 @@ def _within(inner: Any, outer: Any) -> bool:
 def _explain(kind: type[Settings], item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"] if part not in SCHEDULES)
     if item["type"] == "extra_forbidden":
-        name = str(item["loc"][-1])
-        return f"unknown key `{path}`{_suggest(name, _keys_at(kind, item['loc'][:-1]))}"
+        return f"unknown key `{path}`{_suggest(str(item['loc'][-1]), _keys_at(kind, item['loc'][:-1]))}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "missing":
         return f"`{path}` is missing"

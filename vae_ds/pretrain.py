@@ -20,13 +20,13 @@ from vae_ds.config import PretrainConfig
 from vae_ds.corpora import docstrings
 from vae_ds.denoising import Pair, Plan, Texts, pairs, plan_epoch, tokenise_texts, whole_texts
 from vae_ds.engine import PhaseEngine, PhaseState
-from vae_ds.errors import CheckpointError, ConfigError, Stopped
+from vae_ds.errors import CheckpointError, Stopped
 from vae_ds.modelcard import base_card
 from vae_ds.runtime import Ranks
 from vae_ds.schedules import LearningRate
 
 # What a resumed run may set anew: how it is watched and stored, and when it ends.
-FREE_ON_RESUME = {"logging", "checkpoint", "validation", "deepspeed", "name", "steps", "minutes"}
+FREE_ON_RESUME = ("name", "logging.", "checkpoint.", "validation.", "steps", "minutes", "deepspeed", "batch.micro")
 SHOWN_TEXTS = 6
 
 
@@ -87,7 +87,7 @@ def pretrain(config: PretrainConfig, run_dir: str | Path, resume: bool = True) -
     """
     directory = Path(run_dir)
     ranks = runtime.start()
-    if _is_done(directory, config, resume):
+    if records.is_done(directory, config, FREE_ON_RESUME, "auto" if resume else "never"):
         return directory
     job = prepare(config, directory, ranks)
     if ranks.is_main:
@@ -101,7 +101,7 @@ def pretrain(config: PretrainConfig, run_dir: str | Path, resume: bool = True) -
 def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Job:
     """Check what can be checked, read the corpus, learn the vocabulary, tokenise. Raises UserError."""
     corpora.check(config.data)
-    precision = engine.precision_for(config.precision, ranks.device)
+    precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
     ds_config = engine.resolve(config.deepspeed, precision, ranks.device.type)
     micro = batches.micro_batch(config.batch.global_size, ranks.world, config.batch.micro, cap=512)
     corpus = runtime.rank0_first(lambda: corpora.load(config.data))
@@ -370,18 +370,3 @@ def _prefixes(texts: list[str]) -> list[str]:
     """First halves of some held-out sentences, for the examples of the model card."""
     long = [str(text).split() for text in texts if len(str(text).split()) >= 10]
     return [" ".join(words[: len(words) // 2]) for words in long[:SHOWN_TEXTS]]
-
-
-def _is_done(run_dir: Path, config: PretrainConfig, resume: bool) -> bool:
-    """Whether there is nothing left to do. Raises ConfigError if the directory holds another run."""
-    stored = run_dir / "config.yaml"
-    if not stored.is_file():
-        return False
-    if not resume:
-        raise ConfigError(f"{run_dir} already holds a run; choose another --run-dir, or --resume auto")
-    before = configuration.load(PretrainConfig, str(stored))
-    changed = [key for key in PretrainConfig.model_fields if getattr(before, key) != getattr(config, key)]
-    fatal = [key for key in changed if key not in FREE_ON_RESUME]
-    if fatal:
-        raise ConfigError(f"{stored}: the run was made with other {', '.join(fatal)}; choose another --run-dir")
-    return (records.read_status(run_dir) or {}).get("state") == "done"

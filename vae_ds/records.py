@@ -18,9 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vae_ds.errors import CheckpointError
+from vae_ds import config as configuration
+from vae_ds.errors import CheckpointError, ConfigError
+from vae_ds.yaml_tree import differences
 
 if TYPE_CHECKING:
+    from vae_ds.config import PretrainConfig, RunConfig
     from vae_ds.runtime import Ranks
 
 STATES = ("running", "stopped", "failed", "done")
@@ -58,6 +61,25 @@ def read_status(run_dir: str | Path) -> dict[str, Any] | None:
     if not isinstance(status, dict) or status.get("state") not in STATES:
         raise CheckpointError(f"{path}: not a run's status: its `state` is none of {', '.join(STATES)}")
     return status
+
+
+def is_done(run_dir: Path, config: RunConfig | PretrainConfig, free: tuple[str, ...], resume: str) -> bool:
+    """Whether a run directory leaves nothing to do for `config`; False where there is no run yet.
+
+    `free`: starts of dotted keys that a resumed run may set anew. `resume`: `auto`, or `never` to refuse a directory
+    that holds a run. Raises ConfigError if it does, or if its run was made with other settings, naming them.
+    """
+    stored = run_dir / "config.yaml"
+    if not stored.is_file():
+        return False
+    if resume == "never":
+        raise ConfigError(f"{run_dir} already holds a run; choose another --run-dir, or --resume auto")
+    before = configuration.load(type(config), str(stored))
+    changed = differences(before.model_dump(by_alias=True), config.model_dump(by_alias=True))
+    fatal = [key for key in changed if not key.startswith(free)]
+    if fatal:
+        raise ConfigError(f"{stored}: the run was made with another {', '.join(fatal)}; choose another --run-dir")
+    return (read_status(run_dir) or {}).get("state") == "done"
 
 
 def environment(ranks: Ranks) -> dict[str, Any]:

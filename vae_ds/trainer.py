@@ -17,7 +17,7 @@ from vae_ds import batches, checkpoint, corpora, engine, evaluate, generate, mon
 from vae_ds import config as configuration
 from vae_ds.config import RunConfig
 from vae_ds.engine import PhaseEngine, PhaseState
-from vae_ds.errors import CheckpointError, ConfigError, Stopped
+from vae_ds.errors import CheckpointError, Stopped
 from vae_ds.gaussian import thresholded_kl
 from vae_ds.model import T5VAE, check_base, load_tokenizer
 from vae_ds.phases import PhasePlan
@@ -26,7 +26,8 @@ from vae_ds.schedules import Target
 from vae_ds.tokens import TokenSet, tokenise
 
 # What a resumed run may set anew: how it is watched and stored, not what it computes.
-FREE_ON_RESUME = {"logging", "checkpoint", "validation", "evaluation", "deepspeed", "name"}
+WATCHED = ("name", "logging.", "checkpoint.", "validation.", "evaluation.")
+FREE_ON_RESUME = (*WATCHED, "deepspeed", "batch.micro", "data.cache_dir")
 SHOWN_TEXTS = 8
 
 
@@ -87,7 +88,7 @@ def train(
     config = recipe if isinstance(recipe, RunConfig) else configuration.load(RunConfig, recipe, overrides)
     directory = Path(run_dir or Path("runs") / config.name)
     ranks = runtime.start()
-    if _is_done(directory, config, resume):
+    if records.is_done(directory, config, FREE_ON_RESUME, resume):
         return directory
     job = prepare(config, directory, ranks)
     if ranks.is_main:
@@ -375,21 +376,6 @@ class Trainer:
         if self.job.ranks.is_main:
             facts = {"phase": self.state.phase, "step": self.state.step, "total_steps": self.job.total_steps}
             records.write_status(self.job.run_dir, state, **facts)
-
-
-def _is_done(run_dir: Path, config: RunConfig, resume: str) -> bool:
-    """Whether there is nothing left to do. Raises ConfigError if the directory holds another run."""
-    stored = run_dir / "config.yaml"
-    if not stored.is_file():
-        return False
-    if resume == "never":
-        raise ConfigError(f"{run_dir} already holds a run; choose another --run-dir, or --resume auto")
-    before = configuration.load(RunConfig, str(stored))
-    changed = [key for key in RunConfig.model_fields if getattr(before, key) != getattr(config, key)]
-    fatal = [key for key in changed if key not in FREE_ON_RESUME]
-    if fatal:
-        raise ConfigError(f"{stored}: the run was made with other {', '.join(fatal)}; choose another --run-dir")
-    return (records.read_status(run_dir) or {}).get("state") == "done"
 
 
 def _write_headers(job: Job) -> None:

@@ -91,3 +91,14 @@ def _position(items: list[Any], name: str, path: str) -> int:
     if not name.isdigit() or int(name) >= len(items):
         raise ConfigError(f"--set {path}: a list of {len(items)}, so use an index from 0 to {len(items) - 1}")
     return int(name)
+
+
+def differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """The dotted keys at which two trees differ, in order; where only one has a key, that key."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        pairs = {str(key): (before.get(key), after.get(key)) for key in {**before, **after}}
+    elif isinstance(before, list | tuple) and isinstance(after, list | tuple) and len(before) == len(after):
+        pairs = {str(place): pair for place, pair in enumerate(zip(before, after, strict=True))}
+    else:
+        return [] if before == after else [path]
+    return [key for name, pair in pairs.items() for key in differences(*pair, f"{path}.{name}" if path else name)]
