@@ -41,6 +41,10 @@ def run(words: Sequence[str]) -> int:
     except UserError as error:
         _say_once(f"error: {error}")
         return EXIT_USER
+    except BrokenPipeError:
+        # The reader, such as `head`, has enough; what is still buffered must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         _say_once("interrupted")
         return EXIT_STOPPED
