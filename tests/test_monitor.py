@@ -423,3 +423,13 @@ def test_write_json_takes_arrays_and_keeps_the_old_file_on_failure(tmp_path: Pat
     with pytest.raises(RecursionError):
         write_json(path, loop)
     assert json.loads(path.read_text(encoding="utf-8"))["au"] == 2
+
+
+def test_the_texts_are_kept_as_files(tmp_path: Path) -> None:
+    alone = Monitor(tmp_path, Ranks(0, 0, 1, torch.device("cpu")), tensorboard=False, progress=False)
+    alone.evaluation(7, "valid", {"rec": 1.0}, None, [("one | two", "three")], ["four"])
+    alone.close()
+    text = (tmp_path / "samples" / "valid-step-00000007.md").read_text(encoding="utf-8")
+    assert "## reconstructions" in text
+    assert "three" in text
+    assert "| four |" in text

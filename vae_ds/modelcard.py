@@ -81,7 +81,8 @@ def base_card(
     place = environment(ranks)
     versions = ", ".join(f"{name} {number}" for name, number in place["packages"].items() if number)
     held = state["held_out"]
-    finished = state["step"] >= config.steps
+    by_time = config.minutes is not None and state["duration_s"] >= 60 * config.minutes
+    finished = by_time or state["step"] >= config.steps
     shown = [f"- {prefix} **|** {text.removeprefix(prefix).strip()}" for prefix, text in examples.items()]
     return _CARD.format(
         name=config.name,

@@ -141,7 +141,8 @@ class Monitor:
 
         `metrics` has METHOD section 4's keys (nats per sentence; null where the model has none), `kl_per_dim` the
         mean KL of each of the L units in nats, `reconstructions` pairs (source, reconstruction), `samples` texts
-        decoded from prior draws. TensorBoard gets them as `<split>/<key>`, a histogram and two texts.
+        decoded from prior draws. TensorBoard gets them as `<split>/<key>`, a histogram and two texts; the texts are in
+        samples/, too.
         """
         if not self._active:
             return
@@ -152,6 +153,10 @@ class Monitor:
         if self._progress:
             terms = _terms(values, ("nelbo", "rec", "kl", "mi", "au", "z_gain"))
             self._progress.say(f"{split} at step {step}: {terms}")
+        tables = _text_tables(reconstructions, samples)
+        if tables:
+            sections = "\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items())
+            replace_file(self._run_dir / "samples" / f"{split}-step-{step:08d}.md", f"{sections}\n".encode())
         writer = self._open_writer()
         if writer is None:
             return
@@ -163,12 +168,8 @@ class Monitor:
             import numpy as np
 
             writer.add_histogram(f"{split}/kl_per_dim", np.asarray(units), step)
-        pairs = list(reconstructions)
-        if pairs:
-            writer.add_text(f"{split}/reconstructions", _markdown_table(("source", "reconstruction"), pairs), step)
-        texts = list(samples)
-        if texts:
-            writer.add_text(f"{split}/prior_samples", _markdown_table(("sample",), [(text,) for text in texts]), step)
+        for name, table in tables.items():
+            writer.add_text(f"{split}/{name}", table, step)
         writer.flush()
 
     def close(self) -> None:
@@ -307,6 +308,16 @@ def _is_number(value: Any) -> bool:
 def _terms(row: Mapping[str, Any], keys: Iterable[str] = ("rec", "kl", "beta", "tokens_per_s")) -> str:
     shown = [(key, row[key]) for key in keys if _is_number(row.get(key))]
     return "  ".join(f"{v:,.0f} tokens/s" if k == "tokens_per_s" else f"{k} {v:.4g}" for k, v in shown)
+
+
+def _text_tables(reconstructions: Iterable[tuple[str, str]], samples: Iterable[str]) -> dict[str, str]:
+    """Markdown tables by name, of what is there."""
+    tables: dict[str, str] = {}
+    if pairs := list(reconstructions):
+        tables["reconstructions"] = _markdown_table(("source", "reconstruction"), pairs)
+    if texts := [(text,) for text in samples]:
+        tables["prior_samples"] = _markdown_table(("sample",), texts)
+    return tables
 
 
 def _markdown_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

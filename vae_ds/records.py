@@ -23,7 +23,7 @@ from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.yaml_tree import differences
 
 if TYPE_CHECKING:
-    from vae_ds.config import PretrainConfig, RunConfig
+    from vae_ds.config import Config
     from vae_ds.runtime import Ranks
 
 STATES = ("running", "stopped", "failed", "done")
@@ -63,7 +63,7 @@ def read_status(run_dir: str | Path) -> dict[str, Any] | None:
     return status
 
 
-def is_done(run_dir: Path, config: RunConfig | PretrainConfig, free: tuple[str, ...], resume: str) -> bool:
+def is_done(run_dir: Path, config: Config, free: tuple[str, ...], resume: str) -> bool:
     """Whether a run directory leaves nothing to do for `config`; False where there is no run yet.
 
     `free`: starts of dotted keys that a resumed run may set anew. `resume`: `auto`, or `never` to refuse a directory

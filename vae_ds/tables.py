@@ -102,7 +102,10 @@ def _shared(notes: Mapping[str, str]) -> list[str]:
 
 
 def _subset(metrics: Mapping[str, Any]) -> str:
-    return f"iw_nll, iw_ppl: {_count(metrics, 'iw_sentences')} sentences, {_count(metrics, 'iw_samples')} samples each"
+    sentences = f"iw_nll, iw_ppl: {_count(metrics, 'iw_sentences')} sentences"
+    if metrics.get("mi") is None and metrics.get("iw_samples") is None:
+        return f"{sentences}, exact: a plain language model has no latent to sample"
+    return f"{sentences}, {_count(metrics, 'iw_samples')} samples each"
 
 
 def _count(metrics: Mapping[str, Any], key: str) -> str:

@@ -109,10 +109,11 @@ def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Job:
     tokenizer = load_tokenizer(config.model.base)
     corpus = runtime.rank0_first(lambda: corpora.load(config.data))
     cache = runtime.cache_dir(config.data.cache_dir)
-    train_set, valid_set = (
-        runtime.rank0_first(lambda split=split: tokenise(corpus, split, tokenizer, config.data.max_tokens, cache))
-        for split in ("train", "valid")
-    )
+
+    def tokens_of(split: str) -> TokenSet:
+        return runtime.rank0_first(lambda: tokenise(corpus, split, tokenizer, config.data.max_tokens, cache))
+
+    train_set, valid_set = tokens_of("train"), tokens_of("valid")
     plans = phases.plan(config.phases, batches.steps_per_epoch(len(train_set), config.batch.global_size))
     valid_set = valid_set.first(config.validation.sentences)
     return Job(config, run_dir, ranks, precision, ds_config, micro, tokenizer, train_set, valid_set, plans)
@@ -138,6 +139,7 @@ class Trainer:
                 self.state.begin_phase(plan.index)
             weights = self.run_phase(plan, weights, resumed)
             resumed = None
+        assert weights is not None, "a run has at least one phase"
         self._export(weights)
         self.monitor.close()
         self._status("done")
@@ -203,7 +205,7 @@ class Trainer:
         job, state, settings = self.job, self.state, plan.settings
         beta = plan.beta.at(state.step, state.beta)
         lr = plan.learning_rate.at(state.step)
-        units = trainer_engine.module.latent_dim
+        units = _model_of(trainer_engine).latent_dim
         held_L = None if state.held_kl is None else torch.tensor(state.held_kl, device=job.ranks.device)
         # Loss, rec, thresholded KL, tokens, positions, stop wish, then the KL of each unit: one reduction a step.
         sums = torch.zeros(6 + units, dtype=torch.float64, device=job.ranks.device)
@@ -259,7 +261,7 @@ class Trainer:
     def validate(self, plan: PhasePlan, trainer_engine: PhaseEngine) -> None:
         """Measure the valid split's first sentences; the best nelbo so far becomes model/."""
         job = self.job
-        model = trainer_engine.module
+        model = _model_of(trainer_engine)
         metrics = evaluate.evaluate(
             model,
             job.valid,
@@ -376,6 +378,12 @@ class Trainer:
         if self.job.ranks.is_main:
             facts = {"phase": self.state.phase, "step": self.state.step, "total_steps": self.job.total_steps}
             records.write_status(self.job.run_dir, state, **facts)
+
+
+def _model_of(trainer_engine: PhaseEngine) -> T5VAE:
+    model = trainer_engine.module
+    assert isinstance(model, T5VAE)
+    return model
 
 
 def _write_headers(job: Job) -> None:
