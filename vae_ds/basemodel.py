@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from vae_ds.config import ArchitectureConfig
 from vae_ds.denoising import IGNORED
-from vae_ds.vocabulary import save_tokenizer
+from vae_ds.errors import ConfigError
+from vae_ds.vocabulary import save_tokenizer, sentinel_ids
 
 EMBEDDING_SCALE = 8.0
 
@@ -94,8 +95,8 @@ class _TimesFirst(_Times):
         return scaled
 
 
-def build_t5(architecture: ArchitectureConfig, tokenizer: Any, seed: int) -> Any:
-    """A T5ForConditionalGeneration with new float32 weights, a function of architecture and seed, on the CPU.
+def build_t5(architecture: ArchitectureConfig, tokenizer: Any, seed: int, init: str | None = None) -> Any:
+    """A T5ForConditionalGeneration in float32 on the CPU, its weights a function of architecture and seed, or `init`'s.
 
     Its input embeddings and its output layer are one tensor, as in T5 v1.0.
     """
@@ -110,6 +111,13 @@ def build_t5(architecture: ArchitectureConfig, tokenizer: Any, seed: int) -> Any
         "tie_word_embeddings": True,
     }
     config = T5Config(**settings)
+    if init is not None:
+        model = T5ForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
+        sizes = ArchitectureConfig.model_fields
+        differs = [key for key in sizes if getattr(model.config, key) != getattr(config, key)]
+        if differs:
+            raise ConfigError(f"init: {init} has another architecture.{differs[0]}")
+        return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return T5ForConditionalGeneration(config)
@@ -117,11 +125,14 @@ def build_t5(architecture: ArchitectureConfig, tokenizer: Any, seed: int) -> Any
 
 def continue_text(model: Any, tokenizer: Any, prefix: str, max_new_tokens: int = 48, **generate_kwargs: Any) -> str:
     """The prefix and what the model writes after it, greedily by default; an empty prefix makes a whole text."""
-    source = tokenizer(prefix, return_tensors="pt").to(model.device)
+    before = tokenizer(prefix, add_special_tokens=False)["input_ids"]
+    # As in training: a sentinel stands for what follows, unless that is the whole text.
+    ids = [*before, *sentinel_ids(tokenizer)[: min(len(before), 1)], tokenizer.eos_token_id]
     with torch.no_grad():
-        made = model.generate(**source, max_new_tokens=max_new_tokens, **generate_kwargs)
+        source = torch.tensor([ids], device=model.device)
+        made = model.generate(input_ids=source, max_new_tokens=max_new_tokens, **generate_kwargs)
     # One decoding of both halves: the cut may lie within a word.
-    return str(tokenizer.decode([*source["input_ids"][0].tolist(), *made[0].tolist()], skip_special_tokens=True))
+    return str(tokenizer.decode([*before, *made[0].tolist()], skip_special_tokens=True))
 
 
 def export_t5(model: Any, tokenizer: Any, pieces: bytes, card: str, target: Path) -> None:

@@ -81,8 +81,6 @@ class BatchConfig(Settings):
 
 
 class ConstantBeta(Settings):
-    """One weight throughout."""
-
     schedule: Literal["constant"]
     value: float = Field(ge=0, description="the weight of the KL")
 
@@ -248,6 +246,7 @@ class PretrainConfig(Settings):
     schema_version: Literal[1] = 1
     name: str = "pretrain"
     seed: int = Field(0, ge=0)
+    init: str | None = Field(None, description="a model that `pretrain` made, to go on from; null: new weights")
     architecture: ArchitectureConfig = ArchitectureConfig()
     data: DataConfig = DataConfig()
     paragraphs: bool = Field(True, description="docstrings: also train on whole paragraphs, valid and test taken out")

@@ -2,8 +2,9 @@
 
 Span corruption (Raffel et al. 2020, section 3.1.4): spans of the text become one sentinel each; the target lists each
 sentinel with what it stands for, then one more sentinel. Prefix language modelling (section 3.2.3): the text is cut,
-the encoder reads what stands before the cut and the decoder writes the rest; with nothing before the cut the decoder
-is a plain language model of whole texts, which is what a VAE's decoder has to be.
+the encoder reads what stands before the cut and the first sentinel, the decoder writes that sentinel and the rest; so a
+continuation is a span at the end, and what is learned of the one serves the other. With nothing before the cut there is
+no sentinel: the decoder is a plain language model of whole texts, which is what a VAE's decoder has to be.
 
 Shapes: N texts, B texts of a batch, T tokens. Source and target end with the end-of-sentence token, which is counted in
 their lengths.
@@ -121,15 +122,21 @@ def plan_epoch(lengths_N: Ints, config: PretrainConfig, epoch: int) -> Plan:
     spans_N = (kind_draw_N < config.span_corruption) & (lengths_N >= SHORTEST_FOR_SPANS)
     cut_N = np.where(empty_draw_N < config.empty_prefix, 0, (cut_draw_N * lengths_N).astype(np.int64))
     noise_N, count_N = _noise_sizes(lengths_N, config)
-    source_N = np.where(spans_N, lengths_N - noise_N + count_N, cut_N) + 1
-    target_N = np.where(spans_N, noise_N + count_N + 1, lengths_N - cut_N) + 1
+    prefix = cut_texts(lengths_N, cut_N)
+    source_N = np.where(spans_N, lengths_N - noise_N + count_N + 1, prefix.source_N)
+    target_N = np.where(spans_N, noise_N + count_N + 2, prefix.target_N)
     return Plan(np.where(spans_N, SPANS, PREFIX).astype(np.int64), cut_N, source_N, target_N)
+
+
+def cut_texts(lengths_N: Ints, cut_N: Ints) -> Plan:
+    """The plan of prefix language modelling with `cut_N` tokens before the cut."""
+    sentinel_N = (cut_N > 0).astype(np.int64)
+    return Plan(np.full_like(cut_N, PREFIX), cut_N, cut_N + sentinel_N + 1, lengths_N - cut_N + sentinel_N + 1)
 
 
 def whole_texts(lengths_N: Ints) -> Plan:
     """The plan of plain language modelling: the encoder reads nothing, the decoder writes the whole text."""
-    zeros_N = np.zeros(len(lengths_N), np.int64)
-    return Plan(zeros_N + PREFIX, zeros_N, zeros_N + 1, lengths_N + 1)
+    return cut_texts(lengths_N, np.zeros(len(lengths_N), np.int64))
 
 
 def pairs(
@@ -152,7 +159,9 @@ def pairs(
             noise, count = _noise_sizes(np.asarray([len(ids)]), config)
             source, target = corrupt(ids, int(noise[0]), int(count[0]), sentinels, draws)
         else:
-            source, target = ids[: plan.cut_N[index]], ids[plan.cut_N[index] :]
+            cut = int(plan.cut_N[index])
+            mark = np.asarray(sentinels[: min(cut, 1)], np.int64)
+            source, target = np.concatenate([ids[:cut], mark]), np.concatenate([mark, ids[cut:]])
         sources.append(np.append(source, eos))
         targets.append(np.append(target, eos))
     input_ids_BT = _pad(sources, pad)

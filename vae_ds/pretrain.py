@@ -4,6 +4,7 @@ Shapes: B texts of a micro batch, G of a global batch, S steps of an epoch, N te
 The loss is in nats per target token, the mean over the global batch.
 """
 
+import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,9 +19,9 @@ from vae_ds import vocabulary as pieces_of
 from vae_ds.basemodel import TextToText, build_t5, continue_text, export_t5
 from vae_ds.config import PretrainConfig
 from vae_ds.corpora import docstrings
-from vae_ds.denoising import Pair, Plan, Texts, pairs, plan_epoch, tokenise_texts, whole_texts
+from vae_ds.denoising import Pair, Plan, Texts, cut_texts, pairs, plan_epoch, tokenise_texts, whole_texts
 from vae_ds.engine import PhaseEngine, PhaseState
-from vae_ds.errors import CheckpointError, Stopped
+from vae_ds.errors import CheckpointError, ConfigError, Stopped
 from vae_ds.modelcard import base_card
 from vae_ds.runtime import Ranks
 from vae_ds.schedules import LearningRate
@@ -101,6 +102,8 @@ def pretrain(config: PretrainConfig, run_dir: str | Path, resume: bool = True) -
 def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Job:
     """Check what can be checked, read the corpus, learn the vocabulary, tokenise. Raises UserError."""
     corpora.check(config.data)
+    if config.init is not None and not (Path(config.init) / pieces_of.PIECES_FILE).is_file():
+        raise ConfigError(f"init: {config.init} has no {pieces_of.PIECES_FILE}; name a model that `pretrain` made")
     precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
     ds_config = engine.resolve(config.deepspeed, precision, ranks.device.type)
     micro = batches.micro_batch(config.batch.global_size, ranks.world, config.batch.micro, cap=512)
@@ -111,7 +114,7 @@ def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Job:
         blocks = [str(text) for text in runtime.rank0_first(lambda: docstrings.paragraphs(config.data))["text"]]
     # A sentence that is a paragraph too counts twice: sentences alone are what a VAE is about.
     texts = [*sentences, *blocks]
-    pieces = runtime.rank0_first(lambda: _vocabulary(texts, config.architecture.vocab_size, run_dir))
+    pieces = runtime.rank0_first(lambda: _vocabulary(texts, config, run_dir))
     tokenizer = pieces_of.tokenizer_from_pieces(pieces)
     train = tokenise_texts(texts, tokenizer, config.data.max_tokens)
     held_out = corpus.splits["valid"].select(range(min(config.validation.sentences, len(corpus.splits["valid"]))))
@@ -300,7 +303,7 @@ class Pretrainer:
     def _export(self, trained: torch.nn.Module, state: PhaseState) -> None:
         job = self.job
         if job.ranks.is_main:
-            model = build_t5(job.config.architecture, job.tokenizer, job.config.seed)
+            model = build_t5(job.config.architecture, job.tokenizer, job.config.seed, job.config.init)
             assert isinstance(trained, TextToText)
             weights = trained.plain(state.weights)
             with torch.no_grad():
@@ -338,7 +341,7 @@ def measure(model: torch.nn.Module, job: Job) -> dict[str, float]:
     lengths_N = job.valid.lengths_N
     whole = whole_texts(lengths_N)
     cut_N = lengths_N // 2
-    halves = Plan(whole.kind_N, cut_N, cut_N + 1, lengths_N - cut_N + 1)
+    halves = cut_texts(lengths_N, cut_N)
     only_spans = job.config.model_copy(update={"span_corruption": 1.0})
     plans = {"lm": whole, "prefix": halves, "spans": plan_epoch(lengths_N, only_spans, 0)}
     sums = torch.zeros(len(plans), dtype=torch.float64, device=job.ranks.device)
@@ -355,13 +358,16 @@ def measure(model: torch.nn.Module, job: Job) -> dict[str, float]:
     return {**rates, "lm_per_sentence": totals[0] / len(job.valid), **size}
 
 
-def _vocabulary(texts: list[str], vocab_size: int, run_dir: Path) -> bytes:
-    """The run's own pieces, learned once: a resumed run must not learn others."""
+def _vocabulary(texts: list[str], config: PretrainConfig, run_dir: Path) -> bytes:
+    """The run's own pieces, those of `init` or learned once: a resumed run must not learn others."""
     path = run_dir / pieces_of.PIECES_FILE
     if not path.is_file():
         run_dir.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        part.write_bytes(pieces_of.train_pieces(texts, vocab_size))
+        if config.init is None:
+            part.write_bytes(pieces_of.train_pieces(texts, config.architecture.vocab_size))
+        else:
+            shutil.copyfile(Path(config.init) / pieces_of.PIECES_FILE, part)
         part.replace(path)
     return path.read_bytes()
 
