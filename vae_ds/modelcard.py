@@ -1,6 +1,7 @@
 """The README.md of a pretrained model, generated from the run that made it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vae_ds import config as configuration
@@ -30,7 +31,8 @@ model = T5ForConditionalGeneration.from_pretrained(path)
 ## Training
 
 Span corruption on {spans:.0%} of the examples, else prefix language modelling: the encoder reads the beginning of a
-text, the decoder writes the rest; for {empty:.0%} of those the encoder reads nothing.
+text and `<extra_id_0>`, the decoder writes that sentinel and the rest; for {empty:.0%} of those the encoder reads
+nothing and the decoder writes the whole text.
 
 | | |
 |---|---|
@@ -65,7 +67,16 @@ Greedy; the model was given what stands before the bar.
 
 ```yaml
 {recipe}```
-"""
+{earlier}"""
+
+
+def _earlier(card: Path) -> str:
+    """What the card of the model that training went on from says of its own training and recipe."""
+    if not card.is_file():
+        return ""
+    parts = card.read_text(encoding="utf-8").split("\n## ")[1:]
+    told = [part for part in parts if part.startswith(("Training", "Held-out loss", "Recipe", "Before that"))]
+    return "\n## Before that\n\n" + "\n".join(f"### {part.removeprefix('Before that').strip()}\n" for part in told)
 
 
 def base_card(
@@ -110,4 +121,5 @@ def base_card(
         **{key: held[key] for key in ("lm_per_token", "lm_per_sentence", "prefix_per_token", "spans_per_token")},
         examples="\n".join(shown),
         recipe=configuration.dump(config),
+        earlier="" if config.init is None else _earlier(Path(config.init) / "README.md"),
     )

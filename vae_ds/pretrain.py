@@ -153,7 +153,7 @@ class Pretrainer:
         resumed = self._restore()
         self._status("running")
         trained = PhaseEngine(
-            TextToText(build_t5(job.config.architecture, job.tokenizer, job.config.seed)),
+            TextToText(build_t5(job.config.architecture, job.tokenizer, job.config.seed, job.config.init)),
             optimizer=job.config.optimizer,
             micro=job.micro,
             accumulation=job.config.batch.global_size // (job.micro * job.ranks.world),
@@ -303,7 +303,7 @@ class Pretrainer:
     def _export(self, trained: torch.nn.Module, state: PhaseState) -> None:
         job = self.job
         if job.ranks.is_main:
-            model = build_t5(job.config.architecture, job.tokenizer, job.config.seed, job.config.init)
+            model = build_t5(job.config.architecture, job.tokenizer, job.config.seed)
             assert isinstance(trained, TextToText)
             weights = trained.plain(state.weights)
             with torch.no_grad():
