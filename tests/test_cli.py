@@ -198,6 +198,19 @@ def test_a_run_from_training_to_text(recipe: Path, tmp_path: Path, capsys: pytes
     assert again["nelbo"] == metrics["nelbo"]
 
 
+def test_the_best_by_valid_nelbo_is_exported(recipe: Path, tmp_path: Path) -> None:
+    """With a learning rate that ruins the model, the export is that of the best validation, and not the last."""
+    run = tmp_path / "run"
+    ruinous = ["phases.0.steps=6", "phases.0.optimizer.lr=0.5", "validation.every_steps=1", "export=best"]
+    assert code_of("train", recipe, "--run-dir", run, "--set", *ruinous) == 0
+    rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    nelbos = [row["nelbo"] for row in rows]
+    assert len(nelbos) == 6
+    assert min(nelbos) < nelbos[-1]
+    assert code_of("evaluate", run, "--split", "valid") == 0
+    assert json.loads((run / "eval-valid.json").read_text())["nelbo"] == pytest.approx(min(nelbos), rel=1e-6)
+
+
 def test_help_is_quick(tmp_path: Path) -> None:
     """Nothing heavy is imported for it; the bound is ten times what it takes, for busy machines."""
     began = time.monotonic()

@@ -182,11 +182,13 @@ def small(tmp_path_factory):
         begun = time.monotonic()
         first = corpora.load(data)
         extraction_s = time.monotonic() - begun
+        blocks = docstrings.paragraphs(data)["text"][:]
         patch.setattr(docstrings, "_progress", lambda *_: pytest.fail("the cache was not used"))
         begun = time.monotonic()
         second = corpora.load(data)
         assert time.monotonic() - begun < extraction_s / 2
-        yield data, first, second, docstrings.paragraphs(data)["text"][:]
+        assert docstrings.paragraphs(data)["text"][:] == blocks
+        yield data, first, second, blocks
 
 
 def test_docstrings_are_split_and_cached(small):
