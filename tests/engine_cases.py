@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from vae_ds import runtime
-from vae_ds.config import OptimizerConfig
 from vae_ds.engine import PhaseEngine, PhaseState, StepOutcome, resolve
 from vae_ds.masters import MOMENTS
 from vae_ds.runtime import Ranks
+from vae_ds.settings import OptimizerConfig
 
 STAGES = (0, 1, 2, 3)
 PRECISIONS = ("fp32", "bf16")

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from vae_ds.config import PretrainConfig, RunConfig, Settings, dump, load, read_recipe, shipped_recipes
+from vae_ds.config import dump, load, read_recipe, shipped_recipes
 from vae_ds.errors import ConfigError
+from vae_ds.settings import PretrainConfig, RunConfig, Settings
 
 RECIPE = """
 name: trial

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import datasets
 import pytest
+from huggingface_hub import constants
 
-from vae_ds import corpora
-from vae_ds.config import DataConfig
+from vae_ds import bases, corpora
 from vae_ds.corpora import dataset, docstrings, prose, sources
 from vae_ds.corpora.splits import near_key, split_of
-from vae_ds.errors import DataError
+from vae_ds.errors import DataError, UserError
+from vae_ds.settings import DataConfig
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -458,23 +459,30 @@ def test_what_is_no_data_set_is_explained(tmp_path):
         assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("act", [corpora.check, corpora.load])
+UNREACHABLE = {
+    corpora.check: r"some/data: no such directory.*set data\.path to a local.*HF_HUB_OFFLINE=1",
+    corpora.load: r"some/data: no such directory.*set data\.path to a local.*HF_HUB_OFFLINE=1",
+    bases.check_base: r"model\.base some/data: no such directory.*hf download some/data",
+    bases.load_tokenizer: r"model\.base some/data: its tokenizer cannot be loaded",
+}
+
+
+@pytest.mark.parametrize("act", UNREACHABLE)
 @pytest.mark.usefixtures("no_hub")
 def test_a_hub_out_of_reach_is_said_at_once(monkeypatch, act, capfd):
     with socket.socket() as taken:  # bound, never listening: every connection is refused
         taken.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        for module, name in ((datasets.config, "HF_ENDPOINT"), (constants, "ENDPOINT")):
+            monkeypatch.setattr(module, name, f"http://127.0.0.1:{taken.getsockname()[1]}")
+            monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
         for name in ("http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
             monkeypatch.delenv(name.upper(), raising=False)
         begun = time.monotonic()
-        with pytest.raises(
-            DataError, match=r"some/data: no such directory.*set data\.path to a local.*HF_HUB_OFFLINE=1"
-        ):
-            act(_dataset("some/data"))
+        with pytest.raises(UserError, match=UNREACHABLE[act]):
+            act("some/data" if act.__module__ == bases.__name__ else _dataset("some/data"))
         assert time.monotonic() - begun < 8
-    assert datasets.config.HF_HUB_OFFLINE is False
+    assert datasets.config.HF_HUB_OFFLINE is constants.HF_HUB_OFFLINE is False
     assert "Retrying" not in capfd.readouterr().err
 
 

@@ -13,10 +13,10 @@ import torch
 import engine_cases
 from launch import Finished, clean_environment, launch
 from vae_ds import ds_config
-from vae_ds.config import OptimizerConfig
 from vae_ds.engine import PhaseEngine, precision_for, resolve
 from vae_ds.errors import ConfigError
 from vae_ds.runtime import Ranks
+from vae_ds.settings import OptimizerConfig
 
 PROCESSES = 2
 # Half a minute on two free cores; on shared ones it took five.

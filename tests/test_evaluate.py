@@ -16,10 +16,10 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 import tiny
 from vae_ds import runtime
 from vae_ds.batches import collate, from_texts
-from vae_ds.config import EvaluationConfig, ModelConfig, OptimizerConfig
 from vae_ds.errors import DataError
 from vae_ds.evaluate import derangement, evaluate, importance_nll, log_weights
 from vae_ds.model import T5VAE, load_tokenizer
+from vae_ds.settings import EvaluationConfig, ModelConfig, OptimizerConfig
 
 ROOT = Path(__file__).parents[1]
 ALONE = runtime.Ranks(0, 0, 1, torch.device("cpu"))

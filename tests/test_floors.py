@@ -12,7 +12,7 @@ DEEPSPEED_ROOM = "engine"
 # A new room gets its floor here: above every room that it imports.
 FLOORS = (
     {"errors", "schedules", "gaussian"},
-    {"yaml_tree", "vocabulary", "tables"},
+    {"hub", "yaml_tree", "vocabulary", "tables", "settings"},
     {"config", "runtime", "ds_keys", "generators"},
     {"injection", "corpora", "phases", "tokens", "records", "bases", "denoising", "ds_config", "masters"},
     {"model", "batches", "monitor", "basemodel", "modelcard"},

@@ -6,9 +6,9 @@ import torch
 import tiny
 from vae_ds import generate
 from vae_ds.batches import collate, from_texts
-from vae_ds.config import ModelConfig
 from vae_ds.errors import ConfigError, DataError
 from vae_ds.model import T5VAE, load_tokenizer
+from vae_ds.settings import ModelConfig
 
 TEXTS = list(tiny.ENGLISH[:6])
 SHORT = {"max_new_tokens": 12, "max_tokens": 40}

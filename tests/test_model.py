@@ -14,10 +14,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import tiny
 from vae_ds.bases import load_t5
-from vae_ds.config import ModelConfig
 from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.injection import LatentCrossAttention, inject
 from vae_ds.model import T5VAE, Bottleneck, Terms, check_base, load_tokenizer
+from vae_ds.settings import ModelConfig
 
 pytestmark = pytest.mark.timeout(120)
 UNITS = 5

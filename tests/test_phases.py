@@ -4,9 +4,9 @@ import pytest
 
 from tiny import base
 from vae_ds import phases, schedules
-from vae_ds.config import ModelConfig, PhaseConfig
 from vae_ds.errors import ConfigError
 from vae_ds.model import T5VAE
+from vae_ds.settings import ModelConfig, PhaseConfig
 
 
 def phase(**settings: object) -> PhaseConfig:

@@ -14,10 +14,10 @@ from vae_ds import config as configuration
 from vae_ds import pretrain as pretraining
 from vae_ds import runtime, vocabulary
 from vae_ds.basemodel import TextToText, build_t5, continue_text
-from vae_ds.config import ArchitectureConfig, PretrainConfig
-from vae_ds.denoising import PREFIX, SPANS, pairs, plan_epoch, tokenise_texts, whole_texts
+from vae_ds.denoising import DENOISING, PREFIX, SPANS, pairs, plan_epoch, tokenise_texts, whole_texts
 from vae_ds.errors import ConfigError, DataError
 from vae_ds.pretrain import pretrain
+from vae_ds.settings import ArchitectureConfig, PretrainConfig
 
 # Minutes on a machine that is busy with other tests, seconds on a free one.
 pytestmark = pytest.mark.timeout(600)
@@ -84,7 +84,7 @@ def restored(source: list[int], target: list[int], sentinels: list[int], eos: in
 
 def test_each_example_is_its_text_and_has_the_planned_lengths(tokenizer: Any) -> None:
     texts = tokenise_texts([*TEXTS[:200], " ".join(TEXTS[:3])], tokenizer, 64)
-    config = PretrainConfig(span_corruption=0.5)
+    config = PretrainConfig(span_corruption=0.4, denoising=0.3, deletion=0.25)
     sentinels = vocabulary.sentinel_ids(tokenizer)
     plan = plan_epoch(texts.lengths_N, config, epoch=3)
     index_B = np.arange(len(texts))
@@ -95,12 +95,17 @@ def test_each_example_is_its_text_and_has_the_planned_lengths(tokenizer: Any) ->
         assert (len(source), len(target)) == (plan.source_N[row], plan.target_N[row])
         if plan.kind_N[row] == SPANS:
             assert restored(source, target, sentinels, 1) == texts[row].tolist()
+        elif plan.kind_N[row] == DENOISING:
+            assert target == [*texts[row], 1]
+            assert len(source) == len(target) - round(0.25 * len(texts[row]))
+            rest = iter(target)
+            assert all(token in rest for token in source), "what is left stays in order"
         else:
             cut = plan.cut_N[row]
             mark = sentinels[: min(cut, 1)]
             assert source == [*texts[row][:cut], *mark, 1]
             assert target == [*mark, *texts[row][cut:], 1]
-    assert {SPANS, PREFIX} == set(plan.kind_N.tolist())
+    assert {SPANS, DENOISING, PREFIX} == set(plan.kind_N.tolist())
 
 
 def test_replaced_tokens_lie_anywhere_in_the_text(tokenizer: Any) -> None:
@@ -112,6 +117,18 @@ def test_replaced_tokens_lie_anywhere_in_the_text(tokenizer: Any) -> None:
     places = (made.input_ids_BT == sentinels[0]).nonzero()[:, 1]
     kept = int(plan.source_N[0]) - 2
     assert set(places.tolist()) == set(range(kept + 1))
+
+
+def test_tokens_are_deleted_anywhere_and_never_all(tokenizer: Any) -> None:
+    texts = tokenise_texts(TEXTS[:1] * 400, tokenizer, 64)
+    length = int(texts.lengths_N[0])
+    for deletion, left in ((0.2, length - round(0.2 * length)), (0.999, 1)):
+        config = PretrainConfig(span_corruption=0, denoising=1, deletion=deletion)
+        plan = plan_epoch(texts.lengths_N, config, 0)
+        made = pairs(texts, np.arange(400), plan, config, sentinels=range(300, 400), eos=1, pad=0, epoch=0)
+        sources = [row[:left].tolist() for row in made.input_ids_BT]
+        assert made.input_ids_BT.shape == (400, left + 1)
+        assert {token for row in sources for token in row} == set(texts[0].tolist())
 
 
 def test_examples_are_a_function_of_seed_and_epoch(tokenizer: Any) -> None:
@@ -127,8 +144,9 @@ def test_examples_are_a_function_of_seed_and_epoch(tokenizer: Any) -> None:
 
 def test_shares_of_the_kinds_are_the_recipes(tokenizer: Any) -> None:
     lengths_N = np.full(20_000, 20)
-    plan = plan_epoch(lengths_N, PretrainConfig(span_corruption=0.3, empty_prefix=0.5), 0)
+    plan = plan_epoch(lengths_N, PretrainConfig(span_corruption=0.3, denoising=0.2, empty_prefix=0.5), 0)
     assert np.mean(plan.kind_N == SPANS) == pytest.approx(0.3, abs=0.02)
+    assert np.mean(plan.kind_N == DENOISING) == pytest.approx(0.2, abs=0.02)
     prefix_N = plan.kind_N == PREFIX
     # Half are cut at nothing on purpose, and of the rest one in twenty by chance.
     assert np.mean(plan.cut_N[prefix_N] == 0) == pytest.approx(0.525, abs=0.02)

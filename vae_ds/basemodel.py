@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vae_ds.config import ArchitectureConfig
 from vae_ds.denoising import IGNORED
-from vae_ds.errors import ConfigError
+from vae_ds.settings import ArchitectureConfig
 from vae_ds.vocabulary import save_tokenizer, sentinel_ids
 
 EMBEDDING_SCALE = 8.0
@@ -95,8 +94,8 @@ class _TimesFirst(_Times):
         return scaled
 
 
-def build_t5(architecture: ArchitectureConfig, tokenizer: Any, seed: int, init: str | None = None) -> Any:
-    """A T5ForConditionalGeneration in float32 on the CPU, its weights a function of architecture and seed, or `init`'s.
+def build_t5(architecture: ArchitectureConfig, tokenizer: Any, seed: int) -> Any:
+    """A T5ForConditionalGeneration in float32 on the CPU, its weights a function of architecture and seed.
 
     Its input embeddings and its output layer are one tensor, as in T5 v1.0.
     """
@@ -111,13 +110,6 @@ def build_t5(architecture: ArchitectureConfig, tokenizer: Any, seed: int, init: 
         "tie_word_embeddings": True,
     }
     config = T5Config(**settings)
-    if init is not None:
-        model = T5ForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
-        sizes = ArchitectureConfig.model_fields
-        differs = [key for key in sizes if getattr(model.config, key) != getattr(config, key)]
-        if differs:
-            raise ConfigError(f"init: {init} has another architecture.{differs[0]}")
-        return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return T5ForConditionalGeneration(config)

@@ -29,8 +29,9 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from vae_ds.config import ModelConfig
+from vae_ds import hub
 from vae_ds.errors import CheckpointError, ConfigError
+from vae_ds.settings import ModelConfig
 
 EXPORT_FORMAT = "vae_ds"
 EXPORT_VERSION = 1
@@ -59,7 +60,7 @@ def load_t5(settings: ModelConfig) -> Any:
     if getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
     try:
-        with _quiet():
+        with _quiet(location):
             t5, report = FAMILIES[config.model_type][1].from_pretrained(
                 location, config=config, dtype=torch.float32, output_loading_info=True
             )
@@ -93,7 +94,7 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
     if is_export(Path(location)) and not (Path(location) / "tokenizer_config.json").is_file():
         return load_tokenizer(read_export(Path(location))["model"]["base"])
     try:
-        with _quiet():
+        with _quiet(location):
             tokenizer = AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         raise ConfigError(f"model.base {base}: its tokenizer cannot be loaded: {_line(error)}") from None
@@ -152,7 +153,7 @@ def _base_config(base: str) -> tuple[PreTrainedConfig, dict[str, Any], str]:
         if not any(list(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")):
             raise ConfigError(f"model.base {base}: no weights in {folder}; expected model.safetensors")
     try:
-        with _quiet():
+        with _quiet(location):
             raw, _ = PreTrainedConfig.get_config_dict(location)
             kind = raw.get("model_type")
             if kind in FAMILIES:
@@ -190,13 +191,14 @@ def _line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and its remarks about tied weights off the user's terminal."""
+def _quiet(location: str) -> Iterator[None]:
+    """Keep transformers' progress bars, remarks about tied weights and vain tries off the user's terminal."""
     level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with hub.reachable_or_offline(local=Path(location).is_dir()):
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         if bar:

@@ -94,7 +94,7 @@ def _note_failure(arguments: argparse.Namespace, error: Exception) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from vae_ds import config as configuration
-    from vae_ds.config import RunConfig
+    from vae_ds.settings import RunConfig
 
     config = configuration.load(RunConfig, arguments.recipe, _overrides(arguments))
     arguments.run_dir = arguments.run_dir or str(Path("runs") / config.name)
@@ -114,7 +114,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _pretrain(arguments: argparse.Namespace) -> None:
     from vae_ds import config as configuration
-    from vae_ds.config import PretrainConfig
+    from vae_ds.settings import PretrainConfig
 
     config = configuration.load(PretrainConfig, arguments.recipe, _overrides(arguments))
     arguments.run_dir = arguments.run_dir or str(Path("runs") / config.name)

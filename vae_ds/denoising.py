@@ -1,10 +1,13 @@
-"""Examples of T5's pretraining: span corruption and prefix language modelling, from token ids.
+"""Examples of T5's pretraining: span corruption, denoising and prefix language modelling, from token ids.
 
 Span corruption (Raffel et al. 2020, section 3.1.4): spans of the text become one sentinel each; the target lists each
-sentinel with what it stands for, then one more sentinel. Prefix language modelling (section 3.2.3): the text is cut,
-the encoder reads what stands before the cut and the first sentinel, the decoder writes that sentinel and the rest; so a
-continuation is a span at the end, and what is learned of the one serves the other. With nothing before the cut there is
-no sentinel: the decoder is a plain language model of whole texts, which is what a VAE's decoder has to be.
+sentinel with what it stands for, then one more sentinel. Denoising (Lewis et al. 2020, token deletion): the encoder
+reads the text without some of its tokens, the decoder writes the whole text. Each token of that target depends on the
+source, so the decoder learns soon to read the encoder; from spans and cuts of short texts alone it hardly does. Prefix
+language modelling (Raffel et al. 2020, section 3.2.3): the text is cut, the encoder reads what stands before the cut
+and the first sentinel, the decoder writes that sentinel and the rest; so a continuation is a span at the end, and what
+is learned of the one serves the other. With nothing before the cut there is no sentinel: the decoder is a plain
+language model of whole texts, which is what a VAE's decoder has to be.
 
 Shapes: N texts, B texts of a batch, T tokens. Source and target end with the end-of-sentence token, which is counted in
 their lengths.
@@ -20,13 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vae_ds.config import PretrainConfig
 from vae_ds.errors import DataError
 from vae_ds.runtime import stream
+from vae_ds.settings import PretrainConfig
 
 Ints = npt.NDArray[np.int64]
 
-SPANS, PREFIX = 0, 1
+SPANS, DENOISING, PREFIX = 0, 1, 2
 IGNORED = -100  # the label that torch's cross entropy leaves out
 SHORTEST_FOR_SPANS = 4
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(]?[A-Z0-9])")
@@ -120,12 +123,15 @@ def plan_epoch(lengths_N: Ints, config: PretrainConfig, epoch: int) -> Plan:
     count = len(lengths_N)
     kind_draw_N, empty_draw_N, cut_draw_N = draws.random((3, count))
     spans_N = (kind_draw_N < config.span_corruption) & (lengths_N >= SHORTEST_FOR_SPANS)
+    denoised_N = ~spans_N & (kind_draw_N < config.span_corruption + config.denoising)
     cut_N = np.where(empty_draw_N < config.empty_prefix, 0, (cut_draw_N * lengths_N).astype(np.int64))
     noise_N, count_N = _noise_sizes(lengths_N, config)
     prefix = cut_texts(lengths_N, cut_N)
-    source_N = np.where(spans_N, lengths_N - noise_N + count_N + 1, prefix.source_N)
-    target_N = np.where(spans_N, noise_N + count_N + 2, prefix.target_N)
-    return Plan(np.where(spans_N, SPANS, PREFIX).astype(np.int64), cut_N, source_N, target_N)
+    kinds = [spans_N, denoised_N]
+    kind_N = np.select(kinds, [SPANS, DENOISING], PREFIX).astype(np.int64)
+    sources = [lengths_N - noise_N + count_N + 1, lengths_N - _deletions(lengths_N, config) + 1]
+    targets = [noise_N + count_N + 2, lengths_N + 1]
+    return Plan(kind_N, cut_N, np.select(kinds, sources, prefix.source_N), np.select(kinds, targets, prefix.target_N))
 
 
 def cut_texts(lengths_N: Ints, cut_N: Ints) -> Plan:
@@ -150,14 +156,17 @@ def pairs(
     pad: int,
     epoch: int,
 ) -> Pair:
-    """The padded batch of the texts `index_B`, each made as `plan` says; spans are drawn by (seed, epoch, text)."""
+    """The padded batch of the texts `index_B`, each made as `plan` says; losses are drawn by (seed, epoch, text)."""
     sources, targets = [], []
     for index in map(int, index_B):
         ids = texts[index]
+        draws = stream(config.seed, "spans", epoch, index)
         if plan.kind_N[index] == SPANS:
-            draws = stream(config.seed, "spans", epoch, index)
             noise, count = _noise_sizes(np.asarray([len(ids)]), config)
             source, target = corrupt(ids, int(noise[0]), int(count[0]), sentinels, draws)
+        elif plan.kind_N[index] == DENOISING:
+            lost = draws.choice(len(ids), int(_deletions(len(ids), config)), replace=False)
+            source, target = np.delete(ids, lost), ids
         else:
             cut = int(plan.cut_N[index])
             mark = np.asarray(sentinels[: min(cut, 1)], np.int64)
@@ -192,6 +201,11 @@ def corrupt(
     source.append(ids[place:])
     target.append(np.asarray([sentinels[count]]))
     return np.concatenate(source), np.concatenate(target)
+
+
+def _deletions(lengths: Any, config: PretrainConfig) -> Any:
+    """Tokens to delete from texts of these lengths; at least one stays."""
+    return np.minimum(np.rint(lengths * config.deletion), lengths - 1).astype(np.int64)
 
 
 def _noise_sizes(lengths_N: Ints, config: PretrainConfig) -> tuple[Ints, Ints]:

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from vae_ds import ds_config, ds_keys, generators
-from vae_ds.config import OptimizerConfig
 from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.masters import MOMENTS, Masters
 from vae_ds.runtime import Ranks
+from vae_ds.settings import OptimizerConfig
 
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 

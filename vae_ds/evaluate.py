@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from vae_ds import gaussian
 from vae_ds.batches import TokenSet, collate, evaluation_batches
-from vae_ds.config import EvaluationConfig
 from vae_ds.errors import DataError
 from vae_ds.generate import inference
 from vae_ds.model import T5VAE
 from vae_ds.runtime import Ranks, all_sum, gather_rows, stream
+from vae_ds.settings import EvaluationConfig
 
 Metrics = dict[str, Any]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vae_ds.config import ModelConfig
+from vae_ds.settings import ModelConfig
 
 
 class LatentCrossAttention(nn.Module):

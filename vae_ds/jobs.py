@@ -8,9 +8,9 @@ from typing import Any
 
 from vae_ds import config as configuration
 from vae_ds import corpora, evaluate, records, runtime
-from vae_ds.config import EvaluationConfig, RunConfig
 from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.model import T5VAE, load_tokenizer
+from vae_ds.settings import EvaluationConfig, RunConfig
 from vae_ds.tokens import tokenise
 
 

@@ -33,9 +33,9 @@ from vae_ds.bases import (
     save_tokenizer,
     tie,
 )
-from vae_ds.config import ModelConfig
 from vae_ds.errors import CheckpointError
 from vae_ds.injection import inject, normal_linear
+from vae_ds.settings import ModelConfig
 
 __all__ = ["T5VAE", "Terms", "check_base", "load_tokenizer"]
 

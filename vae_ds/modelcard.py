@@ -1,13 +1,12 @@
 """The README.md of a pretrained model, generated from the run that made it."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from vae_ds import config as configuration
-from vae_ds.config import PretrainConfig
 from vae_ds.records import environment
 from vae_ds.runtime import Ranks
+from vae_ds.settings import PretrainConfig
 
 _CARD = """\
 ---
@@ -30,9 +29,10 @@ model = T5ForConditionalGeneration.from_pretrained(path)
 
 ## Training
 
-Span corruption on {spans:.0%} of the examples, else prefix language modelling: the encoder reads the beginning of a
-text and `<extra_id_0>`, the decoder writes that sentinel and the rest; for {empty:.0%} of those the encoder reads
-nothing and the decoder writes the whole text.
+Span corruption on {spans:.0%} of the examples; denoising on {denoising:.0%}: the encoder reads a text without
+{deletion:.0%} of its tokens, the decoder writes the whole text; else prefix language modelling: the encoder reads the
+beginning of a text and `<extra_id_0>`, the decoder writes that sentinel and the rest; for {empty:.0%} of those the
+encoder reads nothing and the decoder writes the whole text.
 
 | | |
 |---|---|
@@ -56,6 +56,7 @@ On {held_sentences:,} sentences of the split `valid` ({held_tokens:,} tokens, en
 | whole sentence (language model) | {lm_per_token:.3f} | {lm_per_sentence:.2f} |
 | second half, given the first | {prefix_per_token:.3f} | |
 | corrupted spans | {spans_per_token:.3f} | |
+| whole sentence, given it without {deletion:.0%} of its tokens | {denoising_per_token:.3f} | |
 
 ## Continuations
 
@@ -67,16 +68,7 @@ Greedy; the model was given what stands before the bar.
 
 ```yaml
 {recipe}```
-{earlier}"""
-
-
-def _earlier(card: Path) -> str:
-    """What the card of the model that training went on from says of its own training and recipe."""
-    if not card.is_file():
-        return ""
-    parts = card.read_text(encoding="utf-8").split("\n## ")[1:]
-    told = [part for part in parts if part.startswith(("Training", "Held-out loss", "Recipe", "Before that"))]
-    return "\n## Before that\n\n" + "\n".join(f"### {part.removeprefix('Before that').strip()}\n" for part in told)
+"""
 
 
 def base_card(
@@ -103,6 +95,8 @@ def base_card(
         d_model=config.architecture.d_model,
         vocab=config.architecture.vocab_size,
         spans=config.span_corruption,
+        denoising=config.denoising,
+        deletion=config.deletion,
         empty=config.empty_prefix,
         **{key: sources[key] for key in ("corpus", "fingerprint", "sentences", "paragraphs", "texts", "tokens")},
         step=state["step"],
@@ -118,8 +112,7 @@ def base_card(
         state="Training is finished." if finished else "An intermediate export: training was still going on.",
         held_sentences=held["sentences"],
         held_tokens=held["tokens"],
-        **{key: held[key] for key in ("lm_per_token", "lm_per_sentence", "prefix_per_token", "spans_per_token")},
+        **{key: value for key, value in held.items() if key.startswith("lm_") or key.endswith("_per_token")},
         examples="\n".join(shown),
         recipe=configuration.dump(config),
-        earlier="" if config.init is None else _earlier(Path(config.init) / "README.md"),
     )

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from vae_ds import schedules
-from vae_ds.config import ConstantBeta, CyclicalBeta, LearningRateConfig, LinearBeta, OptimizerConfig, PhaseConfig
 from vae_ds.errors import ConfigError
+from vae_ds.settings import ConstantBeta, CyclicalBeta, LearningRateConfig, LinearBeta, OptimizerConfig, PhaseConfig
 
 GROUPS = ("encoder", "decoder", "embeddings", "memory", "bottleneck")
 

@@ -4,7 +4,6 @@ Shapes: B texts of a micro batch, G of a global batch, S steps of an epoch, N te
 The loss is in nats per target token, the mean over the global batch.
 """
 
-import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,14 +16,14 @@ from vae_ds import batches, checkpoint, corpora, engine, monitor, phases, record
 from vae_ds import config as configuration
 from vae_ds import vocabulary as pieces_of
 from vae_ds.basemodel import TextToText, build_t5, continue_text, export_t5
-from vae_ds.config import PretrainConfig
 from vae_ds.corpora import docstrings
 from vae_ds.denoising import Pair, Plan, Texts, cut_texts, pairs, plan_epoch, tokenise_texts, whole_texts
 from vae_ds.engine import PhaseEngine, PhaseState
-from vae_ds.errors import CheckpointError, ConfigError, Stopped
+from vae_ds.errors import CheckpointError, Stopped
 from vae_ds.modelcard import base_card
 from vae_ds.runtime import Ranks
 from vae_ds.schedules import LearningRate
+from vae_ds.settings import PretrainConfig
 
 # What a resumed run may set anew: how it is watched and stored, and when it ends.
 FREE_ON_RESUME = ("name", "logging.", "checkpoint.", "validation.", "steps", "minutes", "deepspeed", "batch.micro")
@@ -102,8 +101,6 @@ def pretrain(config: PretrainConfig, run_dir: str | Path, resume: bool = True) -
 def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Job:
     """Check what can be checked, read the corpus, learn the vocabulary, tokenise. Raises UserError."""
     corpora.check(config.data)
-    if config.init is not None and not (Path(config.init) / pieces_of.PIECES_FILE).is_file():
-        raise ConfigError(f"init: {config.init} has no {pieces_of.PIECES_FILE}; name a model that `pretrain` made")
     precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
     ds_config = engine.resolve(config.deepspeed, precision, ranks.device.type)
     micro = batches.micro_batch(config.batch.global_size, ranks.world, config.batch.micro, cap=512)
@@ -153,7 +150,7 @@ class Pretrainer:
         resumed = self._restore()
         self._status("running")
         trained = PhaseEngine(
-            TextToText(build_t5(job.config.architecture, job.tokenizer, job.config.seed, job.config.init)),
+            TextToText(build_t5(job.config.architecture, job.tokenizer, job.config.seed)),
             optimizer=job.config.optimizer,
             micro=job.micro,
             accumulation=job.config.batch.global_size // (job.micro * job.ranks.world),
@@ -334,7 +331,7 @@ class Pretrainer:
 
 @torch.no_grad()
 def measure(model: torch.nn.Module, job: Job) -> dict[str, float]:
-    """Held-out losses in nats: of whole sentences (plain LM), of second halves (prefix LM), of corrupted spans.
+    """Held-out losses in nats: whole sentences (plain LM), second halves (prefix LM), corrupted spans, denoising.
 
     A collective: all ranks make the same number of forward passes.
     """
@@ -342,8 +339,10 @@ def measure(model: torch.nn.Module, job: Job) -> dict[str, float]:
     whole = whole_texts(lengths_N)
     cut_N = lengths_N // 2
     halves = cut_texts(lengths_N, cut_N)
-    only_spans = job.config.model_copy(update={"span_corruption": 1.0})
+    only_spans = job.config.model_copy(update={"span_corruption": 1.0, "denoising": 0.0})
+    only_denoising = job.config.model_copy(update={"span_corruption": 0.0, "denoising": 1.0})
     plans = {"lm": whole, "prefix": halves, "spans": plan_epoch(lengths_N, only_spans, 0)}
+    plans["denoising"] = plan_epoch(lengths_N, only_denoising, 0)
     sums = torch.zeros(len(plans), dtype=torch.float64, device=job.ranks.device)
     for row, plan in enumerate(plans.values()):
         for index_B, weight_B in batches.evaluation_batches(plan.order_N, 128, job.ranks.rank, job.ranks.world):
@@ -359,15 +358,12 @@ def measure(model: torch.nn.Module, job: Job) -> dict[str, float]:
 
 
 def _vocabulary(texts: list[str], config: PretrainConfig, run_dir: Path) -> bytes:
-    """The run's own pieces, those of `init` or learned once: a resumed run must not learn others."""
+    """The run's own pieces, learned once: a resumed run must not learn others."""
     path = run_dir / pieces_of.PIECES_FILE
     if not path.is_file():
         run_dir.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        if config.init is None:
-            part.write_bytes(pieces_of.train_pieces(texts, config.architecture.vocab_size))
-        else:
-            shutil.copyfile(Path(config.init) / pieces_of.PIECES_FILE, part)
+        part.write_bytes(pieces_of.train_pieces(texts, config.architecture.vocab_size))
         part.replace(path)
     return path.read_bytes()
 

@@ -15,7 +15,6 @@ import torch
 
 from vae_ds import batches, checkpoint, corpora, engine, evaluate, generate, monitor, phases, records, runtime
 from vae_ds import config as configuration
-from vae_ds.config import RunConfig
 from vae_ds.engine import PhaseEngine, PhaseState
 from vae_ds.errors import CheckpointError, Stopped
 from vae_ds.gaussian import thresholded_kl
@@ -23,6 +22,7 @@ from vae_ds.model import T5VAE, check_base, load_tokenizer
 from vae_ds.phases import PhasePlan
 from vae_ds.runtime import Ranks
 from vae_ds.schedules import Target
+from vae_ds.settings import RunConfig
 from vae_ds.tokens import TokenSet, tokenise
 
 # What a resumed run may set anew: how it is watched and stored, not what it computes.
@@ -100,8 +100,8 @@ def train(
 
 def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Job:
     """Check everything that can be checked, then make the data ready. Raises UserError; loads no weights."""
-    check_base(config.model.base)
     corpora.check(config.data)
+    check_base(config.model.base)
     precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
     clips = {"gradient_clipping": [phase.optimizer.clip for phase in config.phases]}
     ds_config = engine.resolve(config.deepspeed, precision, ranks.device, stated=clips)

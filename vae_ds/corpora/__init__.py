@@ -1,9 +1,9 @@
 """Where text comes from: the `docstrings` corpus, text files, and data sets of the hub or on disk."""
 
-from vae_ds.config import DataConfig
 from vae_ds.corpora import dataset, docstrings, text
 from vae_ds.corpora.corpus import Corpus
 from vae_ds.corpora.splits import split_of
+from vae_ds.settings import DataConfig
 
 __all__ = ["Corpus", "check", "load", "split_of"]
 

@@ -5,25 +5,22 @@ Only data files are read (parquet, csv, json lines, ...), never a data set's own
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import datasets
 import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 
-from vae_ds.config import SPLITS, DataConfig
+from vae_ds import hub
 from vae_ds.corpora.corpus import Corpus, digest, limited, quiet_datasets
 from vae_ds.errors import DataError
+from vae_ds.settings import SPLITS, DataConfig
 
 DEFAULT_NAMES: dict[str, str] = DataConfig.model_fields["splits"].default
-_HUB_PATIENCE_S = 5.0
 _DIRECTORY = "a local directory with parquet, csv or json lines files or one written by save_to_disk"
 
 log = logging.getLogger(__name__)
@@ -45,7 +42,7 @@ def check(data: DataConfig) -> None:
         for split, part in _parts(data).items():
             _check_column(part.features, data, split)
         return
-    with _explained(data), _reachable_or_offline(data), quiet_datasets():
+    with _explained(data), _reachable(data), quiet_datasets():
         builder = datasets.load_dataset_builder(_place(data), data.subset)
         files = builder.config.data_files
         known = builder.info.splits or files
@@ -79,7 +76,7 @@ def _parts(data: DataConfig) -> dict[str, Dataset]:
                 )
             _check_splits(list(saved), data)
             return {split: saved[name] for split, name in names.items()}
-        with _reachable_or_offline(data):
+        with _reachable(data):
             builder = datasets.load_dataset_builder(_place(data), data.subset)
             known = builder.info.splits or builder.config.data_files
             if known:
@@ -153,32 +150,8 @@ def _column(rows: Dataset) -> Iterator[str | None]:
         yield from batch["text"].to_pylist()
 
 
-@contextmanager
-def _reachable_or_offline(data: DataConfig) -> Iterator[None]:
-    """Let a hub name be served from the library's cache at once where the hub is out of reach.
-
-    On its own the library retries for half a minute a call and prints each try.
-    """
-    before = datasets.config.HF_HUB_OFFLINE
-    local = Path(_place(data)).is_dir()
-    datasets.config.HF_HUB_OFFLINE = before or not (local or _hub_answers())
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
-
-
-def _hub_answers() -> bool:
-    endpoint = urlsplit(datasets.config.HF_ENDPOINT)
-    proxies = getproxies()
-    proxy = proxies.get(endpoint.scheme) or proxies.get("all")
-    target = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else endpoint
-    port = target.port or (443 if target.scheme == "https" else 80)
-    try:
-        socket.create_connection((target.hostname or "", port), timeout=_HUB_PATIENCE_S).close()
-    except OSError:
-        return False
-    return True
+def _reachable(data: DataConfig) -> AbstractContextManager[None]:
+    return hub.reachable_or_offline(local=Path(_place(data)).is_dir())
 
 
 @contextmanager
@@ -205,7 +178,7 @@ def _explained(data: DataConfig) -> Iterator[None]:
 
 
 def _unreachable(data: DataConfig) -> DataError:
-    offline = "HF_HUB_OFFLINE is set" if datasets.config.HF_HUB_OFFLINE else "cannot be reached"
+    offline = "HF_HUB_OFFLINE is set" if hub.is_offline() else "cannot be reached"
     return DataError(
         f"{data.path}: no such directory, not in the cache {os.fspath(datasets.config.HF_DATASETS_CACHE)}, and the"
         f" hub ({offline}) cannot be asked: set data.path to {_DIRECTORY}; or load it once where there is a network,"

@@ -13,10 +13,10 @@ from uuid import uuid4
 import pyarrow as pa
 from datasets import Dataset
 
-from vae_ds.config import SPLITS, DataConfig
 from vae_ds.corpora.corpus import Corpus, cache_error, digest, limited
 from vae_ds.errors import DataError
 from vae_ds.runtime import cache_dir
+from vae_ds.settings import SPLITS, DataConfig
 
 NAMES = {
     "train": ("train.txt",),
@@ -53,7 +53,10 @@ def find(data: DataConfig) -> dict[str, Path]:
     folder = Path(data.path).expanduser() if data.path else None
     if folder and not folder.is_dir() and not (data.train and data.valid and data.test):
         found = "a file" if folder.exists() else "no such directory"
-        raise DataError(f"{folder}: {found}; data.path is a directory with train.txt, valid.txt and test.txt")
+        raise DataError(
+            f"{folder}: {found}; data.path is a directory with train.txt, valid.txt and test.txt. For a data set of the"
+            " hub: --set data.corpus=dataset data.path=NAME data.column=COLUMN"
+        )
     return {split: _file(folder, split, getattr(data, split)) for split in SPLITS}
 
 
