@@ -12,9 +12,19 @@ from vae_ds import checkpoint, runtime
 from vae_ds.engine import PhaseState
 from vae_ds.errors import CheckpointError
 from vae_ds.runtime import Ranks
+from vae_ds.saver import Saver
+from vae_ds.settings import CheckpointConfig
 
 STAGE, STEPS, ACCUMULATION = 2, 2, 2
 OTHER = 1.0  # what the weights of an engine about to be loaded are off by
+
+
+def save(run_dir: Path, state: PhaseState, progress: dict, ranks: Ranks) -> Path:
+    """Write a checkpoint, wait for it and delete none."""
+    saver = Saver(run_dir, ranks, CheckpointConfig(keep=1_000_000))
+    saver.begin(lambda: state, progress, must=True)
+    saver.finish(must=True)
+    return run_dir / "checkpoints" / f"step-{progress['global_step']:08d}"
 
 
 def train(ranks: Ranks, folder: Path) -> None:
@@ -26,8 +36,8 @@ def train(ranks: Ranks, folder: Path) -> None:
     saved = trained.state(share=True)
     assert len(saved.weights) < len(saved.names)
     progress = {"global_step": STEPS, "state": {"beta": 0.25, "held_kl": [0.5, 1.5], "name": "é"}}
-    path = checkpoint.save(folder, saved, progress, ranks)
-    assert path.name == "step-00000002"
+    path = save(folder, saved, progress, ranks)
+    assert (path / checkpoint.MANIFEST).is_file()
     drawn = torch.rand(3)
     rows = runtime.gather_rows(drawn[None])
     assert not torch.equal(rows[0], rows[1]), "the ranks draw the same numbers, so the case proves nothing"
@@ -79,7 +89,7 @@ def one_rank_fails(ranks: Ranks, folder: Path) -> None:
     if ranks.rank == 1:
         state.weights.clear()
     with pytest.raises(CheckpointError, match="rank 1 could not write the checkpoint"):
-        checkpoint.save(folder, state, {"global_step": 99}, ranks)
+        save(folder, state, {"global_step": 99}, ranks)
     again = checkpoint.newest(folder)
     assert again is not None
     assert again.path == found.path

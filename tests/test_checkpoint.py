@@ -1,5 +1,6 @@
 """Checkpoints: resumed across stages and world sizes by real processes, and what holds when files break."""
 
+import errno
 import json
 import logging
 import os
@@ -7,8 +8,10 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +24,8 @@ from vae_ds import checkpoint, generators
 from vae_ds.engine import PhaseState
 from vae_ds.errors import CheckpointError
 from vae_ds.runtime import Ranks
+from vae_ds.saver import Saver
+from vae_ds.settings import CheckpointConfig
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 NOWHERE = Path("unused")
@@ -87,7 +92,7 @@ def state_of(value: float) -> PhaseState:
 
 
 def write(run_dir: Path, *steps: int) -> list[Path]:
-    return [checkpoint.save(run_dir, state_of(step), {"global_step": step}, ALONE) for step in steps]
+    return [checkpoint_cases.save(run_dir, state_of(step), {"global_step": step}, ALONE) for step in steps]
 
 
 def steps_of(run_dir: Path) -> list[str]:
@@ -211,6 +216,94 @@ def test_prune_deletes_nothing_that_no_whole_one_replaces(tmp_path: Path) -> Non
         cut_shard(path)
     checkpoint.prune(tmp_path, 1, ALONE)
     assert steps_of(tmp_path) == ["step-00000002", "step-00000003"]
+
+
+def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
+    for step, nelbo in ((1, 9.0), (2, 5.0), (3, 7.0), (4, None), (5, 8.0)):
+        valid = {} if nelbo is None else {"nelbo": nelbo, "z_gain": nelbo}
+        checkpoint_cases.save(tmp_path, state_of(step), {"global_step": step, "valid": valid}, ALONE)
+    checkpoint.prune(tmp_path, 1, ALONE, "nelbo")
+    assert steps_of(tmp_path) == ["step-00000002", "step-00000005"]
+    checkpoint.prune(tmp_path, 1, ALONE, "z_gain")
+    assert steps_of(tmp_path) == ["step-00000005"]
+
+
+class Told:
+    """A monitor that remembers what it was told of checkpoints."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def checkpoint(self, step: int, **values: float) -> None:
+        self.rows.append({"step": step, **values})
+
+
+def test_the_training_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that takes its time: `begin` returns at once, the marker comes with `finish`, not before."""
+    slow, write_shard = threading.Event(), checkpoint.write_shard
+
+    def write_when_told(*arguments: Any) -> dict[str, Any]:
+        assert slow.wait(60)
+        return write_shard(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_shard", write_when_told)
+    told = Told()
+    saver = Saver(tmp_path, ALONE, CheckpointConfig(keep=1), told)  # type: ignore[arg-type]
+    progress = {"global_step": 1, "window": {"steps": 1}}
+    saver.begin(lambda: state_of(1), progress)
+    progress["window"] = {}
+    assert saver.wishes(stop=False) == [0, 0, 0]
+    assert checkpoint.newest(tmp_path) is None
+    slow.set()
+    deadline = time.monotonic() + 60
+    while not saver.agreed(saver.wishes(stop=False)).written:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert checkpoint.newest(tmp_path) is None
+    saver.finish()
+    saver.finish()
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.manifest["progress"]["window"] == {"steps": 1}, "progress is that of the step it was begun at"
+    (row,) = told.rows
+    assert row["step"] == 1
+    assert row["size_bytes"] == sum(path.stat().st_size for path in found.path.glob("*.safetensors"))
+    assert row["write_s"] > 0
+    assert row["stall_s"] > 0
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_warning_unless_it_must_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver = Saver(tmp_path, ALONE, CheckpointConfig(keep=1))
+    saver.begin(lambda: state_of(1), {"global_step": 1})
+    saver.finish(must=True)
+
+    def full(*_: Any) -> dict[str, Any]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_shard", full)
+    saver.begin(lambda: state_of(2), {"global_step": 2})
+    with caplog.at_level(logging.WARNING):
+        saver.finish()
+    assert "No space left on device; the one before it stays" in caplog.text
+    saver.begin(lambda: state_of(3), {"global_step": 3})
+    with pytest.raises(CheckpointError, match="No space left"):
+        saver.finish(must=True)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+
+
+def test_a_checkpoint_is_due_by_the_clock_of_rank_0_alone(tmp_path: Path) -> None:
+    settings = CheckpointConfig(every_minutes=1e-9)
+    saver = Saver(tmp_path, ALONE, settings)
+    time.sleep(0.01)
+    assert saver.agreed(saver.wishes(stop=True)) == (True, True, False)
+    other = Saver(tmp_path, Ranks(1, 1, 2, torch.device("cpu")), settings)
+    time.sleep(0.01)
+    assert other.wishes(stop=False) == [0, 0, 0]
+    assert Saver(tmp_path, ALONE, CheckpointConfig()).wishes(stop=False) == [0, 0, 0]
 
 
 def test_only_rank_0_prunes(tmp_path: Path) -> None:

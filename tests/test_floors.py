@@ -18,6 +18,7 @@ FLOORS = (
     {"model", "batches", "monitor", "basemodel", "modelcard"},
     {"engine", "generate"},
     {"checkpoint", "evaluate"},
+    {"saver", "preparation"},
     {"trainer", "jobs"},
     {"pretrain", "study", "report", "plan", "doctor", "bench", "submit"},
     {"__init__", "cli"},

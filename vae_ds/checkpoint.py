@@ -5,6 +5,7 @@ RUN/checkpoints/step-00000123/ holds one safetensors shard a rank (parameter i i
 progress, and each rank's random generators. It is written last, and a directory without it is no checkpoint.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -30,6 +31,8 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})")
+# Metrics of a validation by which the best checkpoint may be kept: 1 where more is better, -1 where less is.
+BETTER = {"nelbo": -1, "rec": -1, "mi": 1, "z_gain": 1}
 # Directories that are being written or deleted; their contents mean nothing.
 WRITING, LEAVING = ".writing-", ".leaving-"
 
@@ -48,29 +51,26 @@ class Checkpoint:
         return str(self.path)
 
 
-def save(run_dir: Path, state: PhaseState, progress: dict[str, Any], ranks: Ranks) -> Path:
-    """Publish a checkpoint named by progress["global_step"]. A collective.
-
-    `state` is whole or this rank's share; `progress` is plain JSON data, rank 0's counts. Every rank writes its shard,
-    all wait, rank 0 writes the manifest last. Raises CheckpointError on every rank if one of them cannot write.
-    """
+def prepare(run_dir: Path, step: int, ranks: Ranks) -> tuple[Path, Path]:
+    """The directory to write a checkpoint of `step` into, and what it will be called. A collective."""
     root = Path(run_dir) / FOLDER
-    final = root / f"step-{int(progress['global_step']):08d}"
+    final = root / f"step-{step:08d}"
     writing = root / f"{WRITING}{final.name}"
-    _together(lambda: _clear(root, writing) if ranks.is_main else None, "prepare")
-    shards = _together(lambda: _write_shard(writing, state, ranks), "write")
-    manifest = {
+    together(lambda: _clear(root, writing) if ranks.is_main else None, "prepare")
+    return writing, final
+
+
+def describe(state: PhaseState, progress: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """The manifest, the shards' entries left out: progress and the generators as they are now. A collective."""
+    return {
         "schema_version": SCHEMA_VERSION,
         "world": ranks.world,
         "steps": state.steps,
         "scaler": state.scaler,
         "names": list(state.names or state.weights),
-        "shards": shards,
-        "progress": progress,
+        "progress": copy.deepcopy(progress),
         "generators": runtime.gather_objects(generators.capture()),
     }
-    _together(lambda: _publish(writing, final, manifest) if ranks.is_main else None, "publish")
-    return final
 
 
 def newest(run_dir: Path, *, verify: bool = True) -> Checkpoint | None:
@@ -115,22 +115,28 @@ def load(checkpoint: Checkpoint, ranks: Ranks | None = None) -> tuple[PhaseState
     return state, manifest["progress"]
 
 
-def prune(run_dir: Path, keep: int, ranks: Ranks) -> None:
-    """Delete all but the newest `keep` whole checkpoints, and broken ones that are older than a whole one.
+def prune(run_dir: Path, keep: int, ranks: Ranks, best: str | None = None) -> None:
+    """Delete all but the newest `keep` whole checkpoints and the best, and broken ones older than a whole one.
 
+    `best` names a metric of BETTER: of the checkpoints whose progress["valid"] has it, the best one stays, too.
     Rank 0 deletes. Nothing goes while no whole checkpoint is newer.
     """
     if not ranks.is_main:
         return
-    whole = 0
-    for path in _directories(Path(run_dir)):
-        if whole >= max(1, keep) or (whole and not _is_whole(path)):
+    found = [(path, _whole(path)) for path in _directories(Path(run_dir))]
+    whole = [one for _, one in found if one is not None]
+    kept = {one.path for one in whole[: max(1, keep)]}
+    scores = {one.path: one.manifest["progress"].get("valid", {}).get(best) for one in whole}
+    rated = [path for path, score in scores.items() if score is not None]
+    if best is not None and rated:
+        kept.add(max(rated, key=lambda path: BETTER[best] * scores[path]))
+    first_whole = next((place for place, (_, one) in enumerate(found) if one is not None), len(found))
+    for path, _ in found[first_whole:]:
+        if path not in kept:
             _remove(path)
-        elif _is_whole(path):
-            whole += 1
 
 
-def _together(work: Callable[[], Any], verb: str) -> list[Any]:
+def together(work: Callable[[], Any], verb: str) -> list[Any]:
     """Run `work` on this rank, gather the values; where one rank fails, all raise, so that none waits for it."""
     value, fault = None, None
     try:
@@ -153,7 +159,7 @@ def _clear(root: Path, writing: Path) -> None:
     writing.mkdir()
 
 
-def _write_shard(folder: Path, state: PhaseState, ranks: Ranks) -> dict[str, Any]:
+def write_shard(folder: Path, state: PhaseState, ranks: Ranks) -> dict[str, Any]:
     """Write this rank's share of the tensors. Returns the manifest's entry."""
     mine = (state.names or tuple(state.weights))[ranks.rank :: ranks.world]
     tensors = {f"weights/{name}": state.weights[name] for name in mine}
@@ -165,8 +171,8 @@ def _write_shard(folder: Path, state: PhaseState, ranks: Ranks) -> dict[str, Any
     return {"file": path.name, "size": path.stat().st_size, "sha256": _sha256(path)}
 
 
-def _publish(writing: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Give the directory its name, then write the marker: from then on the checkpoint exists."""
+def publish(writing: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Give the directory its name, then write the marker: from then on the checkpoint exists. Rank 0 alone."""
     replaced = None
     if final.exists():
         replaced = final.with_name(f"{LEAVING}{final.name}")
@@ -217,12 +223,11 @@ def _open(path: Path, verify: bool) -> Checkpoint:
     return Checkpoint(path, int(match[1]) if match else 0, manifest)
 
 
-def _is_whole(path: Path) -> bool:
+def _whole(path: Path) -> Checkpoint | None:
     try:
-        _open(path, verify=False)
+        return _open(path, verify=False)
     except CheckpointError:
-        return False
-    return True
+        return None
 
 
 def _remove(path: Path) -> None:

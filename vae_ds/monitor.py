@@ -5,7 +5,8 @@ all phases: the x axis of each curve and the `step` of each row.
 
 Files of a run directory written here:
 
-- `metrics.jsonl`: one JSON object a logging step. `evaluations.jsonl`: one a validation.
+- `metrics.jsonl`: one JSON object a logging step. `evaluations.jsonl`: one a validation. `checkpoints.jsonl`: one a
+  checkpoint.
 - `tensorboard/`: one directory a run. A resumed run cuts the points past its checkpoint and adds an event file, so
   its curves go on. TensorBoard's own purge mark is not enough: its default (Rust) loader does not know it.
 - `status.json`: running, stopped, failed or done. `environment.json`: versions, commit, devices.
@@ -81,7 +82,7 @@ class Monitor:
         if self._metrics is not None or self._writer is not None:
             raise RuntimeError("resume_from comes before the first row")
         last_step = step if step > 0 else -1
-        for name in ("metrics.jsonl", "evaluations.jsonl"):
+        for name in ("metrics.jsonl", "evaluations.jsonl", "checkpoints.jsonl"):
             _cut_rows(self._run_dir / name, last_step)
         if self._tensorboard:
             for path in (self._run_dir / "tensorboard").glob("*tfevents*"):
@@ -171,6 +172,24 @@ class Monitor:
         for name, table in tables.items():
             writer.add_text(f"{split}/{name}", table, step)
         writer.flush()
+
+    def checkpoint(self, step: int, *, size_bytes: int, stall_s: float, write_s: float) -> None:
+        """Record a checkpoint of global step `step`: how long the training waited for it, and how long it was written.
+
+        A row of `checkpoints.jsonl`, curves `checkpoint/<key>`, and a line beside the progress.
+        """
+        if not self._active:
+            return
+        values = {"size_bytes": size_bytes, "stall_s": stall_s, "write_s": write_s}
+        with (self._run_dir / "checkpoints.jsonl").open("a", encoding="utf-8") as rows:
+            rows.write(strict_json({"step": step, **values}) + "\n")
+        if self._progress:
+            told = f"{size_bytes / 1e6:.1f} MB, written in {write_s:.2f} s, training waited {stall_s:.2f} s"
+            self._progress.say(f"checkpoint at step {step}: {told}")
+        writer = self._open_writer()
+        if writer is not None:
+            for key, value in values.items():
+                writer.add_scalar(f"checkpoint/{key}", value, step)
 
     def close(self) -> None:
         """Flush and close everything. May be called twice."""

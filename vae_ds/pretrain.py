@@ -22,6 +22,7 @@ from vae_ds.engine import PhaseEngine, PhaseState
 from vae_ds.errors import CheckpointError, Stopped
 from vae_ds.modelcard import base_card
 from vae_ds.runtime import Ranks
+from vae_ds.saver import Saver, Wishes
 from vae_ds.schedules import LearningRate
 from vae_ds.settings import PretrainConfig
 
@@ -138,6 +139,7 @@ class Pretrainer:
         self.stop.install()
         logging = job.config.logging
         self.monitor = monitor.Monitor(job.run_dir, job.ranks, logging.tensorboard, logging.progress)
+        self.saver = Saver(job.run_dir, job.ranks, job.config.checkpoint, self.monitor)
         rate = job.config.learning_rate
         self.learning_rate = LearningRate(
             rate.schedule, job.config.optimizer.lr, rate.warmup_steps, job.config.steps, rate.final
@@ -166,6 +168,7 @@ class Pretrainer:
             self.steps(trained)
         finally:
             trained.close()
+        self.saver.finish(must=True)
         self.monitor.close()
         self._status("done")
 
@@ -179,7 +182,9 @@ class Pretrainer:
             epoch, number = phases.epoch_of(state.position, self.job.steps_per_epoch)
             if epoch != epoch_of_plan:
                 epoch_of_plan, (plan, order_SG) = epoch, self._order(epoch)
-            stop = self.step(trained, plan, order_SG[number], epoch)
+            wishes = self.step(trained, plan, order_SG[number], epoch)
+            if wishes.written:
+                self.saver.finish()
             # One clock for all ranks: what they do next must not differ.
             state.duration_s = runtime.broadcast_object(before_s + time.monotonic() - began)
             finished = self.progress() >= 1.0
@@ -191,10 +196,12 @@ class Pretrainer:
             if fresh and (finished or state.step % config.validation.every_steps == 0):
                 self.validate(trained)
                 clock = time.monotonic()
-            if stop or (fresh and (finished or state.step % config.checkpoint.every_steps == 0)):
-                self.save(trained)
+            due = fresh and (finished or state.step % config.checkpoint.every_steps == 0)
+            if due or wishes.save or wishes.stop:
+                self.save(trained, must=wishes.stop)
                 clock = time.monotonic()
-            if stop and not finished:
+            if wishes.stop and not finished:
+                self.saver.finish(must=True)
                 self._status("stopped")
                 self.monitor.close()
                 raise Stopped(f"stopped at step {state.step} of {config.steps}; rerun to resume")
@@ -205,16 +212,16 @@ class Pretrainer:
         by_time = 0.0 if config.minutes is None else self.state.duration_s / (60 * config.minutes)
         return max(self.state.step / config.steps, by_time)
 
-    def step(self, trained: PhaseEngine, plan: Plan, index_G: np.ndarray, epoch: int) -> bool:
-        """One global batch: forward, backward, update. Whether to stop after it."""
+    def step(self, trained: PhaseEngine, plan: Plan, index_G: np.ndarray, epoch: int) -> Wishes:
+        """One global batch: forward, backward, update. What the ranks wish after it."""
         job, state, ranks = self.job, self.state, self.job.ranks
         # A decay that ends with the run, whichever limit ends it; the warm-up counts steps.
         warm = state.step < job.config.learning_rate.warmup_steps
         lr = self.learning_rate.at(state.step if warm else int(self.progress() * job.config.steps))
         tokens = int(plan.target_N[index_G].sum())
         shares = batches.share(index_G, plan.order_N, ranks.rank, ranks.world, job.micro)
-        # Nats, padded target positions, stop wish: one reduction a step.
-        sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+        # Nats, padded target positions, 3 wishes: one reduction a step.
+        sums = torch.zeros(5, dtype=torch.float64, device=ranks.device)
         outcome = None
         for index_B in shares:
             batch = job.batch(job.train, index_B, plan, epoch)
@@ -224,12 +231,13 @@ class Pretrainer:
             outcome = trained.step(lr)
             sums[0] += nats.detach().double()
             sums[1] += batch.labels_BT.numel()
-        sums[2] = float(self.stop.raised is not None)
-        nats_sum, positions, stop = runtime.all_sum(sums).tolist()
+        sums[2:] = torch.tensor(self.saver.wishes(stop=self.stop.raised is not None))
+        nats_sum, positions, *wished = runtime.all_sum(sums).tolist()
+        wishes = self.saver.agreed(wished)
         state.position += 1
         if outcome is None or not outcome.applied:
             self._skip()
-            return stop > 0
+            return wishes
         state.skipped_in_row = 0
         state.step += 1
         state.tokens += tokens
@@ -238,7 +246,7 @@ class Pretrainer:
             state.window[key] = state.window.get(key, 0.0) + value
         state.window["lr"] = lr
         self.monitor.advance(1)
-        return stop > 0
+        return wishes
 
     def validate(self, trained: PhaseEngine) -> None:
         """Measure the held-out sentences and replace the exported model."""
@@ -248,12 +256,10 @@ class Pretrainer:
         self.monitor.evaluation(self.state.step, "valid", self.state.held_out)
         self._export(trained.module, trained.state())
 
-    def save(self, trained: PhaseEngine) -> None:
-        """Write a portable checkpoint; older ones go once it is whole."""
-        job = self.job
+    def save(self, trained: PhaseEngine, must: bool) -> None:
+        """Begin a portable checkpoint; older ones go once it is whole."""
         progress = {"state": asdict(self.state), "global_step": self.state.step, "data": self._data()}
-        checkpoint.save(job.run_dir, trained.state(share=True), progress, job.ranks)
-        checkpoint.prune(job.run_dir, job.config.checkpoint.keep, job.ranks)
+        self.saver.begin(lambda: trained.state(share=True), progress, must)
 
     def _restore(self) -> PhaseState | None:
         found = checkpoint.newest(self.job.run_dir)

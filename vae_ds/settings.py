@@ -170,7 +170,11 @@ class ValidationConfig(Settings):
 
 class CheckpointConfig(Settings):
     every_steps: int = Field(1000, ge=1, description="applied steps between checkpoints; each phase's end is one too")
+    every_minutes: float | None = Field(None, gt=0, description="also this long after the last one began")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_best: Literal["nelbo", "rec", "mi", "z_gain"] | None = Field(
+        None, description="also keep the best by this metric of the validations, saved when it improves"
+    )
 
 
 class LoggingConfig(Settings):
@@ -261,6 +265,8 @@ class PretrainConfig(Settings):
     def _parts(self) -> Self:
         if self.span_corruption + self.denoising > 1:
             raise ValueError(f"`span_corruption` + `denoising` is {self.span_corruption + self.denoising:g}; all is 1")
+        if self.checkpoint.keep_best is not None:
+            raise ValueError("`checkpoint.keep_best` is for VAEs: a pretraining's validations have no such metric")
         return self
 
 

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from vae_ds import batches, checkpoint, corpora, engine, evaluate, generate, monitor, phases, records, runtime
+from vae_ds import batches, checkpoint, evaluate, generate, monitor, phases, records, runtime
 from vae_ds import config as configuration
 from vae_ds.engine import PhaseEngine, PhaseState
 from vae_ds.errors import CheckpointError, Stopped
 from vae_ds.gaussian import thresholded_kl
-from vae_ds.model import T5VAE, check_base, load_tokenizer
+from vae_ds.model import T5VAE
 from vae_ds.phases import PhasePlan
-from vae_ds.runtime import Ranks
+from vae_ds.preparation import Job, prepare, write_headers
+from vae_ds.saver import Saver, Wishes
 from vae_ds.schedules import Target
 from vae_ds.settings import RunConfig
-from vae_ds.tokens import TokenSet, tokenise
 
 # What a resumed run may set anew: how it is watched and stored, not what it computes.
 WATCHED = ("name", "logging.", "checkpoint.", "validation.", "evaluation.")
@@ -43,35 +43,12 @@ class TrainState:
     beta: float | None = None  # carried by the schedule `target`
     held_kl: list[float] | None = None  # last step's global mean KL of each unit
     best: float | None = None  # lowest valid nelbo so far
+    best_kept: float | None = None  # highest score of a validation by `checkpoint.keep_best`
     window: dict[str, float] = field(default_factory=dict)  # sums since the last logged row
 
     def begin_phase(self, index: int) -> None:
         self.phase, self.position, self.step, self.skipped_in_row = index, 0, 0, 0
         self.beta, self.held_kl, self.window = None, None, {}
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is known before any weight is loaded."""
-
-    config: RunConfig
-    run_dir: Path
-    ranks: Ranks
-    precision: str
-    ds_config: dict[str, Any]
-    micro: int
-    tokenizer: Any
-    train: TokenSet
-    valid: TokenSet
-    plans: list[PhasePlan]
-
-    @property
-    def accumulation(self) -> int:
-        return self.config.batch.global_size // (self.micro * self.ranks.world)
-
-    @property
-    def total_steps(self) -> int:
-        return sum(plan.steps for plan in self.plans)
 
 
 def train(
@@ -92,31 +69,10 @@ def train(
         return directory
     job = prepare(config, directory, ranks)
     if ranks.is_main:
-        _write_headers(job)
+        write_headers(job)
     runtime.barrier()
     Trainer(job).run()
     return directory
-
-
-def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Job:
-    """Check everything that can be checked, then make the data ready. Raises UserError; loads no weights."""
-    corpora.check(config.data)
-    check_base(config.model.base)
-    precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
-    clips = {"gradient_clipping": [phase.optimizer.clip for phase in config.phases]}
-    ds_config = engine.resolve(config.deepspeed, precision, ranks.device, stated=clips)
-    micro = batches.micro_batch(config.batch.global_size, ranks.world, config.batch.micro)
-    tokenizer = load_tokenizer(config.model.base)
-    corpus = runtime.rank0_first(lambda: corpora.load(config.data))
-    cache = runtime.cache_dir(config.data.cache_dir)
-
-    def tokens_of(split: str) -> TokenSet:
-        return runtime.rank0_first(lambda: tokenise(corpus, split, tokenizer, config.data.max_tokens, cache))
-
-    train_set, valid_set = tokens_of("train"), tokens_of("valid")
-    plans = phases.plan(config.phases, batches.steps_per_epoch(len(train_set), config.batch.global_size))
-    valid_set = valid_set.first(config.validation.sentences)
-    return Job(config, run_dir, ranks, precision, ds_config, micro, tokenizer, train_set, valid_set, plans)
 
 
 class Trainer:
@@ -129,6 +85,7 @@ class Trainer:
         self.stop.install()
         logging = job.config.logging
         self.monitor = monitor.Monitor(job.run_dir, job.ranks, logging.tensorboard, logging.progress)
+        self.saver = Saver(job.run_dir, job.ranks, job.config.checkpoint, self.monitor)
 
     def run(self) -> None:
         """All phases, from the newest checkpoint if there is one, then the export."""
@@ -140,6 +97,7 @@ class Trainer:
             weights = self.run_phase(plan, weights, resumed)
             resumed = None
         assert weights is not None, "a run has at least one phase"
+        self.saver.finish(must=True)
         self._export(weights)
         self.monitor.close()
         self._status("done")
@@ -182,33 +140,38 @@ class Trainer:
             epoch, number = phases.epoch_of(state.position, plan.steps_per_epoch)
             if epoch != order_epoch:
                 order_epoch, order_SG = epoch, self._order(plan, epoch)
-            stop = self.step(plan, trainer_engine, order_SG[number], epoch)
+            wishes = self.step(plan, trainer_engine, order_SG[number], epoch)
+            if wishes.written:
+                self.saver.finish()
             finished = state.step == plan.steps
             fresh = state.skipped_in_row == 0
             if fresh and (finished or state.step % config.logging.every == 0):
                 now = time.monotonic()
                 self._log(plan, epoch, now - clock)
                 clock = now
+            valid: dict[str, Any] = {}
             if fresh and (finished or state.step % config.validation.every_steps == 0):
-                self.validate(plan, trainer_engine)
+                valid = self.validate(plan, trainer_engine)
                 clock = time.monotonic()
-            if stop or (fresh and (finished or state.step % config.checkpoint.every_steps == 0)):
-                self.save(plan, trainer_engine)
+            due = fresh and (finished or state.step % config.checkpoint.every_steps == 0 or self._is_best(valid))
+            if due or wishes.save or wishes.stop:
+                self.save(plan, trainer_engine, valid, must=wishes.stop)
                 clock = time.monotonic()
-            if stop:
+            if wishes.stop:
+                self.saver.finish(must=True)
                 self._status("stopped")
                 self.monitor.close()
                 raise Stopped(f"stopped in phase {plan.name} at step {state.step} of {plan.steps}; rerun to resume")
 
-    def step(self, plan: PhasePlan, trainer_engine: PhaseEngine, index_G: np.ndarray, epoch: int) -> bool:
-        """One global batch: forward, backward, update, and what the schedules carry on. Whether to stop after it."""
+    def step(self, plan: PhasePlan, trainer_engine: PhaseEngine, index_G: np.ndarray, epoch: int) -> Wishes:
+        """One global batch: forward, backward, update, what the schedules carry on. What the ranks wish after it."""
         job, state, settings = self.job, self.state, plan.settings
         beta = plan.beta.at(state.step, state.beta)
         lr = plan.learning_rate.at(state.step)
         units = _model_of(trainer_engine).latent_dim
         held_L = None if state.held_kl is None else torch.tensor(state.held_kl, device=job.ranks.device)
-        # Loss, rec, thresholded KL, tokens, positions, stop wish, then the KL of each unit: one reduction a step.
-        sums = torch.zeros(6 + units, dtype=torch.float64, device=job.ranks.device)
+        # Loss, rec, thresholded KL, tokens, positions, 3 wishes, then the KL of each unit: one reduction a step.
+        sums = torch.zeros(8 + units, dtype=torch.float64, device=job.ranks.device)
         outcome = None
         shares = batches.share(index_G, job.train.lengths_N, job.ranks.rank, job.ranks.world, job.micro)
         for index_B in shares:
@@ -231,22 +194,23 @@ class Trainer:
                 parts = [loss_B.sum(), terms.rec_B.sum(), floor_B.sum()]
                 sums[:3] += torch.stack(parts).double()
                 sums[3:5] += torch.tensor([batch.tokens, batch.positions], dtype=torch.float64, device=sums.device)
-                sums[6:] += terms.kl_BL.sum(0).double()
-        sums[5] = float(self.stop.raised is not None)
+                sums[8:] += terms.kl_BL.sum(0).double()
+        sums[5:8] = torch.tensor(self.saver.wishes(stop=self.stop.raised is not None))
         totals = runtime.all_sum(sums).cpu()
+        wishes = self.saver.agreed(totals[5:8].tolist())
         state.position += 1
         if outcome is None or not outcome.applied:
             self._skip()
-            return bool(totals[5] > 0)
+            return wishes
         state.skipped_in_row = 0
         state.step += 1
-        kl_L = totals[6:] / len(index_G)
+        kl_L = totals[8:] / len(index_G)
         state.held_kl = kl_L.tolist()
         if isinstance(plan.beta, Target):
             state.beta = plan.beta.carry(beta, float(kl_L.sum()))
         self._count(totals, kl_L, len(index_G), beta, lr, outcome.grad_norm)
         self.monitor.advance(1)
-        return bool(totals[5] > 0)
+        return wishes
 
     def build(self, plan: PhasePlan, weights: dict[str, torch.Tensor] | None) -> T5VAE:
         """A fresh float32 module on the CPU with this phase's freezing, ready for an engine (DESIGN, rule 2)."""
@@ -258,8 +222,8 @@ class Trainer:
         phases.freeze(model, plan.settings.freeze, f"phases.{plan.index}.freeze")
         return model
 
-    def validate(self, plan: PhasePlan, trainer_engine: PhaseEngine) -> None:
-        """Measure the valid split's first sentences; the best nelbo so far becomes model/."""
+    def validate(self, plan: PhasePlan, trainer_engine: PhaseEngine) -> dict[str, Any]:
+        """Measure the valid split's first sentences; the best nelbo so far becomes model/. Returns the metrics."""
         job = self.job
         model = _model_of(trainer_engine)
         metrics = evaluate.evaluate(
@@ -278,13 +242,28 @@ class Trainer:
             self.state.best = metrics["nelbo"]
             if job.config.export == "best":
                 self._export(trainer_engine.state().weights)
+        return metrics
 
-    def save(self, plan: PhasePlan, trainer_engine: PhaseEngine) -> None:
-        """Write a portable checkpoint; older ones go once it is whole."""
-        job = self.job
-        progress = {"state": asdict(self.state), "global_step": plan.first_step + self.state.step, "data": self._data()}
-        checkpoint.save(job.run_dir, trainer_engine.state(share=True), progress, job.ranks)
-        checkpoint.prune(job.run_dir, job.config.checkpoint.keep, job.ranks)
+    def save(self, plan: PhasePlan, trainer_engine: PhaseEngine, valid: dict[str, Any], must: bool) -> None:
+        """Begin a portable checkpoint; `valid`, this step's validation if there was one, says how good it is."""
+        progress = {
+            "state": asdict(self.state),
+            "global_step": plan.first_step + self.state.step,
+            "data": self._data(),
+            "valid": {key: valid[key] for key in checkpoint.BETTER if key in valid},
+        }
+        self.saver.begin(lambda: trainer_engine.state(share=True), progress, must)
+
+    def _is_best(self, valid: dict[str, Any]) -> bool:
+        """Whether a validation beats all before it in the metric by which the best checkpoint is kept."""
+        metric = self.job.config.checkpoint.keep_best
+        if metric is None or valid.get(metric) is None:
+            return False
+        score = checkpoint.BETTER[metric] * valid[metric]
+        if self.state.best_kept is not None and score <= self.state.best_kept:
+            return False
+        self.state.best_kept = score
+        return True
 
     def _restore(self) -> tuple[PhaseState | None, dict[str, torch.Tensor] | None]:
         found = checkpoint.newest(self.job.run_dir)
@@ -384,9 +363,3 @@ def _model_of(trainer_engine: PhaseEngine) -> T5VAE:
     model = trainer_engine.module
     assert isinstance(model, T5VAE)
     return model
-
-
-def _write_headers(job: Job) -> None:
-    job.run_dir.mkdir(parents=True, exist_ok=True)
-    (job.run_dir / "config.yaml").write_text(configuration.dump(job.config), encoding="utf-8")
-    records.write_environment(job.run_dir, job.ranks)

@@ -1,0 +1,65 @@
+"""What is settled before any weight is loaded: checks, data, the phases' lengths."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vae_ds import batches, corpora, engine, phases, records, runtime
+from vae_ds import config as configuration
+from vae_ds.model import check_base, load_tokenizer
+from vae_ds.phases import PhasePlan
+from vae_ds.runtime import Ranks
+from vae_ds.settings import RunConfig
+from vae_ds.tokens import TokenSet, tokenise
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is known before any weight is loaded."""
+
+    config: RunConfig
+    run_dir: Path
+    ranks: Ranks
+    precision: str
+    ds_config: dict[str, Any]
+    micro: int
+    tokenizer: Any
+    train: TokenSet
+    valid: TokenSet
+    plans: list[PhasePlan]
+
+    @property
+    def accumulation(self) -> int:
+        return self.config.batch.global_size // (self.micro * self.ranks.world)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(plan.steps for plan in self.plans)
+
+
+def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Job:
+    """Check everything that can be checked, then make the data ready. Raises UserError; loads no weights."""
+    corpora.check(config.data)
+    check_base(config.model.base)
+    precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
+    clips = {"gradient_clipping": [phase.optimizer.clip for phase in config.phases]}
+    ds_config = engine.resolve(config.deepspeed, precision, ranks.device, stated=clips)
+    micro = batches.micro_batch(config.batch.global_size, ranks.world, config.batch.micro)
+    tokenizer = load_tokenizer(config.model.base)
+    corpus = runtime.rank0_first(lambda: corpora.load(config.data))
+    cache = runtime.cache_dir(config.data.cache_dir)
+
+    def tokens_of(split: str) -> TokenSet:
+        return runtime.rank0_first(lambda: tokenise(corpus, split, tokenizer, config.data.max_tokens, cache))
+
+    train_set, valid_set = tokens_of("train"), tokens_of("valid")
+    plans = phases.plan(config.phases, batches.steps_per_epoch(len(train_set), config.batch.global_size))
+    valid_set = valid_set.first(config.validation.sentences)
+    return Job(config, run_dir, ranks, precision, ds_config, micro, tokenizer, train_set, valid_set, plans)
+
+
+def write_headers(job: Job) -> None:
+    """The run directory with its complete recipe and its environment; on rank 0."""
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    (job.run_dir / "config.yaml").write_text(configuration.dump(job.config), encoding="utf-8")
+    records.write_environment(job.run_dir, job.ranks)
