@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import FrameType
@@ -54,6 +55,21 @@ def environment(processes: int, gpus: int) -> dict[str, str]:
         # DeepSpeed counts NUMA nodes as CPU devices unless told how many there are.
         env["LOCAL_SIZE"] = str(processes)
     return env
+
+
+def own_exit_code(code: int, told: Path) -> int:
+    """The job's exit code, given the launcher's: DeepSpeed's is 0 after some failures, so rank 0 tells its own.
+
+    `told` is the file that rank 0 writes at its end; where there is none, it was killed.
+    """
+    try:
+        own = int(told.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        own = 0
+        if not code:
+            print("error: rank 0 ended without a word", file=sys.stderr, flush=True)
+            return 1
+    return own or (code if code >= 0 else 128 - code)
 
 
 def command_line(processes: int, arguments: list[str]) -> list[str]:
@@ -104,7 +120,7 @@ class Job:
             _send(process, signal.SIGTERM)
 
     def wait(self) -> int:
-        """Wait for all of it to end. Returns the launcher's exit code; 128 + N where signal N ended it."""
+        """Wait for all of it to end. Returns the launcher's exit code, -N where signal N ended it."""
         while self.launcher.poll() is None and not self._expired():
             time.sleep(POLL_S)
         # The launcher can end before its ranks do; they get the same chance to save.
@@ -115,8 +131,7 @@ class Job:
             time.sleep(POLL_S)
         for process in self.members():
             _send(process, signal.SIGKILL)
-        code = self.launcher.wait()
-        return code if code >= 0 else 128 - code
+        return self.launcher.wait()
 
     def _expired(self) -> bool:
         return self.interrupts > 1 or (self.deadline is not None and time.monotonic() > self.deadline)
@@ -154,10 +169,13 @@ def main() -> int:
 
     gpus = torch.cuda.device_count()
     processes = given.processes or gpus or 2
-    job = Job(command_line(processes, given.arguments), environment(processes, gpus))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, job.on_signal)
-    return job.wait()
+    with tempfile.TemporaryDirectory(prefix="vae_ds_ranks_") as folder:
+        told = Path(folder) / "exit_code"
+        env = environment(processes, gpus) | {"VAE_DS_EXIT_FILE": str(told)}
+        job = Job(command_line(processes, given.arguments), env)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, job.on_signal)
+        return own_exit_code(job.wait(), told)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from engine_cases import STAGES, assert_same, engine, main, network, train_step
 from vae_ds import checkpoint, runtime
 from vae_ds.engine import PhaseState
-from vae_ds.errors import CheckpointError
+from vae_ds.errors import CheckpointError, StorageError
 from vae_ds.runtime import Ranks
 from vae_ds.saver import Saver
 from vae_ds.settings import CheckpointConfig
@@ -88,7 +88,7 @@ def one_rank_fails(ranks: Ranks, folder: Path) -> None:
     state, _ = checkpoint.load(found)
     if ranks.rank == 1:
         state.weights.clear()
-    with pytest.raises(CheckpointError, match="rank 1 could not write the checkpoint"):
+    with pytest.raises(StorageError, match="rank 1 could not write the checkpoint"):
         save(folder, state, {"global_step": 99}, ranks)
     again = checkpoint.newest(folder)
     assert again is not None

@@ -22,7 +22,7 @@ import checkpoint_endless
 from launch import Finished, clean_environment, launch
 from vae_ds import checkpoint, generators
 from vae_ds.engine import PhaseState
-from vae_ds.errors import CheckpointError
+from vae_ds.errors import CheckpointError, StorageError
 from vae_ds.runtime import Ranks
 from vae_ds.saver import Saver
 from vae_ds.settings import CheckpointConfig
@@ -288,7 +288,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_unless_it_must_be(
         saver.finish()
     assert "No space left on device; the one before it stays" in caplog.text
     saver.begin(lambda: state_of(3), {"global_step": 3})
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         saver.finish(must=True)
     found = checkpoint.newest(tmp_path)
     assert found is not None
@@ -331,7 +331,7 @@ def test_what_an_interrupted_save_left_is_cleared_by_the_next(tmp_path: Path) ->
 
 def test_a_run_directory_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the directory should be")
-    with pytest.raises(CheckpointError, match="rank 0 could not prepare the checkpoint"):
+    with pytest.raises(StorageError, match="rank 0 could not prepare the checkpoint"):
         write(tmp_path, 1)
 
 

@@ -31,6 +31,11 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})")
+DATA_CHANGED = (
+    "{}: the training text is not what it was at this checkpoint, and the run would not be the one it was; "
+    "use another --run-dir, or --changed-data to go on all the same"
+)
+
 # Metrics of a validation by which the best checkpoint may be kept: 1 where more is better, -1 where less is.
 BETTER = {"nelbo": -1, "rec": -1, "mi": 1, "z_gain": 1}
 # Directories that are being written or deleted; their contents mean nothing.

@@ -11,10 +11,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vae_ds.errors import CheckpointError, ConfigError, Stopped, UserError
+from vae_ds.errors import CheckpointError, ConfigError, Stopped, StorageError, UserError
 
 EXIT_FAULT, EXIT_USER, EXIT_STOPPED = 1, 2, 75
 WAIT_FOR_RANK0_S = 10.0
@@ -23,6 +24,7 @@ WAIT_FOR_RANK0_S = 10.0
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Parse, run, and leave with the documented exit code."""
     code = run(list(sys.argv[1:] if argv is None else argv))
+    _note_exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     if _distributed():
@@ -52,12 +54,23 @@ def run(words: Sequence[str]) -> int:
         _say_once(str(stop))
         _leave()
         return EXIT_STOPPED
+    except StorageError as error:
+        _say_once(f"error: {error}")
+        _note_failure(arguments, error)
+        return EXIT_FAULT
     except Exception as error:
         traceback.print_exc()
         _note_failure(arguments, error)
         return EXIT_FAULT
     _leave()
     return 0
+
+
+def _note_exit(code: int) -> None:
+    """Leave rank 0's exit code where our launcher asks for it: DeepSpeed's can exit 0 after a failure."""
+    place = os.environ.get("VAE_DS_EXIT_FILE")
+    if place and os.environ.get("RANK", "0") == "0":
+        Path(place).write_text(str(code), encoding="ascii")
 
 
 def _distributed() -> bool:
@@ -86,7 +99,9 @@ def _note_failure(arguments: argparse.Namespace, error: Exception) -> None:
     if run_dir and Path(run_dir, "config.yaml").is_file():
         from vae_ds import records
 
-        records.write_status(Path(run_dir), "failed", reason=f"{type(error).__name__}: {error}")
+        # On a full disk that is what failed, and there is no place to tell it.
+        with suppress(OSError):
+            records.write_status(Path(run_dir), "failed", reason=f"{type(error).__name__}: {error}")
 
 
 # Commands
@@ -109,7 +124,7 @@ def _train(arguments: argparse.Namespace) -> None:
                 print(f"# phase {plan.name}: {plan.steps} steps, {plan.steps_per_epoch} an epoch")
             print(f"# {ranks.world} ranks, {job.precision}, micro batch {job.micro}, accumulation {job.accumulation}")
         return
-    trainer.train(config, arguments.run_dir, resume=arguments.resume)
+    trainer.train(config, arguments.run_dir, resume=arguments.resume, changed_data=arguments.changed_data)
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
@@ -120,7 +135,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     arguments.run_dir = arguments.run_dir or str(Path("runs") / config.name)
     from vae_ds import pretrain
 
-    pretrain.pretrain(config, Path(arguments.run_dir), resume=arguments.resume == "auto")
+    pretrain.pretrain(config, Path(arguments.run_dir), arguments.resume, arguments.changed_data)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -203,6 +218,7 @@ def _status(arguments: argparse.Namespace) -> None:
     status = records.read_status(Path(arguments.run))
     if status is None:
         raise CheckpointError(f"{arguments.run}: no status.json; not a run directory")
+    status = records.of_the_living(status)
     print(json.dumps(status))
     if status["state"] != "done":
         sys.exit({"stopped": EXIT_STOPPED}.get(status["state"], EXIT_FAULT))
@@ -247,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--run-dir", help="where the run is kept; default runs/NAME")
         one.add_argument("--deepspeed", metavar="FILE", help="zero0..zero3, a shipped ds_config's name, or a JSON file")
         one.add_argument("--resume", choices=("auto", "never"), default="auto")
+        one.add_argument("--changed-data", action="store_true", help="resume though the training text has changed")
         one.add_argument("--dry-run", action="store_true", help="resolve and check everything, train nothing")
 
     one = _command(commands, "evaluate", _evaluate, "every metric of a run, on one split")

@@ -19,3 +19,7 @@ class CheckpointError(UserError):
 
 class Stopped(Exception):  # noqa: N818 - an ending that was asked for, no error
     """A signal asked the run to end; a checkpoint was saved, and the same command resumes. Exit code 75."""
+
+
+class StorageError(Exception):
+    """What had to be on the disk could not be written."""

@@ -12,23 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from vae_ds import batches, checkpoint, corpora, engine, monitor, phases, records, runtime
-from vae_ds import config as configuration
-from vae_ds import vocabulary as pieces_of
+from vae_ds import batches, checkpoint, monitor, phases, records, runtime
 from vae_ds.basemodel import TextToText, build_t5, continue_text, export_t5
-from vae_ds.corpora import docstrings
-from vae_ds.denoising import Pair, Plan, Texts, cut_texts, pairs, plan_epoch, tokenise_texts, whole_texts
+from vae_ds.denoising import Plan, cut_texts, plan_epoch, whole_texts
 from vae_ds.engine import PhaseEngine, PhaseState
 from vae_ds.errors import CheckpointError, Stopped
 from vae_ds.modelcard import base_card
-from vae_ds.runtime import Ranks
+from vae_ds.preparation import write_headers
+from vae_ds.pretrain_job import Job, prepare
 from vae_ds.saver import Saver, Wishes
 from vae_ds.schedules import LearningRate
 from vae_ds.settings import PretrainConfig
+from vae_ds.watch import Watch
 
 # What a resumed run may set anew: how it is watched and stored, and when it ends.
-FREE_ON_RESUME = ("name", "logging.", "checkpoint.", "validation.", "steps", "minutes", "deepspeed", "batch.micro")
-SHOWN_TEXTS = 6
+FREE_ON_RESUME = ("name", "logging.", "timeouts.", "checkpoint.", "validation.", "deepspeed", "batch.micro")
+ENDS = ("steps", "minutes")
 
 
 @dataclass
@@ -45,101 +44,34 @@ class PretrainState:
     held_out: dict[str, float] = field(default_factory=dict)  # the last validation
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is known before the model is built."""
-
-    config: PretrainConfig
-    run_dir: Path
-    ranks: Ranks
-    precision: str
-    ds_config: dict[str, Any]
-    micro: int
-    tokenizer: Any
-    pieces: bytes
-    train: Texts
-    valid: Texts
-    sources: dict[str, Any]  # what the text is, for the model card
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return batches.steps_per_epoch(len(self.train), self.config.batch.global_size)
-
-    def batch(self, texts: Texts, index_B: np.ndarray, plan: Plan, epoch: int) -> Pair:
-        """The tensors of some texts, on this rank's device."""
-        made = pairs(
-            texts,
-            index_B,
-            plan,
-            self.config,
-            sentinels=pieces_of.sentinel_ids(self.tokenizer),
-            eos=self.tokenizer.eos_token_id,
-            pad=self.tokenizer.pad_token_id,
-            epoch=epoch,
-        )
-        return Pair(*(tensor.to(self.ranks.device) for tensor in made))
-
-
-def pretrain(config: PretrainConfig, run_dir: str | Path, resume: bool = True) -> Path:
+def pretrain(config: PretrainConfig, run_dir: str | Path, resume: str = "auto", changed_data: bool = False) -> Path:
     """Train a new T5 and its vocabulary, or go on from where the run directory stands. Returns the run directory.
 
     `run_dir`/model is what came of it: a directory that transformers loads, replaced at each validation. Start it on
-    every rank. Raises UserError for wrong input and Stopped after a signal, once a checkpoint is safe.
+    every rank. `resume` and `changed_data` are as in `trainer.train`.
+    Raises UserError for wrong input and Stopped after a signal, once a checkpoint is safe.
     """
     directory = Path(run_dir)
     ranks = runtime.start()
-    if records.is_done(directory, config, FREE_ON_RESUME, "auto" if resume else "never"):
+    if records.is_done(directory, config, FREE_ON_RESUME, ENDS, resume):
         return directory
     job = prepare(config, directory, ranks)
-    if ranks.is_main:
-        (directory / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
-    records.write_environment(directory, ranks)
-    runtime.barrier()
-    Pretrainer(job).run()
+    Pretrainer(job, changed_data).run()
     return directory
-
-
-def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Job:
-    """Check what can be checked, read the corpus, learn the vocabulary, tokenise. Raises UserError."""
-    corpora.check(config.data)
-    precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
-    ds_config = engine.resolve(config.deepspeed, precision, ranks.device.type)
-    micro = batches.micro_batch(config.batch.global_size, ranks.world, config.batch.micro, cap=512)
-    corpus = runtime.rank0_first(lambda: corpora.load(config.data))
-    sentences = [str(text) for text in corpus.splits["train"]["text"]]
-    blocks: list[str] = []
-    if config.paragraphs and config.data.corpus == "docstrings":
-        blocks = [str(text) for text in runtime.rank0_first(lambda: docstrings.paragraphs(config.data))["text"]]
-    # A sentence that is a paragraph too counts twice: sentences alone are what a VAE is about.
-    texts = [*sentences, *blocks]
-    pieces = runtime.rank0_first(lambda: _vocabulary(texts, config, run_dir))
-    tokenizer = pieces_of.tokenizer_from_pieces(pieces)
-    train = tokenise_texts(texts, tokenizer, config.data.max_tokens)
-    held_out = corpus.splits["valid"].select(range(min(config.validation.sentences, len(corpus.splits["valid"]))))
-    valid = tokenise_texts([str(text) for text in held_out["text"]], tokenizer, config.data.max_tokens)
-    sources = {
-        "corpus": corpus.name,
-        "fingerprint": corpus.fingerprint,
-        "sentences": len(sentences),
-        "paragraphs": len(blocks),
-        "texts": len(train),
-        "tokens": int(train.lengths_N.sum()) + len(train),
-        "example_prefixes": _prefixes(held_out["text"]),
-    }
-    return Job(config, run_dir, ranks, precision, ds_config, micro, tokenizer, pieces, train, valid, sources)
 
 
 class Pretrainer:
     """One run on this rank."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, changed_data: bool = False) -> None:
+        self.job, self.changed_data = job, changed_data
         self.state = PretrainState()
         self.stop = runtime.StopFlag()
         self.stop.install()
         logging = job.config.logging
         self.monitor = monitor.Monitor(job.run_dir, job.ranks, logging.tensorboard, logging.progress)
         self.saver = Saver(job.run_dir, job.ranks, job.config.checkpoint, self.monitor)
+        self.watch = Watch(job.ranks, self.stop, job.config.timeouts, lambda reason: self._status("failed", reason))
         rate = job.config.learning_rate
         self.learning_rate = LearningRate(
             rate.schedule, job.config.optimizer.lr, rate.warmup_steps, job.config.steps, rate.final
@@ -147,10 +79,17 @@ class Pretrainer:
 
     def run(self) -> None:
         """Train from the newest checkpoint if there is one, to the last step, and export."""
-        job = self.job
-        runtime.seed_everything(job.config.seed, job.ranks.rank, 0)
+        runtime.seed_everything(self.job.config.seed, self.job.ranks.rank, 0)
         resumed = self._restore()
+        write_headers(self.job)
         self._status("running")
+        with self.watch:
+            self._train(resumed)
+        self.monitor.close()
+        self._status("done")
+
+    def _train(self, resumed: PhaseState | None) -> None:
+        job = self.job
         trained = PhaseEngine(
             TextToText(build_t5(job.config.architecture, job.tokenizer, job.config.seed)),
             optimizer=job.config.optimizer,
@@ -169,8 +108,6 @@ class Pretrainer:
         finally:
             trained.close()
         self.saver.finish(must=True)
-        self.monitor.close()
-        self._status("done")
 
     def steps(self, trained: PhaseEngine) -> None:
         """Step, log, validate, save, until the applied steps are done."""
@@ -225,12 +162,14 @@ class Pretrainer:
         outcome = None
         for index_B in shares:
             batch = job.batch(job.train, index_B, plan, epoch)
+            self.watch.advance()
             nats = trained.forward(**batch._asdict()).sum()
             # The engine takes the mean over micro batches and ranks; the loss is a mean over tokens.
             trained.backward(nats * (ranks.world * len(shares) / tokens))
             outcome = trained.step(lr)
             sums[0] += nats.detach().double()
             sums[1] += batch.labels_BT.numel()
+        self.watch.advance()
         sums[2:] = torch.tensor(self.saver.wishes(stop=self.stop.raised is not None))
         nats_sum, positions, *wished = runtime.all_sum(sums).tolist()
         wishes = self.saver.agreed(wished)
@@ -267,8 +206,8 @@ class Pretrainer:
             self.monitor.resume_from(0)
             return None
         saved, progress = checkpoint.load(found, self.job.ranks)
-        if progress["data"] != self._data():
-            raise CheckpointError(f"{found}: the training data changed since this checkpoint; use another --run-dir")
+        if progress["data"] != self._data() and not self.changed_data:
+            raise CheckpointError(checkpoint.DATA_CHANGED.format(found))
         self.state = PretrainState(**progress["state"])
         self.monitor.resume_from(progress["global_step"])
         return saved
@@ -330,9 +269,10 @@ class Pretrainer:
     def _data(self) -> dict[str, Any]:
         return {"fingerprint": self.job.train.fingerprint, "texts": len(self.job.train)}
 
-    def _status(self, state: str) -> None:
+    def _status(self, state: str, reason: str | None = None) -> None:
         if self.job.ranks.is_main:
-            records.write_status(self.job.run_dir, state, step=self.state.step, total_steps=self.job.config.steps)
+            facts = {"step": self.state.step, "total_steps": self.job.config.steps}
+            records.write_status(self.job.run_dir, state, reason=reason, **facts)
 
 
 @torch.no_grad()
@@ -361,20 +301,3 @@ def measure(model: torch.nn.Module, job: Job) -> dict[str, float]:
     }
     size = {"sentences": len(job.valid), "tokens": int(whole.target_N.sum())}
     return {**rates, "lm_per_sentence": totals[0] / len(job.valid), **size}
-
-
-def _vocabulary(texts: list[str], config: PretrainConfig, run_dir: Path) -> bytes:
-    """The run's own pieces, learned once: a resumed run must not learn others."""
-    path = run_dir / pieces_of.PIECES_FILE
-    if not path.is_file():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_bytes(pieces_of.train_pieces(texts, config.architecture.vocab_size))
-        part.replace(path)
-    return path.read_bytes()
-
-
-def _prefixes(texts: list[str]) -> list[str]:
-    """First halves of some held-out sentences, for the examples of the model card."""
-    long = [str(text).split() for text in texts if len(str(text).split()) >= 10]
-    return [" ".join(words[: len(words) // 2]) for words in long[:SHOWN_TEXTS]]

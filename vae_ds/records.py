@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -18,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from vae_ds import config as configuration
 from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.yaml_tree import differences
@@ -25,6 +28,8 @@ from vae_ds.yaml_tree import differences
 if TYPE_CHECKING:
     from vae_ds.config import Config
     from vae_ds.runtime import Ranks
+
+_log = logging.getLogger(__name__)
 
 STATES = ("running", "stopped", "failed", "done")
 PACKAGES = ("vae_ds", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
@@ -63,11 +68,21 @@ def read_status(run_dir: str | Path) -> dict[str, Any] | None:
     return status
 
 
-def is_done(run_dir: Path, config: Config, free: tuple[str, ...], resume: str) -> bool:
+def of_the_living(status: dict[str, Any]) -> dict[str, Any]:
+    """The status, but `failed` where it says `running` and the process that said so on this host is gone."""
+    here = status["state"] == "running" and status.get("host") == socket.gethostname()
+    if not here or psutil.pid_exists(int(status.get("pid", 0))):
+        return status
+    return status | {"state": "failed", "reason": f"process {status['pid']} is gone and left no word"}
+
+
+def is_done(run_dir: Path, config: Config, free: tuple[str, ...], ends: tuple[str, ...], resume: str) -> bool:
     """Whether a run directory leaves nothing to do for `config`; False where there is no run yet.
 
-    `free`: starts of dotted keys that a resumed run may set anew. `resume`: `auto`, or `never` to refuse a directory
-    that holds a run. Raises ConfigError if it does, or if its run was made with other settings, naming them.
+    `free`: starts of dotted keys that a resumed run may set anew; `ends`: the keys that say where it ends, which it may
+    set anew too, and which a run that was done goes on for. What changed is told in a line of the log. `resume`:
+    `auto`, or `never` to refuse a directory that holds a run.
+    Raises ConfigError if it does, or if its run was made with other settings, naming them.
     """
     stored = run_dir / "config.yaml"
     if not stored.is_file():
@@ -76,10 +91,12 @@ def is_done(run_dir: Path, config: Config, free: tuple[str, ...], resume: str) -
         raise ConfigError(f"{run_dir} already holds a run; choose another --run-dir, or --resume auto")
     before = configuration.load(type(config), str(stored))
     changed = differences(before.model_dump(by_alias=True), config.model_dump(by_alias=True))
-    fatal = [key for key in changed if not key.startswith(free)]
+    fatal = [key for key in changed if not key.startswith(free) and key not in ends]
     if fatal:
         raise ConfigError(f"{stored}: the run was made with another {', '.join(fatal)}; choose another --run-dir")
-    return (read_status(run_dir) or {}).get("state") == "done"
+    if changed:
+        _log.warning("%s: the run goes on with another %s", run_dir, ", ".join(changed))
+    return (read_status(run_dir) or {}).get("state") == "done" and not set(changed) & set(ends)
 
 
 def environment(ranks: Ranks) -> dict[str, Any]:

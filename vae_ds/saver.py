@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from vae_ds import checkpoint
 from vae_ds.engine import PhaseState
-from vae_ds.errors import CheckpointError
+from vae_ds.errors import CheckpointError, StorageError
 from vae_ds.monitor import Monitor
 from vae_ds.runtime import Ranks
 from vae_ds.settings import CheckpointConfig
@@ -60,7 +60,7 @@ class Saver:
         """Start a checkpoint named by progress["global_step"]; the one before is finished first. A collective.
 
         `gather` gives the state in host memory, whole or this rank's share, and may be a collective; `progress` is
-        plain JSON data, rank 0's counts. With `must`, raises CheckpointError on every rank if one of them cannot.
+        plain JSON data, rank 0's counts. With `must`, raises StorageError on every rank if one of them cannot.
         """
         self.finish()
         self._began_s = time.monotonic()
@@ -78,7 +78,7 @@ class Saver:
     def finish(self, must: bool = False) -> None:
         """Wait for what `begin` started, publish it, delete older ones. A collective; nothing if nothing was begun.
 
-        With `must`, raises CheckpointError on every rank if one of them could not; the one before it stays anyway.
+        With `must`, raises StorageError on every rank if one of them could not; the one before it stays anyway.
         """
         if self._writer is None:
             return
@@ -106,7 +106,7 @@ class Saver:
 
     def _failed(self, error: CheckpointError, must: bool) -> None:
         if must:
-            raise error
+            raise StorageError(str(error)) from None
         if self._ranks.is_main:
             _log.warning("%s", error)
 

@@ -177,6 +177,13 @@ class CheckpointConfig(Settings):
     )
 
 
+class TimeoutConfig(Settings):
+    """When a run of several ranks is given up, with the rank's name, rather than left to wait."""
+
+    silent_s: float = Field(60.0, gt=0, description="seconds without a sign of life from a rank's process")
+    stalled_s: float = Field(1800.0, gt=0, description="seconds in which no rank got any further")
+
+
 class LoggingConfig(Settings):
     every: int = Field(10, ge=1, description="applied steps between rows of metrics.jsonl")
     tensorboard: bool = Field(True, description="write RUN/tensorboard")
@@ -206,6 +213,7 @@ class RunConfig(Settings):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    timeouts: TimeoutConfig = TimeoutConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: Literal["best", "last"] = Field(
         "best", description="which weights become model/: best valid nelbo, or last"
@@ -259,6 +267,7 @@ class PretrainConfig(Settings):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    timeouts: TimeoutConfig = TimeoutConfig()
     max_skipped_steps: int = Field(50, ge=1)
 
     @model_validator(mode="after")

@@ -24,9 +24,10 @@ from vae_ds.preparation import Job, prepare, write_headers
 from vae_ds.saver import Saver, Wishes
 from vae_ds.schedules import Target
 from vae_ds.settings import RunConfig
+from vae_ds.watch import Watch
 
 # What a resumed run may set anew: how it is watched and stored, not what it computes.
-WATCHED = ("name", "logging.", "checkpoint.", "validation.", "evaluation.")
+WATCHED = ("name", "logging.", "timeouts.", "checkpoint.", "validation.", "evaluation.")
 FREE_ON_RESUME = (*WATCHED, "deepspeed", "batch.micro", "data.cache_dir")
 SHOWN_TEXTS = 8
 
@@ -56,41 +57,51 @@ def train(
     run_dir: str | Path | None = None,
     overrides: Sequence[str] = (),
     resume: str = "auto",
+    changed_data: bool = False,
 ) -> Path:
     """Run a recipe to its end, or on from where its run directory stands. Returns the run directory.
 
-    Start it on every rank. A run that is done returns at once. Raises UserError for wrong input, before any model is
+    Start it on every rank. A run that is done returns at once, unless its last phase is longer now. `changed_data`
+    lets a run go on though its text is not what it was. Raises UserError for wrong input, before any model is
     loaded, and Stopped after a signal, once a checkpoint is safe.
     """
     config = recipe if isinstance(recipe, RunConfig) else configuration.load(RunConfig, recipe, overrides)
     directory = Path(run_dir or Path("runs") / config.name)
     ranks = runtime.start()
-    if records.is_done(directory, config, FREE_ON_RESUME, resume):
+    last = len(config.phases) - 1
+    ends = (f"phases.{last}.steps", f"phases.{last}.epochs")
+    if records.is_done(directory, config, FREE_ON_RESUME, ends, resume):
         return directory
     job = prepare(config, directory, ranks)
-    if ranks.is_main:
-        write_headers(job)
-    runtime.barrier()
-    Trainer(job).run()
+    Trainer(job, changed_data).run()
     return directory
 
 
 class Trainer:
     """One run on this rank; `run` reads like the method."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, changed_data: bool = False) -> None:
+        self.job, self.changed_data = job, changed_data
         self.state = TrainState()
         self.stop = runtime.StopFlag()
         self.stop.install()
         logging = job.config.logging
         self.monitor = monitor.Monitor(job.run_dir, job.ranks, logging.tensorboard, logging.progress)
         self.saver = Saver(job.run_dir, job.ranks, job.config.checkpoint, self.monitor)
+        self.watch = Watch(job.ranks, self.stop, job.config.timeouts, lambda reason: self._status("failed", reason))
 
     def run(self) -> None:
         """All phases, from the newest checkpoint if there is one, then the export."""
         resumed, weights = self._restore()
+        # Only now: a resumption that is refused leaves the run as it is.
+        write_headers(self.job)
         self._status("running")
+        with self.watch:
+            self._phases(resumed, weights)
+        self.monitor.close()
+        self._status("done")
+
+    def _phases(self, resumed: PhaseState | None, weights: dict[str, torch.Tensor] | None) -> None:
         for plan in self.job.plans[self.state.phase :]:
             if plan.index != self.state.phase:
                 self.state.begin_phase(plan.index)
@@ -99,8 +110,6 @@ class Trainer:
         assert weights is not None, "a run has at least one phase"
         self.saver.finish(must=True)
         self._export(weights)
-        self.monitor.close()
-        self._status("done")
 
     def run_phase(
         self, plan: PhasePlan, weights: dict[str, torch.Tensor] | None, resumed: PhaseState | None
@@ -185,6 +194,7 @@ class Trainer:
                 denoise=settings.denoise,
                 sample=settings.sample_posterior,
             ).to(job.ranks.device)
+            self.watch.advance()
             terms = trainer_engine.forward(**batch.arguments())
             floor_B = thresholded_kl(terms.kl_BL, settings.free_bits.mode, settings.free_bits.nats, held_L)
             loss_B = terms.rec_B + beta * floor_B
@@ -195,6 +205,7 @@ class Trainer:
                 sums[:3] += torch.stack(parts).double()
                 sums[3:5] += torch.tensor([batch.tokens, batch.positions], dtype=torch.float64, device=sums.device)
                 sums[8:] += terms.kl_BL.sum(0).double()
+        self.watch.advance()
         sums[5:8] = torch.tensor(self.saver.wishes(stop=self.stop.raised is not None))
         totals = runtime.all_sum(sums).cpu()
         wishes = self.saver.agreed(totals[5:8].tolist())
@@ -271,8 +282,8 @@ class Trainer:
             self.monitor.resume_from(0)
             return None, None
         saved, progress = checkpoint.load(found, self.job.ranks)
-        if progress["data"] != self._data():
-            raise CheckpointError(f"{found}: the training data changed since this checkpoint; use another --run-dir")
+        if progress["data"] != self._data() and not self.changed_data:
+            raise CheckpointError(checkpoint.DATA_CHANGED.format(found))
         self.state = TrainState(**progress["state"])
         self.monitor.resume_from(progress["global_step"])
         return saved, saved.weights
@@ -353,10 +364,10 @@ class Trainer:
     def _data(self) -> dict[str, Any]:
         return {"fingerprint": self.job.train.fingerprint, "sentences": len(self.job.train)}
 
-    def _status(self, state: str) -> None:
+    def _status(self, state: str, reason: str | None = None) -> None:
         if self.job.ranks.is_main:
             facts = {"phase": self.state.phase, "step": self.state.step, "total_steps": self.job.total_steps}
-            records.write_status(self.job.run_dir, state, **facts)
+            records.write_status(self.job.run_dir, state, reason=reason, **facts)
 
 
 def _model_of(trainer_engine: PhaseEngine) -> T5VAE:

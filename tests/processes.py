@@ -1,0 +1,71 @@
+"""Jobs as a user starts them, found again by a mark in their environment, watched, signalled and cleaned up."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+# What a launcher and its ranks need to the first step, on a machine that others use too.
+STARTUP_S = 300.0
+
+
+def new_job() -> dict[str, str]:
+    """The environment of a job, with a mark by which its processes are found again."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "RUNS")}
+    return {**kept, "VIRTUAL_ENV": sys.prefix, "VAE_DS_TEST_JOB": uuid.uuid4().hex}
+
+
+def processes_of(job: dict[str, str]) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and (
+                process.environ().get("VAE_DS_TEST_JOB") == job["VAE_DS_TEST_JOB"]
+            ):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def kill_all(job: dict[str, str]) -> None:
+    for process in processes_of(job):
+        process.kill()
+
+
+def start(command: list[str], job: dict[str, str], output: Path) -> subprocess.Popen[bytes]:
+    """Start a command as a terminal does: a process group of its own, in which Ctrl-C is not ignored."""
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            command,
+            env=job,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], output: Path, limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while not ready():
+        assert process.poll() is None, f"ended too early:\n{output.read_text(encoding='utf-8')}"
+        assert time.monotonic() < deadline, f"not ready in {limit_s} s:\n{output.read_text(encoding='utf-8')}"
+        time.sleep(0.1)
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def state_of(run: Path) -> str:
+    return str(json.loads((run / "status.json").read_text(encoding="utf-8"))["state"])

@@ -1,0 +1,302 @@
+"""What clusters do to a run: killed ranks and launchers, signals, hangs, a full disk, a loss that is no number."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from processes import STARTUP_S, kill_all, new_job, processes_of, rows, start, state_of, wait_until
+from tiny import ENGLISH, make_base
+from vae_ds import cli, records
+from vae_ds.settings import TimeoutConfig
+from vae_ds.watch import Board, is_alive, launchers_of
+
+RANKS_PY = Path(__file__).resolve().parent.parent / "launchers" / "ranks.py"
+STEPS = 60
+# The ranks get two minutes to save once a launcher is lost; they need seconds.
+END_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two phases with dropout, a checkpoint every few steps, and rows at each."""
+    folder = tmp_path_factory.mktemp("faults")
+    base = make_base(folder / "base", "t5", num_layers=1, num_decoder_layers=1)
+    text = folder / "text"
+    text.mkdir()
+    for name, part in {"train": ENGLISH[:300], "valid": ENGLISH[300:350], "test": ENGLISH[350:400]}.items():
+        (text / f"{name}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"""
+name: faulty
+model: {{base: {base}, latent_dim: 4, dropout: 0.1}}
+data: {{corpus: text, path: {text}, max_tokens: 40, cache_dir: {folder / "cache"}}}
+batch: {{global: 16}}
+precision: fp32
+phases:
+  - {{name: warmup, steps: {STEPS // 2}, freeze: [decoder], beta: {{schedule: constant, value: 0}}}}
+  - {{name: full, steps: {STEPS // 2}, beta: {{schedule: linear, over_fraction: 0.5}}}}
+validation: {{every_steps: 1000, sentences: 20}}
+checkpoint: {{every_steps: 4, keep: 2}}
+logging: {{every: 1, tensorboard: false, progress: false}}
+export: last
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+class Run:
+    """The recipe on two ranks through the real launchers, in a run directory, again and again."""
+
+    def __init__(self, recipe: Path, folder: Path, *settings: str) -> None:
+        self.job, self.run_dir, self.output = new_job(), folder / "run", folder / "output"
+        self.command = [sys.executable, str(RANKS_PY), "-n", "2", "train", str(recipe), "--run-dir", str(self.run_dir)]
+        self.command += ["--set", *settings] if settings else []
+
+    def begin(self, at_step: int = 0) -> subprocess.Popen[bytes]:
+        """Start it, and wait until it logs a step from `at_step` on."""
+        stamp = self.run_dir / "metrics.jsonl"
+        begun_s = time.time()
+        process = start(self.command, self.job, self.output)
+
+        def reached() -> bool:
+            fresh = stamp.is_file() and stamp.stat().st_mtime > begun_s
+            last = rows(self.run_dir)[-1:] if fresh else []
+            return bool(last) and last[0]["step"] >= at_step
+
+        wait_until(reached, process, self.output, STARTUP_S)
+        return process
+
+    def ranks(self) -> list[psutil.Process]:
+        """The two ranks, in order."""
+        found = {}
+        for one in processes_of(self.job):
+            rank = one.environ().get("RANK")
+            if rank is not None and not (one.parent() or one).environ().get("RANK"):
+                found[int(rank)] = one
+        return [found[rank] for rank in sorted(found)]
+
+    def above(self, mark: str) -> psutil.Process:
+        """The launcher with this in its command line."""
+        return next(one for one in launchers_of(self.ranks()[0]) if any(mark in word for word in one.cmdline()[:4]))
+
+    def end_of(self, process: subprocess.Popen[bytes]) -> int:
+        """The exit code; nothing may be left."""
+        code = process.wait(timeout=END_S)
+        deadline = time.monotonic() + END_S
+        while processes_of(self.job):
+            assert time.monotonic() < deadline, [one.cmdline() for one in processes_of(self.job)]
+            time.sleep(0.1)
+        return code
+
+
+@pytest.fixture
+def new_run(recipe: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    made: list[Run] = []
+
+    def make(name: str, *settings: str) -> Run:
+        folder = tmp_path / name
+        folder.mkdir()
+        made.append(Run(recipe, folder, *settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        kill_all(one.job)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.run_dir / "model" / "model.safetensors")
+
+
+# One after the other, each at a later step: who is hit, with what, and how the job ends.
+BLOWS: list[tuple[str, Callable[[Run], psutil.Process], int, int | None]] = [
+    ("a rank", lambda run: run.ranks()[1], signal.SIGKILL, None),
+    ("rank 0", lambda run: run.ranks()[0], signal.SIGKILL, None),
+    ("a rank", lambda run: run.ranks()[1], signal.SIGUSR1, 75),
+    ("launch.py", lambda run: run.above("deepspeed.launcher.launch"), signal.SIGKILL, 75),
+    ("a rank", lambda run: run.ranks()[1], signal.SIGKILL, None),
+    ("deepspeed", lambda run: run.above("/deepspeed"), signal.SIGTERM, 75),
+    ("ranks.py", lambda run: run.above("ranks.py"), signal.SIGKILL, -signal.SIGKILL),
+    ("rank 0", lambda run: run.ranks()[0], signal.SIGINT, 75),
+]
+
+
+@pytest.mark.timeout(1500)
+def test_whatever_hits_a_run_it_resumes_to_the_undisturbed_result(new_run: Callable[..., Run]) -> None:
+    """Killed and signalled at random steps in both phases, by ranks and launchers; then the weights of a quiet run."""
+    quiet = new_run("quiet")
+    assert quiet.end_of(quiet.begin()) == 0
+    run, draw = new_run("hit"), random.Random(11)
+    span = STEPS // (len(BLOWS) + 1)
+    for number, (who, whom, blow, expected) in enumerate(BLOWS):
+        process = run.begin(at_step=span * number + draw.randint(1, span))
+        target = whom(run)
+        target.send_signal(blow)
+        code = run.end_of(process)
+        said = run.output.read_text(encoding="utf-8")
+        case = f"{who} by {signal.Signals(blow).name}, exit code {code}:\n{said}"
+        if expected is None:
+            assert code not in (0, 75), case
+            status = records.read_status(run.run_dir)
+            assert status is not None
+            assert records.of_the_living(status)["state"] == "failed", case
+        else:
+            assert code == expected, case
+            assert state_of(run.run_dir) == "stopped", case
+    assert run.end_of(start(run.command, run.job, run.output)) == 0, run.output.read_text(encoding="utf-8")
+    assert state_of(run.run_dir) == "done"
+    assert [row["step"] for row in rows(run.run_dir)] == list(range(1, STEPS + 1))
+    ours, theirs = weights(run), weights(quiet)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.timeout(600)
+def test_a_rank_that_hangs_is_named_and_ends_the_run(new_run: Callable[..., Run]) -> None:
+    """A rank stopped in its tracks: the others would wait for half an hour."""
+    run = new_run("hangs", "timeouts.silent_s=5")
+    process = run.begin(at_step=3)
+    began_s = time.monotonic()
+    run.ranks()[1].send_signal(signal.SIGSTOP)
+    code = run.end_of(process)
+    assert code not in (0, 75)
+    assert time.monotonic() - began_s < END_S
+    assert "no sign of life from rank 1 on " in run.output.read_text(encoding="utf-8")
+    status = json.loads((run.run_dir / "status.json").read_text(encoding="utf-8"))
+    assert status["state"] == "failed"
+    assert "rank 1" in status["reason"]
+
+
+# One process is enough for what follows.
+
+
+def code_of(*words: object) -> int:
+    return cli.run([str(word) for word in words])
+
+
+def test_a_loss_that_is_no_number_ends_the_run_clearly(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps with non-finite gradients are skipped, counted and never applied; too many in a row are an end."""
+    changes = ["phases.0.optimizer.lr=1e30", "max_skipped_steps=5", "phases.0.steps=20"]
+    assert code_of("train", recipe, "--run-dir", tmp_path / "run", "--set", *changes) == 1
+    assert "5 steps in a row had non-finite gradients" in capsys.readouterr().err
+    assert state_of(tmp_path / "run") == "failed"
+    assert rows(tmp_path / "run")[-1]["step"] < 20
+
+
+def test_text_that_changed_is_refused_unless_told_otherwise(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for name, part in {"train": ENGLISH[:60], "valid": ENGLISH[300:320], "test": ENGLISH[320:340]}.items():
+        (text / f"{name}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
+    run = ["train", recipe, "--run-dir", tmp_path / "run", "--set", f"data.path={text}"]
+    short = ["phases.0.steps=2", "phases.1.steps=2"]
+    assert code_of(*run, *short) == 0
+    (text / "train.txt").write_text("\n".join(ENGLISH[1:61]) + "\n", encoding="utf-8")
+    longer = ["phases.0.steps=2", "phases.1.steps=4"]
+    assert code_of(*run, *longer) == 2
+    assert "the training text is not what it was" in capsys.readouterr().err
+    assert code_of(*run, *longer, "--changed-data") == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_may_change_on_the_way_is_told_and_what_may_not_is_named(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a run ends may change, and a longer last phase goes on with a run that was done."""
+    run = ["train", recipe, "--run-dir", tmp_path / "run", "--set", "phases.0.steps=3"]
+    assert code_of(*run, "phases.1.steps=3") == 0
+    for fatal in ("batch.global=32", "model.latent_dim=8", "phases.0.steps=4", "seed=1"):
+        assert code_of(*run, "phases.1.steps=3", fatal) == 2
+        assert fatal.partition("=")[0] in capsys.readouterr().err
+    assert code_of(*run, "phases.1.steps=5", "checkpoint.every_steps=2", "logging.every=2") == 0
+    assert "goes on with another phases.1.steps, checkpoint.every_steps, logging.every" in caplog.text
+    assert rows(tmp_path / "run")[-1]["step"] == 8
+    assert state_of(tmp_path / "run") == "done"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = shutil.which("mount") and os.geteuid() == 0
+    if not made or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], check=False).returncode:
+        pytest.skip("only root may mount a small file system here")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_on_a_full_disk_the_older_checkpoint_stays_whole(
+    recipe: Path, small_disk: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint that does not fit is a warning; that the last one must be there is a clear error, and no success."""
+    run = small_disk / "run"
+    assert code_of("train", recipe, "--run-dir", run, "--set", "phases.0.steps=4", "phases.1.steps=4") == 0
+    filler = small_disk / "filler"
+    room = 65536  # for rows, not for a checkpoint
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
+    capfd.readouterr()
+    again = ["train", recipe, "--run-dir", run, "--set", "phases.0.steps=4", "phases.1.steps=12"]
+    assert code_of(*again) == 1
+    said = capfd.readouterr().err
+    assert "No space left on device" in said
+    assert "the one before it stays" in said
+    assert "Traceback" not in said
+    assert state_of(run) == "failed"
+    filler.unlink()
+    assert code_of(*again) == 0
+    assert [row["step"] for row in rows(run)] == list(range(1, 17))
+
+
+# The watch
+
+
+def test_the_board_names_who_is_silent_and_who_is_behind() -> None:
+    board = Board(3, TimeoutConfig(silent_s=10, stalled_s=100), begun_s=0.0)
+    for rank in (0, 1):
+        board.note(rank, f"1 5 node{rank}", 1.0)
+    assert board.verdict(9.0) is None
+    assert board.verdict(10.5) == "no sign of life from rank 2 for 10 s"
+    board.note(2, "1 4 node2", 10.5)
+    for turn in range(2, 120):
+        for rank, advanced in ((0, 5), (1, 5), (2, 4)):
+            board.note(rank, f"{turn} {advanced} node{rank}", float(turn))
+    assert board.verdict(100.0) is None
+    assert board.verdict(119.0) == "nothing has gone on for 100 s, rank 2 on node2 behind the others"
+    board.note(0, "200 6 node0", 119.0)
+    assert board.verdict(119.0) is None
+
+
+def test_only_launchers_are_watched_and_zombies_are_dead() -> None:
+    """A shell may go without harm: its children were told to go on without it."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        assert launchers_of(psutil.Process(child.pid)) == []
+        watched = psutil.Process(child.pid)
+        assert is_alive(watched)
+        child.kill()
+        deadline = time.monotonic() + 30
+        while is_alive(watched):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        child.kill()
+        child.wait()
