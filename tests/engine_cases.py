@@ -73,7 +73,7 @@ def engine(
 ) -> PhaseEngine:
     """An engine; `stage` may carry a shipped variant (`2_offload`), or `3_persistent` for whole small parameters."""
     number, _, variant = str(stage).partition("_")
-    suffix = f"_{precision}_{variant}" if variant == "offload" else ""
+    suffix = f"_{precision}_{variant}" if variant.startswith("offload") else ""
     tree = resolve(f"zero{number}{suffix}", precision)
     if number == "3" and variant != "persistent":
         # DeepSpeed keeps parameters whole below this size, and all of ours are.
@@ -259,11 +259,14 @@ def cases(precision: str) -> dict[str, Callable[[Ranks], None]]:
         found[name] = lambda ranks: work(ranks, *arguments)
 
     stages: list[int | str] = list(STAGES)
+    offloads = ["1_offload", "2_offload", "3_offload", "3_offload_params"]
     if precision == "fp32":
-        for stage, clip in [*((stage, 0.05) for stage in STAGES), (0, 0.0), (2, 0.0), ("3_persistent", 0.0)]:
+        clipped = [(stage, 0.05) for stage in (*STAGES, *offloads)]
+        for stage, clip in [*clipped, (0, 0.0), (2, 0.0), ("3_persistent", 0.0)]:
             add(f"parity-zero{stage}-{'clip' if clip else 'no_clip'}", parity, stage, clip)
+        stages += ["2_offload", "3_offload_params"]
     else:
-        stages += ["3_persistent", "1_offload", "2_offload", "3_offload"]
+        stages += ["3_persistent", *offloads]
     for stage in stages:
         for work in (phases, skipped):
             add(f"{work.__name__}-zero{stage}-{precision}", work, stage, precision)

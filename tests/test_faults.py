@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,8 @@ from safetensors.torch import load_file
 
 from processes import STARTUP_S, kill_all, new_job, processes_of, rows, start, state_of, wait_until
 from tiny import ENGLISH, make_base
-from vae_ds import cli, records
+from vae_ds import cli, records, runtime
+from vae_ds.errors import ConfigError
 from vae_ds.settings import TimeoutConfig
 from vae_ds.watch import Board, is_alive, launchers_of
 
@@ -283,6 +285,19 @@ def test_the_board_names_who_is_silent_and_who_is_behind() -> None:
     assert board.verdict(119.0) == "nothing has gone on for 100 s, rank 2 on node2 behind the others"
     board.note(0, "200 6 node0", 119.0)
     assert board.verdict(119.0) is None
+
+
+def test_rendezvous_listens_at_its_address_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    patience = timedelta(seconds=20)
+    served = runtime.open_store(0, True, patience)
+    joined = runtime.open_store(served.port, False, patience)
+    joined.set("key", "value")
+    assert served.get("key") == b"value"
+    listening = [one.laddr for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    assert [address.ip for address in listening if address.port == served.port] == ["127.0.0.1"]
+    with pytest.raises(ConfigError, match=f"MASTER_PORT {served.port}: cannot listen there"):
+        runtime.open_store(served.port, True, patience)
 
 
 def test_only_launchers_are_watched_and_zombies_are_dead() -> None:

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import tiny
 from vae_ds.bases import load_t5
 from vae_ds.errors import CheckpointError, ConfigError
-from vae_ds.injection import LatentCrossAttention, inject
+from vae_ds.injection import LatentCrossAttention, SafeInHalf, inject
 from vae_ds.model import T5VAE, Bottleneck, Terms, check_base, load_tokenizer
 from vae_ds.settings import ModelConfig
 
@@ -263,6 +263,26 @@ def test_z_does_not_promote_the_residual_stream():
     model(**batch())
     assert set(seen) == {torch.bfloat16}
     assert model.generate(latents(), 3).shape[0] == len(TEXTS)
+
+
+@pytest.mark.parametrize("kind", ["t5", "v1_1"])
+def test_float16_does_not_overflow_where_pretrained_models_do(kind):
+    """Feed-forward outputs past 65504, float16's largest number, as in pretrained T5s; an engine casts all weights."""
+    model, data = build(kind), batch(kind)
+    with torch.no_grad():
+        for block in (*model.t5.encoder.block, *model.t5.decoder.block):
+            wo = block.layer[-1].DenseReluDense.wo.weight
+            wo.mul_(1e4 / wo.abs().max())
+            block.layer[-1].layer_norm.weight.mul_(50.0)
+    exact = model(**data)
+    half = copy.deepcopy(model).half()
+    safe = half(**data)
+    torch.testing.assert_close(safe.rec_B, exact.rec_B, rtol=0.02, atol=0.5)
+    for module in half.modules():
+        if isinstance(module, SafeInHalf):
+            module.__class__ = nn.Linear
+    clamped = half(**data)
+    assert not torch.allclose(clamped.rec_B, exact.rec_B, rtol=0.02, atol=0.5), "nothing overflows, nothing is tested"
 
 
 @pytest.mark.parametrize("kind", ["t5", "v1_1"])

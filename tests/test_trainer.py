@@ -1,6 +1,8 @@
 """Whole runs with real processes: phases at each ZeRO stage, world sizes, micro batches, free bits, stop and resume."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,25 @@ from safetensors.torch import load_file
 
 from launch import launch
 from tiny import ENGLISH, make_base
-from vae_ds.model import T5VAE
-from vae_ds.phases import group_of
+from vae_ds import config as configuration
+from vae_ds.batches import collate, epoch_batches, from_texts
+from vae_ds.model import T5VAE, load_tokenizer
+from vae_ds.phases import freeze, group_of
+from vae_ds.settings import RunConfig
 
 WORKER = Path(__file__).parent / "workers" / "train_jobs.py"
 FREE_BITS = {"per_dim": 1.0, "per_dim_batch": 1.0, "total": 8.0}
+STEPS = 30  # of each of the two phases
+# What must not change the losses: the run's name and its settings.
+ENGINES = {
+    **{f"stage{stage}": [f"deepspeed=zero{stage}"] for stage in range(4)},
+    **{f"offload{stage}": [f"deepspeed=zero{stage}_fp32_offload"] for stage in (1, 2, 3)},
+    "offload-params": ["deepspeed=zero3_fp32_offload_params"],
+    "accumulation": ["batch.micro=4", "deepspeed=zero2"],
+    "activation-checkpointing": ["model.gradient_checkpointing=true"],
+}
+# One run on 2, 1, 2 and 1 processes: stage, micro batch, and the step at which each but the last is stopped.
+ELASTIC = [(2, 0, 16, 7), (1, 1, 4, 24), (2, 3, 8, 43), (1, 2, 16, None)]
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +52,17 @@ batch: {{global: 32}}
 precision: fp32
 phases:
   - name: warmup
-    steps: 25
+    steps: {STEPS}
     freeze: [decoder, embeddings, memory]
     beta: {{schedule: constant, value: 0}}
     denoise: 0.2
     optimizer: {{lr: 2.0e-3, clip: 50}}
   - name: full
-    steps: 25
+    steps: {STEPS}
     beta: {{schedule: linear, max: 1, over_fraction: 0.5}}
     optimizer: {{lr: 2.0e-3, clip: 50}}
     learning_rate: {{schedule: cosine, warmup_steps: 3}}
-validation: {{every_steps: 25, sentences: 50}}
+validation: {{every_steps: 30, sentences: 50}}
 checkpoint: {{every_steps: 1000, keep: 9}}
 logging: {{every: 1, tensorboard: false, progress: false}}
 export: last
@@ -75,7 +91,7 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def assert_same_curve(one: Path, other: Path, tolerance: float) -> None:
     first, second = rows(one), rows(other)
-    assert [row["step"] for row in first] == [row["step"] for row in second] == list(range(1, 51))
+    assert [row["step"] for row in first] == [row["step"] for row in second] == list(range(1, 2 * STEPS + 1))
     for a, b in zip(first, second, strict=True):
         for key in ("loss", "rec", "kl", "beta", "lr"):
             assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (key, a, b)
@@ -96,7 +112,7 @@ def checkpoint_weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
 def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run that the tests below compare, in one launch of two processes and one of one."""
     folder = tmp_path_factory.mktemp("runs")
-    two = [job(recipe, folder / f"stage{stage}", f"deepspeed=zero{stage}") for stage in range(4)]
+    two = [job(recipe, folder / name, *settings) for name, settings in ENGINES.items()]
     one = []
     for mode, nats in FREE_BITS.items():
         bits = f"phases.1.free_bits={{mode: {mode}, nats: {nats}}}"
@@ -104,12 +120,55 @@ def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         one += [job(recipe, folder / f"one-{mode}-{micro}", bits, f"batch.micro={micro}") for micro in (32, 4)]
     dropout = ("model.dropout=0.1",)
     two.append(job(recipe, folder / "whole", *dropout))
-    for phase, stop_at in (("warmup", 11), ("full", 37)):
+    for phase, stop_at in (("warmup", 11), ("full", 42)):
         two.append(job(recipe, folder / f"stopped-{phase}", *dropout, stop_at=stop_at))
         two.append(job(recipe, folder / f"stopped-{phase}", *dropout))
-    run_jobs(2, two, folder)
-    run_jobs(1, one, folder)
+    elastic = [
+        job(recipe, folder / "elastic", f"deepspeed=zero{stage}", f"batch.micro={micro}", stop_at=stop_at)
+        for _, stage, micro, stop_at in ELASTIC
+    ]
+    run_jobs(2, [*two, elastic[0]], folder)
+    shutil.copytree(folder / "stage1", folder / "boundary")
+    shutil.rmtree(folder / "boundary" / "checkpoints" / f"step-{2 * STEPS:08d}")
+    (folder / "boundary" / "status.json").unlink()
+    run_jobs(1, [*one, elastic[1], job(recipe, folder / "boundary", "deepspeed=zero3")], folder)
+    for (world, *_), part in zip(ELASTIC[2:], elastic[2:], strict=True):
+        run_jobs(world, [part], folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def plain(recipe: Path) -> list[dict[str, float]]:
+    """The recipe as a plain PyTorch loop: torch's AdamW, whole global batches, the schedules by their formulas."""
+    config = configuration.load(RunConfig, str(recipe))
+    tokenizer = load_tokenizer(config.model.base)
+    tokens = from_texts(ENGLISH[:300], tokenizer, config.data.max_tokens)
+    model = T5VAE.from_base(config.model, config.seed).train()
+    rows = []
+    for index, phase in enumerate(config.phases):
+        freeze(model, phase.freeze)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        adam = torch.optim.AdamW(trainable, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+        for step in range(STEPS):
+            warm = min(1.0, (step + 1) / 3)
+            cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - 3) / (STEPS - 3)))
+            lr, beta = (2e-3, 0.0) if index == 0 else (2e-3 * warm * cosine, min(1.0, step / (STEPS / 2)))
+            epoch, number = divmod(step, len(tokens) // 32)
+            order_SG = epoch_batches(tokens.lengths_N, 32, config.batch.bucket_batches, config.seed, index, epoch)
+            batch = collate(
+                tokens, order_SG[number], pad_id=tokenizer.pad_token_id, latent_dim=8, seed=config.seed,
+                keys=(index, epoch), denoise=phase.denoise,
+            )  # fmt: skip
+            terms = model(**batch.arguments())
+            loss = (terms.rec_B + beta * terms.kl_BL.sum(1)).mean()
+            adam.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(trainable, 50.0)
+            adam.param_groups[0]["lr"] = lr
+            adam.step()
+            row = {"loss": loss, "rec": terms.rec_B.mean(), "kl": terms.kl_BL.sum(1).mean(), "grad_norm": norm}
+            rows.append({key: value.item() for key, value in row.items()} | {"beta": beta, "lr": lr})
+    return rows
 
 
 @pytest.mark.timeout(500)
@@ -117,12 +176,9 @@ def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_phases_freeze_and_hand_over(runs: Path, recipe: Path, stage: int) -> None:
     """Phase 1 leaves every frozen tensor bit-identical and moves all others; phase 2 moves all."""
     run_dir = runs / f"stage{stage}"
-    config = (run_dir / "config.yaml").read_text()
-    from vae_ds import config as configuration
-
-    settings = configuration.build(configuration.RunConfig, configuration.parse_yaml(config, "config"), "config").model
+    settings = configuration.load(RunConfig, str(run_dir / "config.yaml")).model
     start = {name: p.detach() for name, p in T5VAE.from_base(settings, seed=0).named_parameters()}
-    middle, end = checkpoint_weights(run_dir, 25), checkpoint_weights(run_dir, 50)
+    middle, end = checkpoint_weights(run_dir, STEPS), checkpoint_weights(run_dir, 2 * STEPS)
     assert start.keys() == middle.keys() == end.keys()
     for name, before in start.items():
         if group_of(name) in {"decoder", "embeddings", "memory"}:
@@ -135,14 +191,19 @@ def test_phases_freeze_and_hand_over(runs: Path, recipe: Path, stage: int) -> No
         assert torch.equal(value, end[name]), f"{name} was not exported exactly"
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_stages_agree(runs: Path, stage: int) -> None:
-    assert_same_curve(runs / "stage0", runs / f"stage{stage}", 1e-4)
+@pytest.mark.parametrize("name", [*ENGINES, "elastic", "boundary"])
+def test_every_engine_is_the_plain_loop(runs: Path, plain: list[dict[str, float]], name: str) -> None:
+    """At each ZeRO stage, offloaded, accumulated, checkpointed, resumed on other ranks and stages: the same losses."""
+    curve = rows(runs / name)
+    assert [row["step"] for row in curve] == list(range(1, 2 * STEPS + 1))
+    for step, (found, wanted) in enumerate(zip(curve, plain, strict=True)):
+        for key, value in wanted.items():
+            assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (step, key, found, wanted)
 
 
 @pytest.mark.parametrize("mode", FREE_BITS)
 def test_the_optimisation_does_not_know_the_cluster(runs: Path, mode: str) -> None:
-    """One process and two, micro batches of 4, 8 and 32: one loss curve over 50 steps."""
+    """One process and two, micro batches of 4, 8 and 32: one loss curve over 60 steps."""
     assert_same_curve(runs / f"two-{mode}", runs / f"one-{mode}-32", 1e-4)
     assert_same_curve(runs / f"two-{mode}", runs / f"one-{mode}-4", 1e-4)
 
@@ -168,6 +229,6 @@ def test_the_loss_falls_and_is_logged(runs: Path) -> None:
     assert sum(row["rec"] for row in curve[-5:]) < 0.97 * sum(row["rec"] for row in curve[:5])
     wanted = {"phase", "step", "epoch", "rec", "kl", "kl_weighted", "beta", "loss", "lr", "grad_norm", "padding"}
     assert wanted | {"skipped_steps"} <= curve[0].keys()
-    assert [row["phase"] for row in curve] == ["warmup"] * 25 + ["full"] * 25
+    assert [row["phase"] for row in curve] == ["warmup"] * STEPS + ["full"] * STEPS
     assert curve[0]["beta"] == 0.0
     assert curve[-1]["beta"] == 1.0

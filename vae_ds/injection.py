@@ -50,6 +50,30 @@ class NoCrossAttention(nn.Module):
         return hidden_states, None, None
 
 
+class SafeInHalf(nn.Linear):
+    """T5's last feed-forward projection, `wo`: where its weight is float16 it computes in float32.
+
+    Its outputs pass float16's largest number in pretrained models, so transformers keeps its weight in float32; an
+    engine that casts all weights undoes that unseen. The residual stream is float32 from there on, as in transformers.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., d_ff) to (..., H): float32 for a float16 weight, else as any linear layer."""
+        if self.weight.dtype != torch.float16:
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            return nn.functional.linear(input.float(), self.weight.float())
+
+
+def guard_half(t5: Any) -> None:
+    """Make every `wo` of a stock T5 safe in float16, in place; names and weights stay."""
+    for module in t5.modules():
+        wo = getattr(module, "wo", None)
+        if isinstance(wo, nn.Linear):
+            # The class alone differs, so what holds the layer, its weight or its hooks need not know.
+            wo.__class__ = SafeInHalf
+
+
 def inject(t5: Any, settings: ModelConfig, generator: torch.Generator) -> None:
     """Replace the cross-attention of each decoder block of a stock T5, in place, as `settings.injection` says.
 

@@ -34,7 +34,7 @@ from vae_ds.bases import (
     tie,
 )
 from vae_ds.errors import CheckpointError
-from vae_ds.injection import inject, normal_linear
+from vae_ds.injection import guard_half, inject, normal_linear
 from vae_ds.settings import ModelConfig
 
 __all__ = ["T5VAE", "Terms", "check_base", "load_tokenizer"]
@@ -102,6 +102,7 @@ class T5VAE(nn.Module):
         self.bottleneck = None if plain else Bottleneck(t5.config.d_model, settings, generator)
         self.latent_dim = 0 if plain else settings.latent_dim
         inject(t5, settings, generator)
+        guard_half(t5)
         self.t5 = t5
         if settings.gradient_checkpointing:
             # Newer releases of transformers 5 warn about the older of the two names.

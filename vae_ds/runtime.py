@@ -3,6 +3,7 @@
 Shapes: N rows of this rank, X any further dimensions.
 """
 
+import errno
 import hashlib
 import os
 import random
@@ -64,9 +65,51 @@ def start() -> Ranks:
         device = torch.device("cpu")
         _pin_threads(world)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
+        if _is_loopback(os.environ["MASTER_ADDR"]):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        store = open_store(int(os.environ["MASTER_PORT"]), rank == 0, COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
+        )
     _ranks = Ranks(rank, local_rank, world, device)
     return _ranks
+
+
+def open_store(port: int, serve: bool, timeout: timedelta) -> dist.TCPStore:
+    """A store at MASTER_ADDR: served there (port 0: any free one), or joined.
+
+    The server listens at that address alone; torch's own listens at every address of the machine.
+    Raises ConfigError if the address or the port cannot be had.
+    """
+    host = os.environ["MASTER_ADDR"]
+    if not serve:
+        return dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    try:
+        listener = _listener(host, port)
+    except OSError as error:
+        raise ConfigError(f"MASTER_ADDR {host}, MASTER_PORT {port}: cannot listen there ({error.strerror})") from None
+    # The store closes the socket when it ends, so Python must not.
+    address, fd = listener.getsockname(), listener.detach()
+    return dist.TCPStore(host, address[1], is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=fd)
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        # Behind address translation this host's name may stand for an address that none of its interfaces has.
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        listener.bind(("", port))
+    listener.listen(1024)
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def finish() -> None:

@@ -65,12 +65,9 @@ class Watch:
     def _open_store(self) -> dist.TCPStore:
         """One store on a free port of rank 0's host."""
         patience = timedelta(seconds=self._timeouts.silent_s)
-        address = (os.environ["MASTER_ADDR"], 0)
-        store = None
-        if self._ranks.is_main:
-            store = dist.TCPStore(*address, is_master=True, wait_for_workers=False, timeout=patience)
+        store = runtime.open_store(0, True, patience) if self._ranks.is_main else None
         port = runtime.broadcast_object(store.port if store is not None else 0)
-        return store or dist.TCPStore(address[0], port, is_master=False, wait_for_workers=False, timeout=patience)
+        return store or runtime.open_store(port, False, patience)
 
     def _run(self) -> None:
         board = Board(self._ranks.world, self._timeouts)
