@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from processes import STARTUP_S, kill_all, new_job, processes_of, rows, start, state_of, wait_until
 from tiny import ENGLISH, make_base
-from vae_ds import cli, records, runtime
+from vae_ds import bench, cli, records, runtime
 from vae_ds.errors import ConfigError
 from vae_ds.settings import TimeoutConfig
 from vae_ds.watch import Board, is_alive, launchers_of
@@ -266,6 +266,26 @@ def test_on_a_full_disk_the_older_checkpoint_stays_whole(
     filler.unlink()
     assert code_of(*again) == 0
     assert [row["step"] for row in rows(run)] == list(range(1, 17))
+
+
+@pytest.mark.timeout(300)
+def test_the_soak_kills_resumes_and_compares(recipe: Path, tmp_path: Path) -> None:
+    found = bench.soak(
+        str(recipe), tmp_path / "soak", overrides=["phases.1.steps=100"], processes=2, kill_every_s=3.0, seed=3
+    )
+    assert found.same_weights is True
+    assert found.kills >= 1
+    assert found.steps == STEPS // 2 + 100
+    assert json.loads((tmp_path / "soak" / "soak.json").read_text(encoding="utf-8"))["kills"] == found.kills
+
+
+def test_the_memorys_slope_is_that_of_the_worst_rank_within_stretches() -> None:
+    def stretch(level: float) -> bench.Stretch:
+        samples = [(step, [level + 50 * (step < 600), level + 0.002 * step]) for step in range(500, 2000, 50)]
+        return bench.Stretch(last_step=2000, samples=samples)
+
+    assert bench.memory_slope([stretch(100.0), stretch(500.0)], warm_steps=100) == pytest.approx(2.0)
+    assert bench.memory_slope([stretch(100.0)], warm_steps=1400) is None
 
 
 # The watch

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -205,6 +206,23 @@ def _decoding(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "beams")}
 
 
+def _bench_soak(arguments: argparse.Namespace) -> None:
+    from vae_ds import bench
+
+    result = bench.soak(
+        arguments.recipe,
+        Path(arguments.run_dir),
+        overrides=_overrides(arguments),
+        processes=arguments.processes,
+        kill_every_s=60 * arguments.kill_every_minutes,
+        seed=arguments.seed,
+        compare=not arguments.no_compare,
+    )
+    print(json.dumps(asdict(result), indent=2))
+    if result.same_weights is False:
+        raise RuntimeError("the run that was killed ended with other weights than the undisturbed one")
+
+
 def _export(arguments: argparse.Namespace) -> None:
     from vae_ds import jobs
 
@@ -297,6 +315,19 @@ def _parser() -> argparse.ArgumentParser:
     one = _generator(commands, "traverse", _traverse, "one latent unit varied around a sentence")
     one.add_argument("text")
     one.add_argument("--unit", type=int, default=0)
+
+    benches = commands.add_parser("bench", help="measure; see `vae-ds bench --help`").add_subparsers(
+        required=True, metavar="BENCH"
+    )
+    one = _command(benches, "soak", _bench_soak, "a run whose ranks are killed again and again")
+    one.add_argument("recipe", nargs="?", default="demo")
+    one.add_argument("--run-dir", default="runs/soak")
+    one.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="override a setting")
+    one.add_argument("--deepspeed", metavar="FILE")
+    one.add_argument("--processes", type=_positive, default=2)
+    one.add_argument("--kill-every-minutes", type=float, default=3.0)
+    one.add_argument("--seed", type=int, default=0, help="of who is killed and when")
+    one.add_argument("--no-compare", action="store_true", help="do not train once more undisturbed to compare weights")
 
     one = _command(commands, "export", _export, "copy a run's model to a directory of its own")
     one.add_argument("run", metavar="RUN")

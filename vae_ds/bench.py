@@ -1,0 +1,197 @@
+"""Measurements that take longer than a test may, or whose numbers belong into a report.
+
+`soak`: a run on several ranks that is killed again and again. Does it end as if nothing had happened, and is its memory
+flat? Memory is the resident set of a rank, in MB of 10^6 bytes; steps are applied optimizer steps of the whole run.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from vae_ds import records, runtime
+from vae_ds.errors import ConfigError
+
+WARM_STEPS = 300  # of each stretch: allocators and caches fill
+SAMPLE_S = 2.0
+END_S = 90.0
+
+
+@dataclass
+class Stretch:
+    """One life of the ranks, from a start to a kill or the end: (step, MB of each rank) samples."""
+
+    rank_killed: int | None = None
+    last_step: int = 0
+    samples: list[tuple[int, list[float]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Soak:
+    """What came of it. `memory_slope` is the largest of the ranks, None where no stretch was long enough for one."""
+
+    steps: int
+    processes: int
+    kills: int
+    duration_s: float
+    steps_repeated: int
+    memory_mb: float
+    memory_slope_mb_per_1000_steps: float | None
+    same_weights: bool | None
+
+
+def soak(
+    recipe: str,
+    run_dir: Path,
+    *,
+    overrides: Sequence[str] = (),
+    processes: int = 2,
+    kill_every_s: float = 180.0,
+    seed: int = 0,
+    compare: bool = True,
+) -> Soak:
+    """Train `recipe` into `run_dir`/soak, killing a random rank (SIGKILL) every `kill_every_s` seconds or so.
+
+    With `compare`, then trains it undisturbed into `run_dir`/quiet and compares the exported weights bit for bit.
+    Writes `run_dir`/soak.json. Raises ConfigError if the directory holds a soak already, RuntimeError if the ranks end
+    by themselves without being done.
+    """
+    if (run_dir / "soak").exists():
+        raise ConfigError(f"{run_dir} already holds a soak; choose another --run-dir")
+    draw = random.Random(seed)
+    began_s = time.monotonic()
+    stretches: list[Stretch] = []
+    target = run_dir / "soak"
+    while not _is_done(target):
+        kill_after_s = kill_every_s * draw.uniform(0.5, 1.5)
+        stretches.append(_stretch(recipe, target, overrides, processes, kill_after_s, draw.randrange(processes)))
+        if stretches[-1].rank_killed is None and not _is_done(target):
+            raise RuntimeError(f"the ranks ended by themselves; see {run_dir / 'output.log'}")
+    duration_s = time.monotonic() - began_s
+    same = None
+    if compare:
+        _stretch(recipe, run_dir / "quiet", overrides, processes, None, 0)
+        same = _same_weights(run_dir / "soak", run_dir / "quiet")
+    starts = [_first_step(stretch) for stretch in stretches[1:]]
+    result = Soak(
+        steps=stretches[-1].last_step,
+        processes=processes,
+        kills=sum(stretch.rank_killed is not None for stretch in stretches),
+        duration_s=round(duration_s, 1),
+        steps_repeated=sum(
+            max(0, before.last_step - start + 1) for before, start in zip(stretches, starts, strict=False)
+        ),
+        memory_mb=round(max((max(mb) for one in stretches for _, mb in one.samples), default=0.0), 1),
+        memory_slope_mb_per_1000_steps=memory_slope(stretches),
+        same_weights=same,
+    )
+    records.write_json(run_dir / "soak.json", asdict(result))
+    return result
+
+
+def memory_slope(stretches: Sequence[Stretch], warm_steps: int = WARM_STEPS) -> float | None:
+    """MB a rank grows by in 1000 steps: one slope over all stretches, each with a level of its own; the worst rank.
+
+    The first `warm_steps` of each stretch are left out. None if fewer than 10 samples are left.
+    """
+    steps: list[np.ndarray] = []
+    memory: list[np.ndarray] = []
+    for stretch in stretches:
+        warm = [(step, mb) for step, mb in stretch.samples if step >= _first_step(stretch) + warm_steps]
+        if len(warm) > 1:
+            step_N, mb_NR = np.array([step for step, _ in warm], float), np.array([mb for _, mb in warm])
+            steps.append(step_N - step_N.mean())
+            memory.append(mb_NR - mb_NR.mean(0))
+    if sum(map(len, steps)) < 10:
+        return None
+    step_N, mb_NR = np.concatenate(steps), np.concatenate(memory)
+    return round(float((step_N @ mb_NR / (step_N @ step_N)).max()) * 1000, 3)
+
+
+def _first_step(stretch: Stretch) -> int:
+    return stretch.samples[0][0] if stretch.samples else 0
+
+
+def _stretch(
+    recipe: str, run: Path, overrides: Sequence[str], processes: int, kill_after_s: float | None, victim: int
+) -> Stretch:
+    """Start the ranks, sample them, kill one some time after their first step, and wait until all are gone."""
+    stretch = Stretch()
+    ranks = _start(recipe, run, overrides, processes)
+    since = time.time()
+    advanced_s: float | None = None
+    try:
+        while all(rank.poll() is None for rank in ranks):
+            time.sleep(SAMPLE_S)
+            step, memory_mb = _last_step(run, since), _memory_mb(ranks)
+            if step is None or memory_mb is None:
+                continue
+            stretch.samples.append((step, memory_mb))
+            # A resumed run begins with the rows it had; killed before it adds any it would never get further.
+            if advanced_s is None and step > _first_step(stretch):
+                advanced_s = time.monotonic()
+            lasted_s = 0.0 if advanced_s is None else time.monotonic() - advanced_s
+            if kill_after_s is not None and lasted_s > kill_after_s:
+                stretch.rank_killed = victim
+                ranks[victim].send_signal(signal.SIGKILL)
+                break
+        deadline_s = time.monotonic() + END_S
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    stretch.last_step = _last_step(run, since) or 0
+    return stretch
+
+
+def _start(recipe: str, run: Path, overrides: Sequence[str], processes: int) -> list[subprocess.Popen[bytes]]:
+    """The ranks of one training, each a child of this process, so that it can be watched and killed alone."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, "-m", "vae_ds", "train", recipe, "--run-dir", str(run)]
+    words += ["--set", *overrides] if overrides else []
+    common = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
+    common |= {"MASTER_PORT": str(runtime.free_port()), "LOCAL_WORLD_SIZE": str(processes)}
+    ranks = []
+    with (run.parent / "output.log").open("ab") as log:
+        for rank in range(processes):
+            env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+    return ranks
+
+
+def _memory_mb(ranks: Sequence[subprocess.Popen[bytes]]) -> list[float] | None:
+    try:
+        return [psutil.Process(rank.pid).memory_info().rss / 1e6 for rank in ranks]
+    except psutil.Error:
+        return None
+
+
+def _last_step(run: Path, since: float) -> int | None:
+    """The last logged step, None if nothing was logged since that time."""
+    file = run / "metrics.jsonl"
+    if not file.is_file() or file.stat().st_mtime < since:
+        return None
+    whole = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return int(json.loads(whole[-1])["step"]) if whole else None
+
+
+def _is_done(run: Path) -> bool:
+    return (records.read_status(run) or {}).get("state") == "done"
+
+
+def _same_weights(one: Path, other: Path) -> bool:
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
