@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import clean_environment
-from tiny import ENGLISH, make_base
+from tiny import ENGLISH, make_base, write_splits
 from vae_ds import cli
 
 RECIPE = """
@@ -33,10 +33,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(base: Path, tmp_path: Path) -> Path:
-    text = tmp_path / "text"
-    text.mkdir()
-    for name, part in {"train": ENGLISH[:60], "valid": ENGLISH[60:80], "test": ENGLISH[80:100]}.items():
-        (text / f"{name}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
+    text = write_splits(tmp_path / "text", ENGLISH[:60], ENGLISH[60:80], ENGLISH[80:100])
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.format(base=base, text=text, cache=tmp_path / "cache"), encoding="utf-8")
     return path

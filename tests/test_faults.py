@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from processes import STARTUP_S, kill_all, new_job, processes_of, rows, start, state_of, wait_until
-from tiny import ENGLISH, make_base
+from tiny import ENGLISH, make_base, write_splits
 from vae_ds import bench, cli, records, runtime
 from vae_ds.errors import ConfigError
 from vae_ds.settings import TimeoutConfig
@@ -35,10 +35,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two phases with dropout, a checkpoint every few steps, and rows at each."""
     folder = tmp_path_factory.mktemp("faults")
     base = make_base(folder / "base", "t5", num_layers=1, num_decoder_layers=1)
-    text = folder / "text"
-    text.mkdir()
-    for name, part in {"train": ENGLISH[:300], "valid": ENGLISH[300:350], "test": ENGLISH[350:400]}.items():
-        (text / f"{name}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
+    text = write_splits(folder / "text", ENGLISH[:300], ENGLISH[300:350], ENGLISH[350:400])
     path = folder / "recipe.yaml"
     path.write_text(
         f"""
@@ -204,10 +201,7 @@ def test_a_loss_that_is_no_number_ends_the_run_clearly(
 def test_text_that_changed_is_refused_unless_told_otherwise(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = tmp_path / "text"
-    text.mkdir()
-    for name, part in {"train": ENGLISH[:60], "valid": ENGLISH[300:320], "test": ENGLISH[320:340]}.items():
-        (text / f"{name}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
+    text = write_splits(tmp_path / "text", ENGLISH[:60], ENGLISH[300:320], ENGLISH[320:340])
     run = ["train", recipe, "--run-dir", tmp_path / "run", "--set", f"data.path={text}"]
     short = ["phases.0.steps=2", "phases.1.steps=2"]
     assert code_of(*run, *short) == 0

@@ -224,14 +224,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Settings that make the demo's recipes tiny: a random base, a few sentences, a step or two a second."""
     folder = tmp_path_factory.mktemp("demo")
     base = tiny.make_base(folder / "base", dropout_rate=0.0)
-    text = folder / "text"
-    text.mkdir()
-    for split, lines in {
-        "train": tiny.ENGLISH[:256],
-        "valid": tiny.ENGLISH[256:320],
-        "test": tiny.ENGLISH[320:],
-    }.items():
-        (text / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = tiny.write_splits(folder / "text", tiny.ENGLISH[:256], tiny.ENGLISH[256:320], tiny.ENGLISH[320:])
     return [
         f"model.base={base}",
         "model.latent_dim=4",

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from launch import launch
-from tiny import ENGLISH, make_base
+from tiny import ENGLISH, make_base, write_splits
 from vae_ds import config as configuration
 from vae_ds.batches import collate, epoch_batches, from_texts
 from vae_ds.model import T5VAE, load_tokenizer
@@ -38,10 +38,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two phases on 300 short sentences: a warm-up with a frozen decoder, then everything."""
     folder = tmp_path_factory.mktemp("trainer")
     base = make_base(folder / "base", "t5", num_layers=1, num_decoder_layers=2)
-    text = folder / "text"
-    text.mkdir()
-    for name, part in {"train": ENGLISH[:300], "valid": ENGLISH[300:350], "test": ENGLISH[350:400]}.items():
-        (text / f"{name}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
+    text = write_splits(folder / "text", ENGLISH[:300], ENGLISH[300:350], ENGLISH[350:400])
     path = folder / "recipe.yaml"
     path.write_text(
         f"""

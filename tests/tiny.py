@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,14 @@ def make_base(directory: str | Path, kind: str = "t5", seed: int = 0, **override
     model.save_pretrained(directory)
     _hub_config(directory / "config.json", tied=kind == "t5")
     return directory
+
+
+def write_splits(folder: Path, train: Sequence[str], valid: Sequence[str], test: Sequence[str]) -> Path:
+    """Make a directory of train.txt, valid.txt and test.txt, a sentence a line. Returns it."""
+    folder.mkdir()
+    for name, lines in {"train": train, "valid": valid, "test": test}.items():
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
 
 
 def _hub_config(file: Path, tied: bool) -> None:
