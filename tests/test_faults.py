@@ -90,7 +90,8 @@ class Run:
 
     def above(self, mark: str) -> psutil.Process:
         """The launcher with this in its command line."""
-        return next(one for one in launchers_of(self.ranks()[0]) if any(mark in word for word in one.cmdline()[:4]))
+        words = {one: [os.path.basename(word) for word in one.cmdline()[:4]] for one in launchers_of(self.ranks()[0])}
+        return next(one for one, names in words.items() if mark in names)
 
     def end_of(self, process: subprocess.Popen[bytes]) -> int:
         """The exit code; nothing may be left."""
@@ -128,7 +129,7 @@ BLOWS: list[tuple[str, Callable[[Run], psutil.Process], int, int | None]] = [
     ("a rank", lambda run: run.ranks()[1], signal.SIGUSR1, 75),
     ("launch.py", lambda run: run.above("deepspeed.launcher.launch"), signal.SIGKILL, 75),
     ("a rank", lambda run: run.ranks()[1], signal.SIGKILL, None),
-    ("deepspeed", lambda run: run.above("/deepspeed"), signal.SIGTERM, 75),
+    ("deepspeed", lambda run: run.above("deepspeed"), signal.SIGTERM, 75),
     ("ranks.py", lambda run: run.above("ranks.py"), signal.SIGKILL, -signal.SIGKILL),
     ("rank 0", lambda run: run.ranks()[0], signal.SIGINT, 75),
 ]

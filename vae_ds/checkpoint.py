@@ -81,7 +81,7 @@ def describe(state: PhaseState, progress: dict[str, Any], ranks: Ranks) -> dict[
 def newest(run_dir: Path, *, verify: bool = True) -> Checkpoint | None:
     """The newest checkpoint whose manifest, sizes and (with `verify`) checksums hold; None if there is none.
 
-    Broken ones are skipped with a warning. Each process looks for itself and finds the same.
+    Broken ones are skipped with a warning.
     """
     for path in _directories(Path(run_dir)):
         try:
@@ -89,6 +89,13 @@ def newest(run_dir: Path, *, verify: bool = True) -> Checkpoint | None:
         except CheckpointError as error:
             _log.warning("%s; taking the one before it", error)
     return None
+
+
+def agree_on_newest(run_dir: Path, ranks: Ranks) -> Checkpoint | None:
+    """What `newest` finds on rank 0, on every rank: the shards are read for their checksums once. A collective."""
+    found = newest(run_dir) if ranks.is_main else None
+    path = runtime.broadcast_object(None if found is None else str(found.path))
+    return found if path is None or ranks.is_main else _open(Path(path), verify=False)
 
 
 def load(checkpoint: Checkpoint, ranks: Ranks | None = None) -> tuple[PhaseState, dict[str, Any]]:

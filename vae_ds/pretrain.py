@@ -53,7 +53,7 @@ def pretrain(config: PretrainConfig, run_dir: str | Path, resume: str = "auto", 
     """
     directory = Path(run_dir)
     ranks = runtime.start()
-    if records.is_done(directory, config, FREE_ON_RESUME, ENDS, resume):
+    if records.is_done(directory, config, FREE_ON_RESUME, ENDS, resume, tell=ranks.is_main):
         return directory
     job = prepare(config, directory, ranks)
     Pretrainer(job, changed_data).run()
@@ -201,7 +201,7 @@ class Pretrainer:
         self.saver.begin(lambda: trained.state(share=True), progress, must)
 
     def _restore(self) -> PhaseState | None:
-        found = checkpoint.newest(self.job.run_dir)
+        found = checkpoint.agree_on_newest(self.job.run_dir, self.job.ranks)
         if found is None:
             self.monitor.resume_from(0)
             return None

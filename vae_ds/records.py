@@ -76,12 +76,14 @@ def of_the_living(status: dict[str, Any]) -> dict[str, Any]:
     return status | {"state": "failed", "reason": f"process {status['pid']} is gone and left no word"}
 
 
-def is_done(run_dir: Path, config: Config, free: tuple[str, ...], ends: tuple[str, ...], resume: str) -> bool:
+def is_done(
+    run_dir: Path, config: Config, free: tuple[str, ...], ends: tuple[str, ...], resume: str, tell: bool = True
+) -> bool:
     """Whether a run directory leaves nothing to do for `config`; False where there is no run yet.
 
     `free`: starts of dotted keys that a resumed run may set anew; `ends`: the keys that say where it ends, which it may
-    set anew too, and which a run that was done goes on for. What changed is told in a line of the log. `resume`:
-    `auto`, or `never` to refuse a directory that holds a run.
+    set anew too, and which a run that was done goes on for. `resume`: `auto`, or `never` to refuse a directory that
+    holds a run. What changed in a run that goes on is told in a line of the log, if this process is to `tell`.
     Raises ConfigError if it does, or if its run was made with other settings, naming them.
     """
     stored = run_dir / "config.yaml"
@@ -94,9 +96,10 @@ def is_done(run_dir: Path, config: Config, free: tuple[str, ...], ends: tuple[st
     fatal = [key for key in changed if not key.startswith(free) and key not in ends]
     if fatal:
         raise ConfigError(f"{stored}: the run was made with another {', '.join(fatal)}; choose another --run-dir")
-    if changed:
+    done = (read_status(run_dir) or {}).get("state") == "done" and not set(changed) & set(ends)
+    if changed and not done and tell:
         _log.warning("%s: the run goes on with another %s", run_dir, ", ".join(changed))
-    return (read_status(run_dir) or {}).get("state") == "done" and not set(changed) & set(ends)
+    return done
 
 
 def environment(ranks: Ranks) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def train(
     ranks = runtime.start()
     last = len(config.phases) - 1
     ends = (f"phases.{last}.steps", f"phases.{last}.epochs")
-    if records.is_done(directory, config, FREE_ON_RESUME, ends, resume):
+    if records.is_done(directory, config, FREE_ON_RESUME, ends, resume, tell=ranks.is_main):
         return directory
     job = prepare(config, directory, ranks)
     Trainer(job, changed_data).run()
@@ -162,7 +162,8 @@ class Trainer:
             if fresh and (finished or state.step % config.validation.every_steps == 0):
                 valid = self.validate(plan, trainer_engine)
                 clock = time.monotonic()
-            due = fresh and (finished or state.step % config.checkpoint.every_steps == 0 or self._is_best(valid))
+            improved = self._improves(valid)
+            due = fresh and (finished or state.step % config.checkpoint.every_steps == 0 or improved)
             if due or wishes.save or wishes.stop:
                 self.save(plan, trainer_engine, valid, must=wishes.stop)
                 clock = time.monotonic()
@@ -265,8 +266,8 @@ class Trainer:
         }
         self.saver.begin(lambda: trainer_engine.state(share=True), progress, must)
 
-    def _is_best(self, valid: dict[str, Any]) -> bool:
-        """Whether a validation beats all before it in the metric by which the best checkpoint is kept."""
+    def _improves(self, valid: dict[str, Any]) -> bool:
+        """Whether a validation beats all before it in the metric by which the best checkpoint is kept; it is noted."""
         metric = self.job.config.checkpoint.keep_best
         if metric is None or valid.get(metric) is None:
             return False
@@ -277,7 +278,7 @@ class Trainer:
         return True
 
     def _restore(self) -> tuple[PhaseState | None, dict[str, torch.Tensor] | None]:
-        found = checkpoint.newest(self.job.run_dir)
+        found = checkpoint.agree_on_newest(self.job.run_dir, self.job.ranks)
         if found is None:
             self.monitor.resume_from(0)
             return None, None

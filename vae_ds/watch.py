@@ -24,8 +24,8 @@ from vae_ds.runtime import Ranks, StopFlag
 from vae_ds.settings import TimeoutConfig
 
 POLL_S = 1.0
-# What a launcher's command line has; the shell or the batch script above it may go without harm.
-LAUNCHERS = ("deepspeed.launcher.launch", "/deepspeed", "torch.distributed.run", "/torchrun", "ranks.py")
+# The script or the module in a launcher's command line; the shell or the batch script above may go without harm.
+LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "ranks.py"}
 SAVE_WITHIN_S = 120.0
 EXIT_FAULT = 1
 
@@ -161,7 +161,8 @@ def launchers_of(process: psutil.Process) -> list[psutil.Process]:
     found: list[psutil.Process] = []
     try:
         for parent in process.parents():
-            if not any(mark in word for word in parent.cmdline()[:4] for mark in LAUNCHERS):
+            # An interpreter and its options stand in front of it.
+            if LAUNCHERS.isdisjoint(os.path.basename(word) for word in parent.cmdline()[:4]):
                 break
             found.append(parent)
     except psutil.Error:
