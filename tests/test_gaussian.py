@@ -1,4 +1,4 @@
-"""The Gaussian room against torch.distributions and closed forms; free bits against METHOD section 2."""
+"""The Gaussian room against torch.distributions and closed forms; free bits against their definition."""
 
 import math
 

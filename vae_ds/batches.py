@@ -167,7 +167,7 @@ def collate(
     """Pad some sentences into a batch: noisy encoder input, clean labels, eps ~ N(0, I) of each sentence.
 
     Noise and eps are functions of (seed, keys, sentence). `denoise`: probability that a token of the encoder's input,
-    the end of the sentence excepted, is deleted (METHOD, section 3); never in evaluation (`eval`), whose eps are not
+    the end of the sentence excepted, is deleted (README, The method); never in evaluation (`eval`), whose eps are not
     those of training either. `sample` False gives eps 0, so z = mu. `weight_B` None means 1 each.
     """
     names = tuple(int(key) for key in keys)  # a numpy integer's repr, which the stream hashes, differs

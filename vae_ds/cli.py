@@ -319,7 +319,9 @@ def _parser() -> argparse.ArgumentParser:
     benches = commands.add_parser("bench", help="measure; see `vae-ds bench --help`").add_subparsers(
         required=True, metavar="BENCH"
     )
-    one = _command(benches, "soak", _bench_soak, "a run whose ranks are killed again and again")
+    one = _command(
+        benches, "soak", _bench_soak, "a run whose ranks are killed again and again; checkpoints must come faster"
+    )
     one.add_argument("recipe", nargs="?", default="demo")
     one.add_argument("--run-dir", default="runs/soak")
     one.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="override a setting")

@@ -1,4 +1,4 @@
-"""The metrics of METHOD section 4: over the whole split, all ranks together.
+"""The metrics of the README: over the whole split, all ranks together.
 
 Shapes: N sentences of the split, M of them in the importance-weighted subset, S of this rank, B in a batch,
 K importance samples a sentence, P (sentence, sample) pairs in one forward pass, L latent units, T tokens.
@@ -45,7 +45,7 @@ def evaluate(
     yardstick: float | None = None,
     full: bool = True,
 ) -> Metrics:
-    """Every metric of METHOD section 4 on `tokens`, as plain numbers ready for JSON. A collective.
+    """Every metric of the README on `tokens`, as plain numbers ready for JSON. A collective.
 
     A function of (weights, tokens, settings, seed), on any number of ranks; touches no global random generator and
     leaves each module in the mode that it had. All ranks make the same number of forward calls, as ZeRO 3 needs.

@@ -83,7 +83,7 @@ def thresholded_kl(
     nats: float,
     held_L: Tensor | None = None,
 ) -> Tensor:
-    """The KL term of the objective with free bits, shape (B,), in nats (METHOD section 2; paper, equation 2).
+    """The KL term of the objective with free bits, shape (B,), in nats (README, The method; paper, equation 2).
 
     `nats` is lambda; 0 turns thresholding off. `per_dim` takes max(lambda, kl) of each unit and sentence, `total` of
     each sentence's sum. `per_dim_batch` looks at `held_L`, the mean KL of each unit over the GLOBAL batch of the

@@ -52,7 +52,7 @@ def sentences(run: Path, split: str, number: int) -> list[str]:
 def evaluate_run(
     run: Path, split: str, settings: dict[str, int | None], recipe: str | None = None, yardstick: str | None = None
 ) -> dict[str, Any] | None:
-    """Every metric of METHOD section 4 on one split, over all ranks; written to RUN/eval-SPLIT.json.
+    """Every metric of the README on one split, over all ranks; written to RUN/eval-SPLIT.json.
 
     Returns the metrics on rank 0, None on the others. Raises UserError if the run, its data or the yardstick's
     evaluation of the same split is missing.

@@ -1,4 +1,4 @@
-"""T5VAE: a pretrained T5 with a Gaussian bottleneck between its encoder and its decoder (METHOD, section 1).
+"""T5VAE: a pretrained T5 with a Gaussian bottleneck between its encoder and its decoder (README, The method).
 
 Shapes: B sentences, T tokens, H = d_model, L latent units, V vocabulary. All reports and losses are in nats.
 """

@@ -98,7 +98,7 @@ class Monitor:
     def log(self, row: Mapping[str, Any]) -> None:
         """Record one logging step.
 
-        `row` needs `step`, the global applied step; METHOD's symbols name the rest: `rec`, raw `kl`, `kl_weighted`
+        `row` needs `step`, the global applied step; the method's symbols name the rest: `rec`, raw `kl`, `kl_weighted`
         and `loss` in nats per sentence, `beta`, `lr`, `grad_norm`, `tokens_per_s`, `padding` and so on. It is on the
         disk before this returns. Each number of it becomes the curve `train/<key>`, and `train/nelbo` is rec + kl.
         """
@@ -140,7 +140,7 @@ class Monitor:
     ) -> None:
         """Record an evaluation of `split` at global step `step`.
 
-        `metrics` has METHOD section 4's keys (nats per sentence; null where the model has none), `kl_per_dim` the
+        `metrics` has the README's metrics as keys (nats per sentence; null where the model has none), `kl_per_dim` the
         mean KL of each of the L units in nats, `reconstructions` pairs (source, reconstruction), `samples` texts
         decoded from prior draws. TensorBoard gets them as `<split>/<key>`, a histogram and two texts; the texts are in
         samples/, too.

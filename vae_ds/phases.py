@@ -1,6 +1,6 @@
 """The phase manager: what is frozen, which beta, how long. Knows no DeepSpeed.
 
-A run is a list of phases (METHOD, section 3). Planning turns a recipe's epochs and fractions into applied optimizer
+A run is a list of phases (README, The method). Planning turns a recipe's epochs and fractions into applied optimizer
 steps, once the data's size is known; freezing turns groups and patterns into `requires_grad` and eval mode.
 """
 
@@ -117,7 +117,7 @@ def freeze(model: nn.Module, patterns: Sequence[str], where: str = "freeze") -> 
 
 
 def train_mode(model: nn.Module) -> None:
-    """Training mode, but eval for what is frozen: frozen modules run without dropout (METHOD, section 3).
+    """Training mode, but eval for what is frozen: frozen modules run without dropout (README, The method).
 
     A module without parameters of its own, a Dropout, follows the nearest module above it that has some. The memory
     projection does not count there: a frozen decoder with a trainable memory inside runs without dropout.

@@ -19,7 +19,7 @@ class Settings(BaseModel):
 
 
 class ModelConfig(Settings):
-    """What is built around the pretrained T5 (METHOD, section 1)."""
+    """What is built around the pretrained T5 (README, The method)."""
 
     base: str = Field("tiny", description="`tiny` (ships with the package), a hub name, or a directory")
     latent_dim: int = Field(32, ge=1, description="L, the number of latent units")
@@ -119,7 +119,7 @@ BetaConfig = Annotated[ConstantBeta | LinearBeta | CyclicalBeta | TargetBeta, Fi
 
 
 class FreeBits(Settings):
-    """KL thresholding (METHOD, section 2); `nats` 0 turns it off."""
+    """KL thresholding (README, The method); `nats` 0 turns it off."""
 
     mode: Literal["per_dim", "per_dim_batch", "total"] = Field("per_dim", description="what the threshold is on")
     nats: float = Field(0.0, ge=0, description="lambda: per unit, or for the sum in mode `total`; 0: off")
@@ -144,7 +144,7 @@ class LearningRateConfig(Settings):
 
 
 class PhaseConfig(Settings):
-    """One training phase (METHOD, section 3)."""
+    """One training phase (README, The method)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="as logs and curves show it")
     epochs: float | None = Field(None, gt=0, description="length in epochs, or")
@@ -191,7 +191,7 @@ class LoggingConfig(Settings):
 
 
 class EvaluationConfig(Settings):
-    """Settings of METHOD section 4's costly metrics; the sentence count is reported beside each."""
+    """Settings of the README's costly metrics; the sentence count is reported beside each."""
 
     iw_samples: int = Field(100, ge=1, description="K, importance samples a sentence")
     iw_sentences: int | None = Field(None, ge=1, description="null: the whole split")

@@ -1,4 +1,4 @@
-"""One table of METHOD section 4's metrics for several runs, read from their `eval-<split>.json`."""
+"""One table of the README's metrics for several runs, read from their `eval-<split>.json`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The training loop: a run is a list of phases, a phase is an engine, a step is a global batch.
 
 Shapes: B sentences of a micro batch, G of a global batch, L latent units.
-Losses are in nats per sentence, means over the global batch (METHOD, section 2).
+Losses are in nats per sentence, means over the global batch (README, The method).
 """
 
 import time
@@ -225,7 +225,7 @@ class Trainer:
         return wishes
 
     def build(self, plan: PhasePlan, weights: dict[str, torch.Tensor] | None) -> T5VAE:
-        """A fresh float32 module on the CPU with this phase's freezing, ready for an engine (DESIGN, rule 2)."""
+        """A fresh float32 module on the CPU with this phase's freezing, ready for an engine (a phase is an engine)."""
         model = T5VAE.from_base(self.job.config.model, self.job.config.seed)
         if weights is not None:
             with torch.no_grad():
