@@ -64,7 +64,8 @@ def soak(
     """Train `recipe` into `run_dir`/soak, killing a random rank (SIGKILL) every `kill_every_s` seconds or so.
 
     Between two kills there must be time for a checkpoint, or the run never gets further: mind the recipe's
-    `checkpoint.every_steps`. With `compare`, then trains it undisturbed into `run_dir`/quiet and compares the exported weights bit for bit.
+    `checkpoint.every_steps`. With `compare`, then trains it undisturbed into `run_dir`/quiet and compares the exported
+    weights bit for bit.
     Writes `run_dir`/soak.json. Raises ConfigError if the directory holds a soak already, RuntimeError if the ranks end
     by themselves without being done.
     """
