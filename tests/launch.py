@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from vae_ds.runtime import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 # A rank that fails leaves the others in a collective; they get this long to say something.
@@ -66,13 +67,6 @@ def launch(
     if check and any(finished.codes):
         raise AssertionError(finished.report())
     return finished
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def clean_environment(private: Path) -> dict[str, str]:

@@ -31,11 +31,6 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})")
-DATA_CHANGED = (
-    "{}: the training text is not what it was at this checkpoint, and the run would not be the one it was; "
-    "use another --run-dir, or --changed-data to go on all the same"
-)
-
 # Metrics of a validation by which the best checkpoint may be kept: 1 where more is better, -1 where less is.
 BETTER = {"nelbo": -1, "rec": -1, "mi": 1, "z_gain": 1}
 # Directories that are being written or deleted; their contents mean nothing.
@@ -91,11 +86,25 @@ def newest(run_dir: Path, *, verify: bool = True) -> Checkpoint | None:
     return None
 
 
-def agree_on_newest(run_dir: Path, ranks: Ranks) -> Checkpoint | None:
-    """What `newest` finds on rank 0, on every rank: the shards are read for their checksums once. A collective."""
+def resume(
+    run_dir: Path, ranks: Ranks, data: dict[str, Any], changed_data: bool = False
+) -> tuple[PhaseState, dict[str, Any]] | None:
+    """State and progress of the newest checkpoint, as `load` gives them; None if there is none. A collective.
+
+    Rank 0 looks for it, so that the shards are read for their checksums once. Raises CheckpointError if the training
+    data were not `data` when it was saved, unless `changed_data`.
+    """
     found = newest(run_dir) if ranks.is_main else None
     path = runtime.broadcast_object(None if found is None else str(found.path))
-    return found if path is None or ranks.is_main else _open(Path(path), verify=False)
+    if path is None:
+        return None
+    state, progress = load(found or _open(Path(path), verify=False), ranks)
+    if progress["data"] != data and not changed_data:
+        raise CheckpointError(
+            f"{path}: the training text is not what it was at this checkpoint, and the run would not be the one it "
+            "was; use another --run-dir, or --changed-data to go on all the same"
+        )
+    return state, progress
 
 
 def load(checkpoint: Checkpoint, ranks: Ranks | None = None) -> tuple[PhaseState, dict[str, Any]]:

@@ -157,15 +157,19 @@ def pairs(
     epoch: int,
 ) -> Pair:
     """The padded batch of the texts `index_B`, each made as `plan` says; losses are drawn by (seed, epoch, text)."""
+
+    def losses(index: int) -> np.random.Generator:
+        return stream(config.seed, "spans", epoch, index)
+
     sources, targets = [], []
     for index in map(int, index_B):
         ids = texts[index]
-        draws = stream(config.seed, "spans", epoch, index)
-        if plan.kind_N[index] == SPANS:
+        kind = plan.kind_N[index]
+        if kind == SPANS:
             noise, count = _noise_sizes(np.asarray([len(ids)]), config)
-            source, target = corrupt(ids, int(noise[0]), int(count[0]), sentinels, draws)
-        elif plan.kind_N[index] == DENOISING:
-            lost = draws.choice(len(ids), int(_deletions(len(ids), config)), replace=False)
+            source, target = corrupt(ids, int(noise[0]), int(count[0]), sentinels, losses(index))
+        elif kind == DENOISING:
+            lost = losses(index).choice(len(ids), int(_deletions(len(ids), config)), replace=False)
             source, target = np.delete(ids, lost), ids
         else:
             cut = int(plan.cut_N[index])

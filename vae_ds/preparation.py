@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vae_ds import batches, corpora, engine, phases, records, runtime
 from vae_ds import config as configuration
@@ -11,19 +11,6 @@ from vae_ds.phases import PhasePlan
 from vae_ds.runtime import Ranks
 from vae_ds.settings import RunConfig, Settings
 from vae_ds.tokens import TokenSet, tokenise
-
-
-class AnyJob(Protocol):
-    """A training or a pretraining."""
-
-    @property
-    def config(self) -> Settings: ...
-
-    @property
-    def run_dir(self) -> Path: ...
-
-    @property
-    def ranks(self) -> Ranks: ...
 
 
 @dataclass(frozen=True)
@@ -71,10 +58,10 @@ def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Job:
     return Job(config, run_dir, ranks, precision, ds_config, micro, tokenizer, train_set, valid_set, plans)
 
 
-def write_headers(job: AnyJob) -> None:
+def write_headers(run_dir: Path, config: Settings, ranks: Ranks) -> None:
     """Make the run directory, with its complete recipe and its environment. A collective; rank 0 writes."""
-    if job.ranks.is_main:
-        job.run_dir.mkdir(parents=True, exist_ok=True)
-        (job.run_dir / "config.yaml").write_text(configuration.dump(job.config), encoding="utf-8")
-    records.write_environment(job.run_dir, job.ranks)
+    if ranks.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+    records.write_environment(run_dir, ranks)
     runtime.barrier()

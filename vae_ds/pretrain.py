@@ -16,7 +16,7 @@ from vae_ds import batches, checkpoint, monitor, phases, records, runtime
 from vae_ds.basemodel import TextToText, build_t5, continue_text, export_t5
 from vae_ds.denoising import Plan, cut_texts, plan_epoch, whole_texts
 from vae_ds.engine import PhaseEngine, PhaseState
-from vae_ds.errors import CheckpointError, Stopped
+from vae_ds.errors import Stopped
 from vae_ds.modelcard import base_card
 from vae_ds.preparation import write_headers
 from vae_ds.pretrain_job import Job, prepare
@@ -81,7 +81,7 @@ class Pretrainer:
         """Train from the newest checkpoint if there is one, to the last step, and export."""
         runtime.seed_everything(self.job.config.seed, self.job.ranks.rank, 0)
         resumed = self._restore()
-        write_headers(self.job)
+        write_headers(self.job.run_dir, self.job.config, self.job.ranks)
         self._status("running")
         with self.watch:
             self._train(resumed)
@@ -201,13 +201,11 @@ class Pretrainer:
         self.saver.begin(lambda: trained.state(share=True), progress, must)
 
     def _restore(self) -> PhaseState | None:
-        found = checkpoint.agree_on_newest(self.job.run_dir, self.job.ranks)
+        found = checkpoint.resume(self.job.run_dir, self.job.ranks, self._data(), self.changed_data)
         if found is None:
             self.monitor.resume_from(0)
             return None
-        saved, progress = checkpoint.load(found, self.job.ranks)
-        if progress["data"] != self._data() and not self.changed_data:
-            raise CheckpointError(checkpoint.DATA_CHANGED.format(found))
+        saved, progress = found
         self.state = PretrainState(**progress["state"])
         self.monitor.resume_from(progress["global_step"])
         return saved

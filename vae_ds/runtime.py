@@ -65,7 +65,7 @@ def start() -> Ranks:
         device = torch.device("cpu")
         _pin_threads(world)
     if not dist.is_initialized():
-        if _is_loopback(os.environ["MASTER_ADDR"]):
+        if _is_loopback(os.environ["MASTER_ADDR"]) and "lo" in (name for _, name in socket.if_nameindex()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = open_store(int(os.environ["MASTER_PORT"]), rank == 0, COLLECTIVE_TIMEOUT)
         dist.init_process_group(

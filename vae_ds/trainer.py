@@ -16,7 +16,7 @@ import torch
 from vae_ds import batches, checkpoint, evaluate, generate, monitor, phases, records, runtime
 from vae_ds import config as configuration
 from vae_ds.engine import PhaseEngine, PhaseState
-from vae_ds.errors import CheckpointError, Stopped
+from vae_ds.errors import Stopped
 from vae_ds.gaussian import thresholded_kl
 from vae_ds.model import T5VAE
 from vae_ds.phases import PhasePlan
@@ -94,7 +94,7 @@ class Trainer:
         """All phases, from the newest checkpoint if there is one, then the export."""
         resumed, weights = self._restore()
         # Only now: a resumption that is refused leaves the run as it is.
-        write_headers(self.job)
+        write_headers(self.job.run_dir, self.job.config, self.job.ranks)
         self._status("running")
         with self.watch:
             self._phases(resumed, weights)
@@ -278,13 +278,11 @@ class Trainer:
         return True
 
     def _restore(self) -> tuple[PhaseState | None, dict[str, torch.Tensor] | None]:
-        found = checkpoint.agree_on_newest(self.job.run_dir, self.job.ranks)
+        found = checkpoint.resume(self.job.run_dir, self.job.ranks, self._data(), self.changed_data)
         if found is None:
             self.monitor.resume_from(0)
             return None, None
-        saved, progress = checkpoint.load(found, self.job.ranks)
-        if progress["data"] != self._data() and not self.changed_data:
-            raise CheckpointError(checkpoint.DATA_CHANGED.format(found))
+        saved, progress = found
         self.state = TrainState(**progress["state"])
         self.monitor.resume_from(progress["global_step"])
         return saved, saved.weights
