@@ -21,7 +21,9 @@ FLOORS = (
     {"saver", "preparation", "pretrain_job"},
     {"trainer", "jobs"},
     {"pretrain", "study", "report", "plan", "doctor", "bench", "submit"},
-    {"__init__", "cli"},
+    {"__init__", "commands"},
+    {"arguments"},
+    {"cli"},
     {"__main__"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

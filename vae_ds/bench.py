@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,25 +80,25 @@ def soak(
         stretches.append(_stretch(recipe, target, overrides, processes, kill_after_s, draw.randrange(processes)))
         if stretches[-1].rank_killed is None and not _is_done(target):
             raise RuntimeError(f"the ranks ended by themselves; see {run_dir / 'output.log'}")
-    duration_s = time.monotonic() - began_s
-    same = None
-    if compare:
-        _stretch(recipe, run_dir / "quiet", overrides, processes, None, 0)
-        same = _same_weights(run_dir / "soak", run_dir / "quiet")
     starts = [_first_step(stretch) for stretch in stretches[1:]]
     result = Soak(
         steps=stretches[-1].last_step,
         processes=processes,
         kills=sum(stretch.rank_killed is not None for stretch in stretches),
-        duration_s=round(duration_s, 1),
+        duration_s=round(time.monotonic() - began_s, 1),
         steps_repeated=sum(
             max(0, before.last_step - start + 1) for before, start in zip(stretches, starts, strict=False)
         ),
         memory_mb=round(max((max(mb) for one in stretches for _, mb in one.samples), default=0.0), 1),
         memory_slope_mb_per_1000_steps=memory_slope(stretches),
-        same_weights=same,
+        same_weights=None,
     )
+    # At once: the undisturbed run takes long, too.
     records.write_json(run_dir / "soak.json", asdict(result))
+    if compare:
+        _stretch(recipe, run_dir / "quiet", overrides, processes, None, 0)
+        result = replace(result, same_weights=_same_weights(run_dir / "soak", run_dir / "quiet"))
+        records.write_json(run_dir / "soak.json", asdict(result))
     return result
 
 

@@ -24,7 +24,6 @@ from vae_ds.errors import ConfigError, UserError
 
 Value = TypeVar("Value")
 
-STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped on request, the same command resumes
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 

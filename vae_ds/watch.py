@@ -20,6 +20,7 @@ import psutil
 import torch.distributed as dist
 
 from vae_ds import runtime
+from vae_ds.errors import EXIT_FAULT
 from vae_ds.runtime import Ranks, StopFlag
 from vae_ds.settings import TimeoutConfig
 
@@ -27,7 +28,6 @@ POLL_S = 1.0
 # The script or the module in a launcher's command line; the shell or the batch script above may go without harm.
 LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "ranks.py"}
 SAVE_WITHIN_S = 120.0
-EXIT_FAULT = 1
 
 
 class Watch:

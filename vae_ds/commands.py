@@ -1,0 +1,168 @@
+"""What each command of the command line does, given its parsed arguments.
+
+Heavy imports stand inside the commands, so that `--help` answers at once.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vae_ds.errors import EXIT_FAULT, EXIT_STOPPED, CheckpointError, ConfigError
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from vae_ds import config as configuration
+    from vae_ds.settings import RunConfig
+
+    config = configuration.load(RunConfig, arguments.recipe, _overrides(arguments))
+    arguments.run_dir = arguments.run_dir or str(Path("runs") / config.name)
+    from vae_ds import runtime, trainer
+
+    if arguments.dry_run:
+        ranks = runtime.start()
+        job = trainer.prepare(config, Path(arguments.run_dir), ranks)
+        if ranks.is_main:
+            print(configuration.dump(config))
+            for plan in job.plans:
+                print(f"# phase {plan.name}: {plan.steps} steps, {plan.steps_per_epoch} an epoch")
+            print(f"# {ranks.world} ranks, {job.precision}, micro batch {job.micro}, accumulation {job.accumulation}")
+        return
+    trainer.train(config, arguments.run_dir, resume=arguments.resume, changed_data=arguments.changed_data)
+
+
+def pretrain(arguments: argparse.Namespace) -> None:
+    from vae_ds import config as configuration
+    from vae_ds.settings import PretrainConfig
+
+    config = configuration.load(PretrainConfig, arguments.recipe, _overrides(arguments))
+    arguments.run_dir = arguments.run_dir or str(Path("runs") / config.name)
+    from vae_ds import pretrain
+
+    pretrain.pretrain(config, Path(arguments.run_dir), arguments.resume, arguments.changed_data)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from vae_ds import jobs
+
+    settings = {
+        "iw_samples": arguments.iw_samples,
+        "iw_sentences": arguments.iw_sentences,
+        "batch": arguments.batch,
+    }
+    metrics = jobs.evaluate_run(
+        Path(arguments.run), arguments.split, settings, recipe=arguments.recipe, yardstick=arguments.yardstick
+    )
+    if metrics is not None:
+        from vae_ds import tables
+
+        tables.print_metrics([arguments.run], arguments.split)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    from vae_ds import tables
+
+    tables.print_metrics(arguments.runs, arguments.split)
+
+
+def reconstruct(arguments: argparse.Namespace) -> None:
+    from vae_ds import generate, jobs
+
+    model, tokenizer = jobs.load_model(Path(arguments.run))
+    texts = arguments.text or jobs.sentences(Path(arguments.run), arguments.source, arguments.number)
+    drawn = {"sampled": arguments.sampled, "seed": arguments.seed}
+    made = generate.reconstruct(model, tokenizer, texts, **drawn, **_decoding(arguments))
+    for text, again in zip(texts, made, strict=True):
+        print(f"text  {text}\n  ->  {again}\n")
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    from vae_ds import generate, jobs
+
+    model, tokenizer = jobs.load_model(Path(arguments.run))
+    print("\n".join(generate.sample(model, tokenizer, arguments.number, arguments.seed, **_decoding(arguments))))
+
+
+def interpolate(arguments: argparse.Namespace) -> None:
+    from vae_ds import generate, jobs
+
+    model, tokenizer = jobs.load_model(Path(arguments.run))
+    ends, how = (arguments.first, arguments.last), _decoding(arguments)
+    print("\n".join(generate.interpolate(model, tokenizer, *ends, arguments.steps, path=arguments.path, **how)))
+
+
+def analogy(arguments: argparse.Namespace) -> None:
+    from vae_ds import generate, jobs
+
+    model, tokenizer = jobs.load_model(Path(arguments.run))
+    print(generate.analogy(model, tokenizer, arguments.a, arguments.b, arguments.c, **_decoding(arguments)))
+
+
+def traverse(arguments: argparse.Namespace) -> None:
+    from vae_ds import generate, jobs
+
+    model, tokenizer = jobs.load_model(Path(arguments.run))
+    print("\n".join(generate.traverse(model, tokenizer, arguments.text, arguments.unit, **_decoding(arguments))))
+
+
+def _decoding(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "beams")}
+
+
+def bench_soak(arguments: argparse.Namespace) -> None:
+    from vae_ds import bench
+
+    result = bench.soak(
+        arguments.recipe,
+        Path(arguments.run_dir),
+        overrides=_overrides(arguments),
+        processes=arguments.processes,
+        kill_every_s=60 * arguments.kill_every_minutes,
+        seed=arguments.seed,
+        compare=not arguments.no_compare,
+    )
+    print(json.dumps(asdict(result), indent=2))
+    if result.same_weights is False:
+        raise RuntimeError("the run that was killed ended with other weights than the undisturbed one")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from vae_ds import jobs
+
+    jobs.export(Path(arguments.run), Path(arguments.to))
+    print(arguments.to)
+
+
+def status(arguments: argparse.Namespace) -> None:
+    from vae_ds import records
+
+    status = records.read_status(Path(arguments.run))
+    if status is None:
+        raise CheckpointError(f"{arguments.run}: no status.json; not a run directory")
+    status = records.of_the_living(status)
+    print(json.dumps(status))
+    if status["state"] != "done":
+        sys.exit({"stopped": EXIT_STOPPED}.get(status["state"], EXIT_FAULT))
+
+
+def recipes(arguments: argparse.Namespace) -> None:
+    from vae_ds import config as configuration
+
+    if arguments.action == "keys":
+        print("\n".join(f"| `{key}` | {default} | {text} |" for key, default, text in configuration.reference()))
+        return
+    if arguments.action == "show":
+        if not arguments.name:
+            raise ConfigError("recipes show NAME: which one? `vae-ds recipes list` names them")
+        print(configuration.read_recipe(arguments.name)[0], end="")
+        return
+    for name in configuration.shipped_recipes():
+        first = configuration.read_recipe(name)[0].splitlines()[0].removeprefix("# ")
+        print(f"{name:16} {first}")
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    chosen = list(arguments.set or [])
+    return [*chosen, f"deepspeed={arguments.deepspeed}"] if arguments.deepspeed else chosen
