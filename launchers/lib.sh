@@ -7,7 +7,8 @@ PINS=$REPO/launchers/constraints.txt
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 
-# Exit codes: 0 done, 1 a fault, 2 wrong input, 75 stopped (run it again and it resumes).
+# Exit codes: 0 done, 1 a fault, 2 wrong input, 69 a rank or its machine is gone, 75 stopped. After the last two the same
+# command resumes.
 WRONG_INPUT=2
 STOPPED=75
 
@@ -87,6 +88,20 @@ setup() {
   # Building in the environment itself saves pip a second, isolated one.
   pip_install --constraint "$pins" --no-build-isolation --editable "$REPO${extras:+[$extras]}"
   printf '%s %s\n' "$state" "$extras" >"$stamp"
+}
+
+# install_programs PROGRAM=PACKAGE...: Debian packages whose program (or header) is missing, where root may install them.
+install_programs() {
+  local pair packages=()
+  for pair in "$@"; do
+    [[ -e ${pair%%=*} ]] || command -v "${pair%%=*}" >/dev/null || packages+=("${pair#*=}")
+  done
+  ((${#packages[@]} && UID == 0)) && command -v apt-get >/dev/null || return 0
+  say "installing ${packages[*]}"
+  {
+    timeout 300 apt-get update --quiet=2
+    DEBIAN_FRONTEND=noninteractive timeout 600 apt-get install --quiet=2 --yes --no-install-recommends "${packages[@]}"
+  } </dev/null >/dev/null 2>&1 || echo "not all of them could be installed; the tests that need them are skipped"
 }
 
 # Bash runs a trap only between commands, so what can last runs beside the shell, and `attend COMMAND...` waits for it.

@@ -5,6 +5,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$here/lib.sh"
 
+# Real programs that some tests need; without them those tests say so and are skipped.
+install_programs slurmctld=slurm-wlm munged=munge pdsh=pdsh ip=iproute2 nsenter=util-linux /usr/include/libaio.h=libaio-dev
 setup test,dev
 cd "$REPO"
 # Only tests are named by default; a run under another directory's settings would miss the timeouts.

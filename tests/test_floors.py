@@ -11,14 +11,14 @@ LONGEST_ROOM = 400
 DEEPSPEED_ROOM = "engine"
 # A new room gets its floor here: above every room that it imports.
 FLOORS = (
-    {"errors", "schedules", "gaussian"},
-    {"hub", "yaml_tree", "vocabulary", "tables", "settings"},
+    {"errors", "schedules", "gaussian", "stop", "exits", "verdict"},
+    {"hub", "yaml_tree", "vocabulary", "tables", "settings", "slurm"},
     {"config", "runtime", "ds_keys", "generators"},
-    {"injection", "corpora", "phases", "tokens", "records", "bases", "denoising", "ds_config", "masters", "watch"},
-    {"model", "batches", "monitor", "basemodel", "modelcard"},
+    {"injection", "corpora", "phases", "tokens", "records", "bases", "denoising", "ds_config", "masters", "nvme", "watch", "checks"},
+    {"model", "batches", "monitor", "basemodel", "modelcard", "allreduce"},
     {"engine", "generate"},
-    {"checkpoint", "evaluate"},
-    {"saver", "preparation", "pretrain_job"},
+    {"checkpoint", "evaluate", "installation"},
+    {"saver", "preparation", "pretrain_job", "text_metrics"},
     {"trainer", "jobs"},
     {"pretrain", "study", "report", "plan", "doctor", "bench", "submit"},
     {"__init__", "commands"},

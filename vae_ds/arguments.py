@@ -24,7 +24,11 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--deepspeed", metavar="FILE", help="zero0..zero3, a shipped ds_config's name, or a JSON file")
         one.add_argument("--resume", choices=("auto", "never"), default="auto")
         one.add_argument("--changed-data", action="store_true", help="resume though the training text has changed")
-        one.add_argument("--dry-run", action="store_true", help="resolve and check everything, train nothing")
+        if name == "train":
+            one.add_argument("--dry-run", action="store_true", help="resolve and check everything, train nothing")
+            one.add_argument(
+                "--until", metavar="PHASE", help="end after this phase, by name or number from 1; a later start goes on"
+            )
 
     one = _command(subparsers, "evaluate", commands.evaluate, "every metric of a run, on one split")
     one.add_argument("run", metavar="RUN", help="a run directory, or an exported model with --recipe")
@@ -32,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--iw-samples", type=_positive)
     one.add_argument("--iw-sentences", type=_positive)
     one.add_argument("--batch", type=_positive, help="sentences a forward pass")
+    one.add_argument("--bleu-sentences", type=_count, metavar="N", help="reconstructed for bleu; 0: none")
+    one.add_argument("--samples", type=_count, metavar="N", help="prior samples for the metrics of text; 0: none")
     one.add_argument("--recipe", help="where the text comes from, for an exported model")
     one.add_argument("--yardstick", metavar="RUN", help="a run with injection `none`, evaluated on the same split")
 
@@ -58,6 +64,29 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("text")
     one.add_argument("--unit", type=int, default=0)
 
+    one = _command(subparsers, "study", commands.study, "many runs of one recipe: list them, or train one")
+    one.add_argument("study", metavar="STUDY", help="a YAML file: recipe, set, grid, variants, seeds")
+    one.add_argument("--runs", metavar="DIR", help="where the runs go; default runs/NAME")
+    one.add_argument("--run", type=int, metavar="N", help="train and evaluate run N, counted from 0")
+    one.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="override a setting of every run")
+
+    one = _command(subparsers, "submit", commands.submit, "train a recipe as a SLURM job")
+    one.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    one.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="override a setting")
+    one.add_argument("--run-dir", help="where the run is kept; default runs/NAME")
+    one.add_argument("--deepspeed", metavar="FILE")
+    one.add_argument("--nodes", type=_positive, default=1)
+    one.add_argument("--gpus-per-node", type=int, default=0, metavar="N")
+    one.add_argument("--tasks-per-node", type=_positive, metavar="N", help="ranks a node; default one a GPU")
+    one.add_argument(
+        "--time", metavar="LIMIT", help="as in SLURM: 24:00:00; before it ends, the run saves and requeues"
+    )
+    one.add_argument("--site", metavar="FILE", help="default $VAE_DS_SITE, or ~/.config/vae_ds/site.yaml")
+    one.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="one more, as --sbatch=--exclusive"
+    )
+    one.add_argument("--dry-run", action="store_true", help="print the batch file, submit nothing")
+
     benches = subparsers.add_parser("bench", help="measure; see `vae-ds bench --help`").add_subparsers(
         required=True, metavar="BENCH"
     )
@@ -81,6 +110,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--to", required=True, metavar="DIR")
     one = _command(subparsers, "status", commands.status, "what became of a run; exits 0 only if it is done")
     one.add_argument("run", metavar="RUN")
+    one = _command(subparsers, "doctor", commands.doctor, "check this machine, or a job's nodes, before a run")
+    one.add_argument("--run-dir", help="where the run would be kept; default runs, else here")
+    one.add_argument("--json", action="store_true", help="one JSON object, for a support ticket")
+    one.add_argument("--no-ranks", dest="ranks", action="store_false", help="leave out the all-reduce between ranks")
+    one.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="for the ranks; default 60")
+    one.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     one = _command(subparsers, "recipes", commands.recipes, "list the shipped recipes, show one, or all keys")
     one.add_argument("action", choices=("list", "show", "keys"), nargs="?", default="list")
     one.add_argument("name", nargs="?")
@@ -108,6 +143,10 @@ def _generator(subparsers: Any, name: str, run: Callable[[argparse.Namespace], N
 
 def _add_split(one: argparse.ArgumentParser) -> None:
     one.add_argument("--split", choices=("train", "valid", "test"), default="test")
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _positive(text: str) -> int:

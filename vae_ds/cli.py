@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from vae_ds.arguments import parser
-from vae_ds.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Stopped, StorageError, UserError
+from vae_ds.errors import Stopped, StorageError, UserError
+from vae_ds.exits import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, note_exit, own_rank
 
 WAIT_FOR_RANK0_S = 10.0
 
@@ -23,7 +24,7 @@ WAIT_FOR_RANK0_S = 10.0
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Parse, run, and leave with the documented exit code."""
     code = run(list(sys.argv[1:] if argv is None else argv))
-    _note_exit(code)
+    note_exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     if _distributed():
@@ -65,13 +66,6 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _note_exit(code: int) -> None:
-    """Leave rank 0's exit code where our launcher asks for it: DeepSpeed's can exit 0 after a failure."""
-    place = os.environ.get("VAE_DS_EXIT_FILE")
-    if place and os.environ.get("RANK", "0") == "0":
-        Path(place).write_text(str(code), encoding="ascii")
-
-
 def _distributed() -> bool:
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and bool(distributed.is_initialized())
@@ -87,7 +81,7 @@ def _leave() -> None:
 
 def _say_once(message: str) -> None:
     """Print on rank 0. The others wait for it: the launcher ends all when one ends, the message must come first."""
-    if os.environ.get("RANK", "0") == "0":
+    if own_rank() == "0":
         print(message, file=sys.stderr, flush=True)
     else:
         time.sleep(WAIT_FOR_RANK0_S)

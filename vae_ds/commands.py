@@ -10,10 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vae_ds.errors import EXIT_FAULT, EXIT_STOPPED, CheckpointError, ConfigError
+from vae_ds.errors import CheckpointError, ConfigError
+from vae_ds.exits import EXIT_FAULT, EXIT_STOPPED
+from vae_ds.stop import EARLY_SIGNALS, StopFlag
 
 
 def train(arguments: argparse.Namespace) -> None:
+    stop = StopFlag()
+    stop.install(EARLY_SIGNALS)
     from vae_ds import config as configuration
     from vae_ds.settings import RunConfig
 
@@ -30,10 +34,13 @@ def train(arguments: argparse.Namespace) -> None:
                 print(f"# phase {plan.name}: {plan.steps} steps, {plan.steps_per_epoch} an epoch")
             print(f"# {ranks.world} ranks, {job.precision}, micro batch {job.micro}, accumulation {job.accumulation}")
         return
-    trainer.train(config, arguments.run_dir, resume=arguments.resume, changed_data=arguments.changed_data)
+    how: dict[str, Any] = {name: getattr(arguments, name) for name in ("resume", "changed_data", "until")}
+    trainer.train(config, arguments.run_dir, stop=stop, **how)
 
 
 def pretrain(arguments: argparse.Namespace) -> None:
+    stop = StopFlag()
+    stop.install(EARLY_SIGNALS)
     from vae_ds import config as configuration
     from vae_ds.settings import PretrainConfig
 
@@ -41,7 +48,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
     arguments.run_dir = arguments.run_dir or str(Path("runs") / config.name)
     from vae_ds import pretrain
 
-    pretrain.pretrain(config, Path(arguments.run_dir), arguments.resume, arguments.changed_data)
+    pretrain.pretrain(config, Path(arguments.run_dir), arguments.resume, arguments.changed_data, stop)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -51,6 +58,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "iw_samples": arguments.iw_samples,
         "iw_sentences": arguments.iw_sentences,
         "batch": arguments.batch,
+        "bleu_sentences": arguments.bleu_sentences,
+        "samples": arguments.samples,
     }
     metrics = jobs.evaluate_run(
         Path(arguments.run), arguments.split, settings, recipe=arguments.recipe, yardstick=arguments.yardstick
@@ -58,7 +67,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if metrics is not None:
         from vae_ds import tables
 
-        tables.print_metrics([arguments.run], arguments.split)
+        tables.print_metrics([arguments.run], arguments.split, units=True)
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -111,6 +120,47 @@ def _decoding(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "beams")}
 
 
+def submit(arguments: argparse.Namespace) -> None:
+    from vae_ds import config as configuration
+    from vae_ds import submit as jobs
+    from vae_ds.settings import RunConfig
+
+    overrides = _overrides(arguments)
+    name = configuration.load(RunConfig, arguments.recipe, overrides).name
+    run_dir = Path(arguments.run_dir or Path("runs") / name)
+    wanted = jobs.Wanted(arguments.nodes, arguments.gpus_per_node, arguments.tasks_per_node, arguments.time)
+    text = jobs.batch_file(arguments.recipe, run_dir, wanted, jobs.site(arguments.site), overrides, arguments.sbatch)
+    if arguments.dry_run:
+        print(text, end="")
+        return
+    job = jobs.submit(text, run_dir)
+    print(f"job {job.job}: squeue -j {job.job}")
+    print(f"log {job.log}\nfollow it: tail -F {job.rank_log}\nsave and end it: scancel {job.job}")
+
+
+def study(arguments: argparse.Namespace) -> None:
+    stop = StopFlag()
+    stop.install(EARLY_SIGNALS)
+    from vae_ds import config as configuration
+    from vae_ds.settings import StudyConfig
+
+    config = configuration.load(StudyConfig, arguments.study)
+    root = Path(arguments.runs or Path("runs") / config.name)
+    from vae_ds import study as studies
+
+    if arguments.run is not None:
+        row = studies.row_of(config, arguments.run)
+        arguments.run_dir = str(root / row.name)
+        studies.run(config, row, root / row.name, stop, arguments.set or ())
+        return
+    studies.check(config)
+    for number, (row, state) in enumerate(studies.states(config, root)):
+        print(f"{number:4} {state:8} {row.name}")
+    left = ",".join(str(number) for number, (_, state) in enumerate(studies.states(config, root)) if state != "done")
+    if left:
+        print(f"\nto train them: sbatch --array={left} launchers/slurm/sweep.sbatch {arguments.study}")
+
+
 def bench_soak(arguments: argparse.Namespace) -> None:
     from vae_ds import bench
 
@@ -145,6 +195,18 @@ def status(arguments: argparse.Namespace) -> None:
     print(json.dumps(status))
     if status["state"] != "done":
         sys.exit({"stopped": EXIT_STOPPED}.get(status["state"], EXIT_FAULT))
+
+
+def doctor(arguments: argparse.Namespace) -> None:
+    from vae_ds import doctor
+
+    if arguments.worker:
+        doctor.work(arguments.timeout)
+        return
+    run_dir = Path(arguments.run_dir or ("runs" if Path("runs").is_dir() else "."))
+    how = {"with_ranks": arguments.ranks, "timeout_s": arguments.timeout, "as_json": arguments.json}
+    if not doctor.examine(run_dir, **how):
+        sys.exit(EXIT_FAULT)
 
 
 def recipes(arguments: argparse.Namespace) -> None:

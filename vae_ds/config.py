@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from vae_ds.errors import ConfigError
-from vae_ds.settings import SCHEDULES, PretrainConfig, RunConfig, Settings
+from vae_ds.settings import SCHEDULES, PretrainConfig, RunConfig, Settings, SiteConfig, StudyConfig
 from vae_ds.yaml_tree import override, parse_yaml
 
-Config = TypeVar("Config", RunConfig, PretrainConfig)
+Config = TypeVar("Config", RunConfig, PretrainConfig, StudyConfig, SiteConfig)
 
 
 def reference(kind: type[Settings] = RunConfig, prefix: str = "") -> list[tuple[str, str, str]]:

@@ -1,7 +1,4 @@
-"""The exceptions that a user can meet, and exit codes. An exception carries one line: what was found, what would do."""
-
-# EX_TEMPFAIL for what was stopped on request: the same command resumes.
-EXIT_FAULT, EXIT_USER, EXIT_STOPPED = 1, 2, 75
+"""The exceptions that a user can meet. Each carries one line that says what was found and what would do."""
 
 
 class UserError(Exception):

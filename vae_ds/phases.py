@@ -72,6 +72,15 @@ def _beta(phase: PhaseConfig, steps: int, steps_per_epoch: int) -> schedules.Bet
     return schedules.Target(beta.kl, beta.start, beta.rate, beta.max)
 
 
+def number_of(phase: str, names: Sequence[str]) -> int:
+    """The index of a phase that a user means: its name, or its number from 1. Raises ConfigError."""
+    if phase in names:
+        return names.index(phase)
+    if phase.isdecimal() and 1 <= int(phase) <= len(names):
+        return int(phase) - 1
+    raise ConfigError(f"no phase {phase!r}; the recipe has {', '.join(names)}")
+
+
 def group_of(name: str) -> str:
     """The freezing group of a parameter of T5VAE, by its name; each parameter is in exactly one."""
     if name.startswith("bottleneck."):

@@ -23,6 +23,7 @@ from vae_ds.pretrain_job import Job, prepare
 from vae_ds.saver import Saver, Wishes
 from vae_ds.schedules import LearningRate
 from vae_ds.settings import PretrainConfig
+from vae_ds.stop import StopFlag
 from vae_ds.watch import Watch
 
 # What a resumed run may set anew: how it is watched and stored, and when it ends.
@@ -44,11 +45,17 @@ class PretrainState:
     held_out: dict[str, float] = field(default_factory=dict)  # the last validation
 
 
-def pretrain(config: PretrainConfig, run_dir: str | Path, resume: str = "auto", changed_data: bool = False) -> Path:
+def pretrain(
+    config: PretrainConfig,
+    run_dir: str | Path,
+    resume: str = "auto",
+    changed_data: bool = False,
+    stop: StopFlag | None = None,
+) -> Path:
     """Train a new T5 and its vocabulary, or go on from where the run directory stands. Returns the run directory.
 
     `run_dir`/model is what came of it: a directory that transformers loads, replaced at each validation. Start it on
-    every rank. `resume` and `changed_data` are as in `trainer.train`.
+    every rank. `resume`, `changed_data` and `stop` are as in `trainer.train`.
     Raises UserError for wrong input and Stopped after a signal, once a checkpoint is safe.
     """
     directory = Path(run_dir)
@@ -56,17 +63,17 @@ def pretrain(config: PretrainConfig, run_dir: str | Path, resume: str = "auto", 
     if records.is_done(directory, config, FREE_ON_RESUME, ENDS, resume, tell=ranks.is_main):
         return directory
     job = prepare(config, directory, ranks)
-    Pretrainer(job, changed_data).run()
+    Pretrainer(job, changed_data, stop or StopFlag()).run()
     return directory
 
 
 class Pretrainer:
     """One run on this rank."""
 
-    def __init__(self, job: Job, changed_data: bool = False) -> None:
+    def __init__(self, job: Job, changed_data: bool, stop: StopFlag) -> None:
         self.job, self.changed_data = job, changed_data
         self.state = PretrainState()
-        self.stop = runtime.StopFlag()
+        self.stop = stop
         self.stop.install()
         logging = job.config.logging
         self.monitor = monitor.Monitor(job.run_dir, job.ranks, logging.tensorboard, logging.progress)

@@ -1,4 +1,4 @@
-"""Ranks, random streams, reductions, and the stop flag that signals set.
+"""Ranks, where they meet, random streams and reductions.
 
 Shapes: N rows of this rank, X any further dimensions.
 """
@@ -7,19 +7,19 @@ import errno
 import hashlib
 import os
 import random
-import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
+from vae_ds import slurm
 from vae_ds.errors import ConfigError, UserError
 
 Value = TypeVar("Value")
@@ -64,8 +64,9 @@ def start() -> Ranks:
         device = torch.device("cpu")
         _pin_threads(world)
     if not dist.is_initialized():
-        if _is_loopback(os.environ["MASTER_ADDR"]) and "lo" in (name for _, name in socket.if_nameindex()):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        interface = interface_to(os.environ["MASTER_ADDR"])
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         store = open_store(int(os.environ["MASTER_PORT"]), rank == 0, COLLECTIVE_TIMEOUT)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
@@ -107,8 +108,23 @@ def _listener(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+def interface_to(host: str) -> str | None:
+    """The network interface of this machine that leads to a host, None if there is none or it does not say.
+
+    Gloo by itself takes the one that this machine's own name stands for, often the loopback.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            # A datagram socket sends nothing here; the route alone is looked up.
+            probe.connect(address)
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    if own.startswith("127."):
+        own = "127.0.0.1"
+    return next((name for name, found in interfaces if own in [one.address for one in found]), None)
 
 
 def finish() -> None:
@@ -123,9 +139,10 @@ def finish() -> None:
 def _numbers() -> tuple[int, int, int]:
     """Rank, local rank, world size; sets the variables that torch and DeepSpeed read where they are missing."""
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    if "RANK" not in env and (task := slurm.task(env)) is not None:
+        env.update(RANK=str(task.rank), LOCAL_RANK=str(task.local_rank), WORLD_SIZE=str(task.world))
+        env.update(MASTER_ADDR=task.master_addr, MASTER_PORT=str(task.master_port))
+        env.update(LOCAL_WORLD_SIZE=str(task.local_world))
     if "RANK" not in env:
         env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
@@ -146,9 +163,21 @@ def _pin_threads(world: int) -> None:
     """Share the cores of this machine among its ranks: the launcher leaves it to each to take all of them."""
     if "OMP_NUM_THREADS" in os.environ:
         return
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        torch.set_num_threads(int(os.environ["SLURM_CPUS_PER_TASK"]))
+        return
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // max(1, here)))
+    torch.set_num_threads(max(1, cores() // max(1, here)))
+
+
+def cores() -> int:
+    """CPU cores this process may use: its affinity, and a container's quota (control groups, version 2)."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return count
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -241,23 +270,3 @@ def cache_dir(configured: str | None = None) -> Path:
     if chosen:
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vae_ds"
-
-
-class StopFlag:
-    """Set by SIGTERM, SIGINT or SIGUSR1; the ranks agree on it at a step boundary, save, and exit with 75.
-
-    A second SIGINT interrupts at once, for the impatient.
-    """
-
-    def __init__(self) -> None:
-        self.raised: str | None = None
-
-    def install(self) -> None:
-        """Take over the three signals. Only the main thread of a process may do so."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.raised == "SIGINT":
-            raise KeyboardInterrupt
-        self.raised = signal.Signals(number).name

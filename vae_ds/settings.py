@@ -25,7 +25,9 @@ class ModelConfig(Settings):
     latent_dim: int = Field(32, ge=1, description="L, the number of latent units")
     pooling: Literal["max", "mean"] = Field("max", description="how encoder states become one vector")
     pool_layers: Literal["last", "all"] = Field("last", description="which encoder states are pooled")
-    injection: Literal["cross_attention", "none"] = Field("cross_attention", description="how z enters the decoder")
+    injection: Literal["cross_attention", "self_attention", "embedding", "self_attention+embedding", "none"] = Field(
+        "cross_attention", description="how z enters the decoder"
+    )
     mu_std: float | None = Field(None, gt=0, description="initial std of W_mu; null: 1/sqrt(d_model)")
     logvar_std: float = Field(0.02, gt=0, description="initial std of W_logvar")
     memory_std: float | None = Field(None, gt=0, description="initial std of W_proj; null: 1/sqrt(latent_dim)")
@@ -36,17 +38,29 @@ class ModelConfig(Settings):
 class DataConfig(Settings):
     """Where text comes from, and how much of a sentence is kept."""
 
-    corpus: Literal["docstrings", "text", "dataset"] = Field("docstrings", description="the kind of source")
-    path: str | None = Field(None, description="text: a directory with train/valid/test.txt; dataset: hub name or dir")
+    corpus: Literal["docstrings", "wordnet", "grammar", "text", "dataset", "ptb", "snli", "yahoo", "yelp"] = Field(
+        "docstrings", description="the kind of source"
+    )
+    path: str | None = Field(
+        None,
+        description="text: a directory with train/valid/test.txt; dataset: hub name or dir; ptb, snli, yahoo, yelp:"
+        " either kind of dir, null: the hub; wordnet: dir of data.noun, ...",
+    )
     train: str | None = Field(None, description="text: the training file, if not in `path`")
     valid: str | None = Field(None, description="text: the validation file, if not in `path`")
     test: str | None = Field(None, description="text: the test file, if not in `path`")
     subset: str | None = Field(None, description="dataset: the configuration name on the hub")
+    revision: str | None = Field(None, description="dataset: a branch, tag or commit on the hub; null: the newest")
     splits: dict[str, str] = Field(
         {"train": "train", "valid": "validation", "test": "test"}, description="dataset: its names of our splits"
     )
-    column: str = Field("text", description="dataset: the column that holds the text")
+    column: str = Field("text", description="dataset, and text in csv, tsv, jsonl: the column that holds the text")
     labelled: bool = Field(False, description="text: each line is a label, a tab, and the text; the label is dropped")
+    examples: bool = Field(False, description="wordnet: also the glosses' example sentences, each a sentence")
+    sentences: dict[str, int] = Field(
+        {"train": 40_000, "valid": 2_000, "test": 2_000}, description="grammar: sentences drawn for each split"
+    )
+    seed: int = Field(0, ge=0, description="grammar: of the sentences drawn")
     limit: int | None = Field(None, ge=1, description="use the first N sentences of each split")
     max_tokens: int = Field(64, ge=2, description="longest sentence in subword tokens, end-of-sentence included")
     cache_dir: str | None = Field(None, description="null: $VAE_DS_CACHE, else ~/.cache/vae_ds")
@@ -59,6 +73,8 @@ class DataConfig(Settings):
             raise ValueError("corpus `dataset` needs `path`: a hub name or a directory")
         if set(self.splits) - set(SPLITS):
             raise ValueError(f"`splits` maps our names {', '.join(SPLITS)}; found {', '.join(self.splits)}")
+        if set(self.sentences) != set(SPLITS) or min(self.sentences.values()) < 1:
+            raise ValueError(f"`sentences` is a number from 1 for each of {', '.join(SPLITS)}; found {self.sentences}")
         return self
 
 
@@ -191,11 +207,16 @@ class LoggingConfig(Settings):
 
 
 class EvaluationConfig(Settings):
-    """Settings of the README's costly metrics; the sentence count is reported beside each."""
+    """Settings of the README's costly metrics; the number of sentences or samples is reported beside each."""
 
     iw_samples: int = Field(100, ge=1, description="K, importance samples a sentence")
     iw_sentences: int | None = Field(None, ge=1, description="null: the whole split")
-    batch: int = Field(128, ge=1, description="sentences a forward pass and rank")
+    batch: int = Field(128, ge=1, description="sentences, or importance samples, a forward pass and rank")
+    bleu_sentences: int | None = Field(256, ge=0, description="sentences reconstructed for `bleu`; 0 or null: none")
+    samples: int | None = Field(256, ge=0, description="prior samples for the metrics of text; 0 or null: none")
+    sample_temperature: float | None = Field(
+        1.0, gt=0, description="at which the samples' tokens are drawn; null: greedy"
+    )
 
 
 class RunConfig(Settings):
@@ -277,6 +298,52 @@ class PretrainConfig(Settings):
         if self.checkpoint.keep_best is not None:
             raise ValueError("`checkpoint.keep_best` is for VAEs: a pretraining's validations have no such metric")
         return self
+
+
+class VariantConfig(Settings):
+    """A row of a study that stands beside its grid."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$", description="also the run directory's")
+    set: dict[str, Any] = Field({}, description="the recipe's settings that differ: dotted key, value")
+
+
+class StudyConfig(Settings):
+    """Many runs of one recipe: every combination of a grid, variants beside it, and each of them once a seed."""
+
+    schema_version: Literal[1] = 1
+    name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$", description="runs/NAME/ holds the runs")
+    recipe: str = Field(description="a shipped recipe, or a file")
+    set: dict[str, Any] = Field({}, description="settings of every run: dotted key, value")
+    grid: dict[str, list[Any]] = Field({}, description="dotted key, values: every combination is a run")
+    variants: list[VariantConfig] = Field([], description="further runs, by name")
+    seeds: list[int] = Field([0], min_length=1, description="each run once a seed")
+
+
+# What may stand in a line of a batch file or as a word of sbatch: no white space and nothing unseen.
+Word = Annotated[str, Field(pattern=r"^[!-~]+$")]
+
+
+class SiteConfig(Settings):
+    """What a cluster wants of every job; one small file for all of `vae-ds submit`."""
+
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    reservation: Word | None = None
+    memory: Word | None = Field(None, description="sbatch's --mem: memory a node")
+    cpus_per_task: int | None = Field(None, ge=1, description="cores a rank")
+    options: list[Word] = Field([], description="further options of sbatch, such as --exclusive")
+    modules: list[Word] = Field([], description="what `module load` loads")
+    container: Word | None = Field(None, description="image for srun's --container-image (pyxis)")
+    container_mounts: list[Word] = Field([], description="SOURCE:TARGET, for srun's --container-mounts")
+    python: Word | None = Field(
+        None, description="the Python that has vae_ds, if not the launchers' own; in a container"
+    )
+    interface: Word | None = Field(None, description="network interface between nodes, such as ib0")
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
+        {}, description="variables of every rank"
+    )
 
 
 def _exactly_one(settings: Any, *names: str) -> Any:

@@ -24,6 +24,7 @@ from vae_ds.preparation import Job, prepare, write_headers
 from vae_ds.saver import Saver, Wishes
 from vae_ds.schedules import Target
 from vae_ds.settings import RunConfig
+from vae_ds.stop import StopFlag
 from vae_ds.watch import Watch
 
 # What a resumed run may set anew: how it is watched and stored, not what it computes.
@@ -58,11 +59,14 @@ def train(
     overrides: Sequence[str] = (),
     resume: str = "auto",
     changed_data: bool = False,
+    until: str | None = None,
+    stop: StopFlag | None = None,
 ) -> Path:
     """Run a recipe to its end, or on from where its run directory stands. Returns the run directory.
 
     Start it on every rank. A run that is done returns at once, unless its last phase is longer now. `changed_data`
-    lets a run go on though its text is not what it was. Raises UserError for wrong input, before any model is
+    lets a run go on though its text is not what it was. `until` names the last phase to train now; a later start
+    goes on from there; `stop` is a flag that listens already. Raises UserError for wrong input, before any model is
     loaded, and Stopped after a signal, once a checkpoint is safe.
     """
     config = recipe if isinstance(recipe, RunConfig) else configuration.load(RunConfig, recipe, overrides)
@@ -72,44 +76,53 @@ def train(
     ends = (f"phases.{last}.steps", f"phases.{last}.epochs")
     if records.is_done(directory, config, FREE_ON_RESUME, ends, resume, tell=ranks.is_main):
         return directory
+    if until is not None:
+        last = phases.number_of(until, [phase.name for phase in config.phases])
     job = prepare(config, directory, ranks)
-    Trainer(job, changed_data).run()
+    Trainer(job, changed_data, stop or StopFlag()).run(last)
     return directory
 
 
 class Trainer:
     """One run on this rank; `run` reads like the method."""
 
-    def __init__(self, job: Job, changed_data: bool = False) -> None:
+    def __init__(self, job: Job, changed_data: bool, stop: StopFlag) -> None:
         self.job, self.changed_data = job, changed_data
         self.state = TrainState()
-        self.stop = runtime.StopFlag()
+        self.stop = stop
         self.stop.install()
         logging = job.config.logging
         self.monitor = monitor.Monitor(job.run_dir, job.ranks, logging.tensorboard, logging.progress)
         self.saver = Saver(job.run_dir, job.ranks, job.config.checkpoint, self.monitor)
         self.watch = Watch(job.ranks, self.stop, job.config.timeouts, lambda reason: self._status("failed", reason))
 
-    def run(self) -> None:
-        """All phases, from the newest checkpoint if there is one, then the export."""
+    def run(self, last_phase: int) -> None:
+        """Up to and with a phase, from the newest checkpoint if there is one; after the last of all, the export."""
         resumed, weights = self._restore()
+        if self.state.phase > last_phase:
+            self.monitor.close()
+            return
         # Only now: a resumption that is refused leaves the run as it is.
         write_headers(self.job.run_dir, self.job.config, self.job.ranks)
         self._status("running")
         with self.watch:
-            self._phases(resumed, weights)
+            self._phases(resumed, weights, last_phase)
         self.monitor.close()
-        self._status("done")
+        if last_phase == len(self.job.plans) - 1:
+            self._status("done")
+        else:
+            self._status("stopped", f"after phase {self.job.plans[last_phase].name}, as asked")
 
-    def _phases(self, resumed: PhaseState | None, weights: dict[str, torch.Tensor] | None) -> None:
-        for plan in self.job.plans[self.state.phase :]:
+    def _phases(self, resumed: PhaseState | None, weights: dict[str, torch.Tensor] | None, last_phase: int) -> None:
+        for plan in self.job.plans[self.state.phase : last_phase + 1]:
             if plan.index != self.state.phase:
                 self.state.begin_phase(plan.index)
             weights = self.run_phase(plan, weights, resumed)
             resumed = None
         assert weights is not None, "a run has at least one phase"
         self.saver.finish(must=True)
-        self._export(weights)
+        if last_phase == len(self.job.plans) - 1:
+            self._export(weights)
 
     def run_phase(
         self, plan: PhasePlan, weights: dict[str, torch.Tensor] | None, resumed: PhaseState | None
@@ -169,7 +182,7 @@ class Trainer:
                 clock = time.monotonic()
             if wishes.stop:
                 self.saver.finish(must=True)
-                self._status("stopped")
+                self._status("stopped", self.stop.raised)
                 self.monitor.close()
                 raise Stopped(f"stopped in phase {plan.name} at step {state.step} of {plan.steps}; rerun to resume")
 

@@ -20,9 +20,10 @@ import psutil
 import torch.distributed as dist
 
 from vae_ds import runtime
-from vae_ds.errors import EXIT_FAULT
-from vae_ds.runtime import Ranks, StopFlag
+from vae_ds.exits import EXIT_FAULT, EXIT_LOST, note_exit
+from vae_ds.runtime import Ranks
 from vae_ds.settings import TimeoutConfig
+from vae_ds.stop import StopFlag
 
 POLL_S = 1.0
 # The script or the module in a launcher's command line; the shell or the batch script above may go without harm.
@@ -31,7 +32,7 @@ SAVE_WITHIN_S = 120.0
 
 
 class Watch:
-    """A thread of this rank, from `with` to its end. Every rank enters and leaves it; entering is a collective."""
+    """Threads of this rank, from `with` to its end. Every rank enters and leaves it; entering is a collective."""
 
     def __init__(
         self, ranks: Ranks, stop: StopFlag, timeouts: TimeoutConfig, on_end: Callable[[str], None] | None = None
@@ -44,6 +45,8 @@ class Watch:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._store: dist.TCPStore | None = None
+        self._unheard = 0
+        self._verdict: str | None = None
 
     def advance(self) -> None:
         """The training goes on: call it before whatever may wait for the other ranks."""
@@ -52,6 +55,7 @@ class Watch:
     def __enter__(self) -> Self:
         if self._ranks.world > 1:
             self._store = self._open_store()
+            threading.Thread(target=self._talk, args=(self._store,), name="signs of life", daemon=True).start()
         self._thread.start()
         return self
 
@@ -70,19 +74,31 @@ class Watch:
         return store or runtime.open_store(port, False, patience)
 
     def _run(self) -> None:
-        board = Board(self._ranks.world, self._timeouts)
-        turns = 0
         while not self._closing.wait(POLL_S):
-            turns += 1
             self._look_at_launchers()
             if self._store is None:
                 continue
+            # Turns and not seconds: a process that was suspended has heard nothing, and is not to blame anyone.
+            self._unheard += 1
+            if self._verdict is None and self._unheard * POLL_S > self._timeouts.silent_s:
+                self._verdict = self._lost("no answer")
+            if self._verdict is not None and not self._closing.is_set():
+                self._end(self._verdict, EXIT_LOST)
+
+    def _talk(self, store: dist.TCPStore) -> None:
+        """Exchange signs of life; in a thread of its own, since nothing ends a wait on a link that was cut."""
+        board = Board(self._ranks.world, self._timeouts)
+        turns = 0
+        while self._verdict is None and not self._closing.wait(POLL_S):
+            turns += 1
             try:
-                verdict = self._exchange(self._store, board, turns)
+                self._verdict = self._exchange(store, board, turns)
             except (RuntimeError, dist.DistError) as error:
-                verdict = f"rank 0 is gone or has been silent for {self._timeouts.silent_s:g} s ({_line(error)})"
-            if verdict and not self._closing.is_set():
-                self._end(verdict)
+                self._verdict = self._lost(_line(error))
+            self._unheard = 0
+
+    def _lost(self, how: str) -> str:
+        return f"rank 0 is gone or has been silent for {self._timeouts.silent_s:g} s ({how})"
 
     def _look_at_launchers(self) -> None:
         lost = next((one for one in self._launchers if not is_alive(one)), None)
@@ -92,7 +108,10 @@ class Watch:
             self._deadline_s = time.monotonic() + SAVE_WITHIN_S
             self._stop.raised = self._stop.raised or f"the loss of its launcher, process {lost.pid}"
         if time.monotonic() > self._deadline_s:
-            self._end(f"its launcher, process {lost.pid}, is gone, and the ranks did not stop in {SAVE_WITHIN_S:g} s")
+            self._end(
+                f"its launcher, process {lost.pid}, is gone, and the ranks did not stop in {SAVE_WITHIN_S:g} s",
+                EXIT_FAULT,
+            )
 
     def _exchange(self, store: dist.TCPStore, board: "Board", turns: int) -> str | None:
         """Give this rank's sign of life; rank 0 reads all of them. The verdict, if there is one."""
@@ -110,11 +129,12 @@ class Watch:
             return verdict
         return store.get("verdict").decode() if store.check(["verdict"]) else None
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, code: int) -> None:
         print(f"error: rank {self._ranks.rank} ends: {reason}", file=sys.stderr, flush=True)
         if self._on_end is not None:
             self._on_end(reason)
-        os._exit(EXIT_FAULT)
+        note_exit(code)
+        os._exit(code)
 
 
 @dataclass
@@ -161,6 +181,9 @@ def launchers_of(process: psutil.Process) -> list[psutil.Process]:
     found: list[psutil.Process] = []
     try:
         for parent in process.parents():
+            # SLURM's writes its title over its command line.
+            if parent.name() == "slurmstepd":
+                return [*found, parent]
             # An interpreter and its options stand in front of it.
             if LAUNCHERS.isdisjoint(os.path.basename(word) for word in parent.cmdline()[:4]):
                 break

@@ -1,0 +1,130 @@
+"""A training as a SLURM job: the batch file that fits the recipe and the site, written, shown or submitted."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vae_ds import batches
+from vae_ds import config as configuration
+from vae_ds.errors import ConfigError
+from vae_ds.settings import RunConfig, SiteConfig
+
+# As in SLURM: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on.
+TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
+SAVE_WITHIN_S = 180
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a job asks for: nodes, GPUs and ranks on each (by default one a GPU), and SLURM's time limit."""
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    tasks_per_node: int | None = None
+    time: str | None = None
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job in the queue: its number, its log, and rank 0's."""
+
+    job: str
+    log: Path
+    rank_log: Path
+
+
+def site(path: str | None) -> SiteConfig:
+    """The site's settings: `path`, else $VAE_DS_SITE, else ~/.config/vae_ds/site.yaml if there is one."""
+    chosen = path or os.environ.get("VAE_DS_SITE")
+    default = Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "vae_ds" / "site.yaml"
+    if chosen is None and not default.is_file():
+        return SiteConfig()
+    return configuration.load(SiteConfig, chosen or str(default))
+
+
+def launchers_dir() -> Path:
+    """The SLURM launchers of this checkout. Raises ConfigError where the package was installed without them."""
+    folder = Path(__file__).resolve().parent.parent / "launchers" / "slurm"
+    if not (folder / "train.sbatch").is_file():
+        raise ConfigError(f"{folder}: no launchers here; run vae-ds from a checkout (pip install -e .)")
+    return folder
+
+
+def batch_file(
+    recipe: str,
+    run_dir: Path,
+    wanted: Wanted,
+    place: SiteConfig,
+    overrides: Sequence[str] = (),
+    extra: Sequence[str] = (),
+) -> str:
+    """The text of the batch file: sbatch's options, the site's environment, and train.sbatch with the recipe.
+
+    `extra` are further options of sbatch. Raises ConfigError if the recipe is wrong, its global batch does not divide
+    over the ranks, or an option cannot stand in a batch file.
+    """
+    config = configuration.load(RunConfig, recipe, overrides)
+    batches.micro_batch(config.batch.global_size, wanted.nodes * wanted.ranks_per_node, config.batch.micro)
+    if wanted.time is not None and not TIME.fullmatch(wanted.time):
+        raise ConfigError(f"--time {wanted.time}: use SLURM's form, such as 24:00:00 or 2-00:00:00")
+    train = [recipe, "--run-dir", str(run_dir), *(("--set", *overrides) if overrides else ())]
+    lines = [
+        "#!/usr/bin/env bash",
+        *(f"#SBATCH {option}" for option in _options(config.name, run_dir, wanted, place, extra)),
+    ]
+    lines += ["set -euo pipefail", *_environment(place)]
+    script = launchers_dir() / "train.sbatch"
+    return "\n".join([*lines, f"exec bash {shlex.quote(str(script))} {shlex.join(train)}"]) + "\n"
+
+
+def submit(text: str, run_dir: Path) -> Submitted:
+    """Write RUN/submit.sbatch and hand it to sbatch. Raises ConfigError with SLURM's own words if it refuses."""
+    if shutil.which("sbatch") is None:
+        raise ConfigError("no sbatch here; run this on a login node, or look at the file with --dry-run")
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    file = run_dir / "submit.sbatch"
+    file.write_text(text, encoding="utf-8")
+    done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        raise ConfigError(f"sbatch refused {file}: {done.stderr.strip()}")
+    job = done.stdout.split(";")[0].strip()
+    log = run_dir / "logs" / f"slurm-{job}.log"
+    return Submitted(job, log, log.with_suffix("") / "rank-0.log")
+
+
+def _options(name: str, run_dir: Path, wanted: Wanted, place: SiteConfig, extra: Sequence[str]) -> list[str]:
+    options = [f"--job-name={re.sub('[^!-~]+', '-', name)}", f"--nodes={wanted.nodes}"]
+    options.append(f"--ntasks-per-node={wanted.ranks_per_node}")
+    if wanted.gpus_per_node:
+        options.append(f"--gpus-per-node={wanted.gpus_per_node}")
+    if wanted.time is not None:
+        options.append(f"--time={wanted.time}")
+    named = {"partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint"}
+    named |= {"reservation": "reservation", "mem": "memory", "cpus-per-task": "cpus_per_task"}
+    options += [f"--{word}={value}" for word, key in named.items() if (value := getattr(place, key)) is not None]
+    options += ["--requeue", "--open-mode=append", f"--signal=USR1@{SAVE_WITHIN_S}"]
+    options += [f"--output={run_dir.absolute() / 'logs' / 'slurm-%j.log'}", *place.options, *extra]
+    for option in options:
+        if not option.startswith("--") or re.search(r"[^!-~]", option):
+            raise ConfigError(f"{option!r} cannot stand in a batch file; write --option=value, without spaces")
+    return options
+
+
+def _environment(place: SiteConfig) -> list[str]:
+    variables = dict(place.environment)
+    if place.interface is not None:
+        variables |= {"NCCL_SOCKET_IFNAME": place.interface, "GLOO_SOCKET_IFNAME": place.interface}
+    chosen = {"VAE_DS_CONTAINER": place.container, "VAE_DS_CONTAINER_MOUNTS": ",".join(place.container_mounts) or None}
+    chosen["VAE_DS_PYTHON"] = place.python
+    variables |= {name: value for name, value in chosen.items() if value is not None}
+    lines = [f"module load {shlex.join(place.modules)}"] if place.modules else []
+    return lines + [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
