@@ -1,4 +1,4 @@
-"""T5VAE against the stock T5, for each kind of base and both injections; exports, tokenizers and wrong bases."""
+"""T5VAE against the stock T5, for each kind of base and each injection; exports, tokenizers and wrong bases."""
 
 import copy
 import json
@@ -22,6 +22,7 @@ from vae_ds.settings import ModelConfig
 pytestmark = pytest.mark.timeout(120)
 UNITS = 5
 TEXTS = tiny.ENGLISH[:4]
+INJECTIONS = ("cross_attention", "self_attention", "embedding", "self_attention+embedding", "none")
 
 
 def build(kind: str = "t5", seed: int = 0, **settings) -> T5VAE:
@@ -151,7 +152,9 @@ def test_pooling_reads_the_real_tokens_of_the_right_layers(pooling, pool_layers)
         torch.testing.assert_close(logvar_BL[b], model.bottleneck.logvar.weight @ pooled_H, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"pooling": "mean", "pool_layers": "all"}, {"injection": "none"}])
+@pytest.mark.parametrize(
+    "settings", [{"pooling": "mean", "pool_layers": "all"}, *({"injection": name} for name in INJECTIONS)]
+)
 def test_padding_changes_nothing(settings):
     model, narrow, wide = build(**settings), batch(), batch(extra=5)
     wide["input_ids_BT"][:, -5:] = 7  # whatever stands under the mask is not read
@@ -242,7 +245,7 @@ def test_bottleneck_computes_in_float32_under_autocast_and_in_a_bf16_module():
         assert torch.equal(mine, exact)
 
 
-@pytest.mark.parametrize("injection", ["cross_attention", "none"])
+@pytest.mark.parametrize("injection", INJECTIONS)
 def test_terms_are_float32_near_the_exact_ones_in_a_bf16_module_and_under_autocast(injection):
     model, data = build(injection=injection), batch()
     exact = model(**data)
@@ -254,8 +257,9 @@ def test_terms_are_float32_near_the_exact_ones_in_a_bf16_module_and_under_autoca
         torch.testing.assert_close(terms.rec_B, exact.rec_B, rtol=0.02, atol=0.5)
 
 
-def test_z_does_not_promote_the_residual_stream():
-    model = build().bfloat16()
+@pytest.mark.parametrize("injection", ["cross_attention", "self_attention", "self_attention+embedding"])
+def test_z_does_not_promote_the_residual_stream(injection):
+    model = build(injection=injection).bfloat16()
     seen = []
     model.t5.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     for block in model.t5.decoder.block:
@@ -265,10 +269,12 @@ def test_z_does_not_promote_the_residual_stream():
     assert model.generate(latents(), 3).shape[0] == len(TEXTS)
 
 
-@pytest.mark.parametrize("kind", ["t5", "v1_1"])
-def test_float16_does_not_overflow_where_pretrained_models_do(kind):
+@pytest.mark.parametrize(
+    ("kind", "injection"), [("t5", "cross_attention"), ("v1_1", "cross_attention"), ("t5", "self_attention+embedding")]
+)
+def test_float16_does_not_overflow_where_pretrained_models_do(kind, injection):
     """Feed-forward outputs past 65504, float16's largest number, as in pretrained T5s; an engine casts all weights."""
-    model, data = build(kind), batch(kind)
+    model, data = build(kind, injection=injection), batch(kind)
     with torch.no_grad():
         for block in (*model.t5.encoder.block, *model.t5.decoder.block):
             wo = block.layer[-1].DenseReluDense.wo.weight
@@ -286,7 +292,7 @@ def test_float16_does_not_overflow_where_pretrained_models_do(kind):
 
 
 @pytest.mark.parametrize("kind", ["t5", "v1_1"])
-@pytest.mark.parametrize("injection", ["cross_attention", "none"])
+@pytest.mark.parametrize("injection", INJECTIONS)
 def test_every_parameter_is_used_through_its_owner_s_forward(kind, injection):
     """ZeRO stage 3 gathers a weight only while its owner's forward runs: outside of it, here, it is not a number."""
     model, data = build(kind, injection=injection, pool_layers="all"), batch(kind)
@@ -314,7 +320,7 @@ def test_every_parameter_is_used_through_its_owner_s_forward(kind, injection):
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("injection", ["cross_attention", "none"])
+@pytest.mark.parametrize("injection", INJECTIONS)
 def test_each_base_trains_generates_and_round_trips(kind, injection, tmp_path):
     model, data = build(kind, injection=injection).train(), batch(kind)
     tied = model.t5.lm_head.weight is model.t5.shared.weight
@@ -361,8 +367,9 @@ def test_each_base_trains_generates_and_round_trips(kind, injection, tmp_path):
 
 
 @pytest.mark.parametrize("depths", [(1, 4), (4, 1)])
-def test_greedy_follows_the_largest_logit_whatever_the_depths(depths):
-    model = build(overrides={"num_layers": depths[0], "num_decoder_layers": depths[1]})
+@pytest.mark.parametrize("injection", ["cross_attention", "self_attention+embedding"])
+def test_greedy_follows_the_largest_logit_whatever_the_depths(depths, injection):
+    model = build(injection=injection, overrides={"num_layers": depths[0], "num_decoder_layers": depths[1]})
     z_BL = latents()
     ids_BT = torch.zeros(len(TEXTS), 1, dtype=torch.long)
     for _ in range(5):

@@ -41,21 +41,21 @@ def run(words: Sequence[str]) -> int:
     try:
         arguments.command(arguments)
     except UserError as error:
-        _say_once(f"error: {error}")
+        _say_last(f"error: {error}")
         return EXIT_USER
     except BrokenPipeError:
         # The reader, such as `head`, has enough; what is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        _say_once("interrupted")
+        _say_last("interrupted")
         return EXIT_STOPPED
     except Stopped as stop:
-        _say_once(str(stop))
+        _say(str(stop))
         _leave()
         return EXIT_STOPPED
     except StorageError as error:
-        _say_once(f"error: {error}")
+        _say_last(f"error: {error}")
         _note_failure(arguments, error)
         return EXIT_FAULT
     except Exception as error:
@@ -72,18 +72,23 @@ def _distributed() -> bool:
 
 
 def _leave() -> None:
-    """Close the process group, where there is one; only after success, since it waits for every rank."""
+    """Wait for all ranks, where there are some; only where each comes here."""
     if _distributed():
         from vae_ds import runtime
 
-        runtime.barrier()
+        runtime.part()
 
 
-def _say_once(message: str) -> None:
-    """Print on rank 0. The others wait for it: the launcher ends all when one ends, the message must come first."""
+def _say(message: str) -> None:
+    """Print on rank 0."""
     if own_rank() == "0":
         print(message, file=sys.stderr, flush=True)
-    else:
+
+
+def _say_last(message: str) -> None:
+    """Print on rank 0. The others wait for it: the launcher ends all when one ends, the message must come first."""
+    _say(message)
+    if own_rank() != "0":
         time.sleep(WAIT_FOR_RANK0_S)
 
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 import random
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -43,6 +44,7 @@ class Ranks:
 
 
 _ranks: Ranks | None = None
+_store: dist.TCPStore | None = None
 
 
 def start() -> Ranks:
@@ -51,7 +53,7 @@ def start() -> Ranks:
     Ranks come from RANK, LOCAL_RANK and WORLD_SIZE (deepspeed and torchrun set them), else from SLURM's variables.
     Raises ConfigError if only some of them are set.
     """
-    global _ranks
+    global _ranks, _store
     if _ranks is not None:
         return _ranks
     rank, local_rank, world = _numbers()
@@ -67,9 +69,9 @@ def start() -> Ranks:
         interface = interface_to(os.environ["MASTER_ADDR"])
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        store = open_store(int(os.environ["MASTER_PORT"]), rank == 0, COLLECTIVE_TIMEOUT)
+        _store = open_store(int(os.environ["MASTER_PORT"]), rank == 0, COLLECTIVE_TIMEOUT)
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
+            "nccl" if on_gpu else "gloo", store=_store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
         )
     _ranks = Ranks(rank, local_rank, world, device)
     return _ranks
@@ -127,13 +129,32 @@ def interface_to(host: str) -> str | None:
     return next((name for name, found in interfaces if own in [one.address for one in found]), None)
 
 
+def part() -> None:
+    """Wait until every rank is here, for the last time: after it a process may end at once. A collective.
+
+    A rank that leaves gloo's own barrier may still have words for the others in its buffers, and they would miss them.
+    """
+    if _ranks is None or _store is None or _ranks.world == 1:
+        return
+    _store.set(f"parted/{_ranks.rank}", "")
+    try:
+        _store.wait([f"parted/{rank}" for rank in range(_ranks.world)], COLLECTIVE_TIMEOUT)
+    except (RuntimeError, dist.DistError):
+        # Rank 0 has the store and goes once it has seen all of us.
+        if _ranks.is_main:
+            raise
+    if _ranks.is_main:
+        # The others have their answer before the store goes, which they would complain of.
+        time.sleep(0.2)
+
+
 def finish() -> None:
     """Leave the process group; for a successful end only, since every rank must come here."""
-    global _ranks
-    if _ranks is not None and dist.is_initialized():
-        dist.barrier()
+    global _ranks, _store
+    part()
+    if dist.is_initialized():
         dist.destroy_process_group()
-    _ranks = None
+    _ranks = _store = None
 
 
 def _numbers() -> tuple[int, int, int]:
