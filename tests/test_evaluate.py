@@ -11,15 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 import tiny
+from launch import launch
+from vae_ds import evaluate as evaluation
 from vae_ds import runtime
 from vae_ds.batches import collate, from_texts
 from vae_ds.errors import DataError
 from vae_ds.evaluate import derangement, evaluate, importance_nll, log_weights
 from vae_ds.model import T5VAE, load_tokenizer
 from vae_ds.settings import EvaluationConfig, ModelConfig, OptimizerConfig
+from vae_ds.tables import print_metrics
+from vae_ds.verdict import verdict
 
 ROOT = Path(__file__).parents[1]
 ALONE = runtime.Ranks(0, 0, 1, torch.device("cpu"))
@@ -31,6 +36,7 @@ SETTINGS = EvaluationConfig(iw_samples=7, iw_sentences=5, batch=4)
 KEYS = {
     *("sentences", "tokens", "words", "truncated", "unk", "rec", "kl", "nelbo", "paper_nelbo", "ppl", "ppl_subword"),
     *("kl_per_dim", "mi", "mi_ceiling", "au", "z_gain", "lm_gain", "iw_nll", "iw_ppl", "iw_sentences", "iw_samples"),
+    *("verdict", "verdict_reason"),
 }
 
 
@@ -112,6 +118,50 @@ def test_the_estimator_survives_likelihoods_of_long_sentences():
     log_weights_SK = torch.tensor([[-5000.0, -5000.0], [-5000.0, -6000.0]], dtype=torch.float64)
     expected = torch.tensor([5000.0, 5000.0 + math.log(2)], dtype=torch.float64)
     torch.testing.assert_close(importance_nll(log_weights_SK), expected)
+
+
+class Solvable(nn.Module):
+    """The linear Gaussian in a model's place: sentence i of a token set is x_i, its posterior off by a shift."""
+
+    def __init__(self, world, tokens, shift):
+        super().__init__()
+        self.world, self.shift = world, shift
+        self.bottleneck, self.latent_dim = nn.Identity(), 3
+        self.row_of = {tuple(tokens[i]): i for i in range(len(tokens))}
+        self.pairs = []
+
+    def encode(self, ids_BT, mask_BT):
+        rows = [self.row_of[tuple(ids_T[mask_T > 0].tolist())] for ids_T, mask_T in zip(ids_BT, mask_BT, strict=True)]
+        return self.world.mu_SL[rows] + self.shift, self.world.logvar_SL[rows] + self.shift
+
+    def reconstruction(self, z_BL, labels_BT):
+        self.pairs.append(len(labels_BT))
+        x_BX = self.world.x_SX[[self.row_of[tuple(labels_T[labels_T >= 0].tolist())] for labels_T in labels_BT]]
+        return -Independent(Normal(z_BL.double() @ self.world.w_XL.T, self.world.s), 1).log_prob(x_BX)
+
+
+def test_500_samples_a_sentence_in_any_chunks_find_the_exact_likelihood(base, monkeypatch):
+    texts = list(dict.fromkeys(tiny.ENGLISH))[:8]
+    tokens = from_texts(texts, load_tokenizer(base), 64)
+    world = LinearGaussian(len(texts))
+    exact = float(world.nll_S.mean())
+
+    def found(shift, samples, batch):
+        model = Solvable(world, tokens, shift)
+        settings = EvaluationConfig(iw_samples=samples, batch=batch)
+        nll = measure(model, tokens, settings)["iw_nll"]
+        assert max(model.pairs) <= batch
+        return nll
+
+    for samples, batch in ((1, 128), (500, 128)):
+        assert found(0.0, samples, batch) == pytest.approx(exact, abs=1e-4)
+    whole = found(0.2, 500, 4000)
+    assert whole == pytest.approx(exact, abs=0.05)
+    assert abs(whole - exact) > 1e-4  # else the next lines would hold without any samples
+    for batch in (7, 500, 501):
+        assert found(0.2, 500, batch) == pytest.approx(whole, abs=1e-4)
+    monkeypatch.setattr(evaluation, "WINDOW", 3)
+    assert found(0.2, 500, 128) == pytest.approx(whole, abs=1e-4)
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 501])
@@ -277,21 +327,49 @@ def test_a_decoder_that_ignores_z_has_no_gain(base, tokens):
     found = measure(model, tokens)
     assert found["z_gain"] == pytest.approx(0.0, abs=1e-9)
     assert found["kl"] > 1  # the KL alone does not tell
+    assert found["verdict"] == verdict(found, beta=0.0).word == "unused KL"
 
 
 def test_a_decoder_that_uses_z_gains(base, tokens):
     model = build(base, dropout=0.0)
-    batch = collate(tokens, np.arange(len(tokens)), pad_id=0, latent_dim=LATENT, seed=0, keys=(), sample=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     before = measure(model, tokens, full=False)
-    for _ in range(60):
+    for step in range(60):
+        batch = collate(tokens, np.arange(len(tokens)), pad_id=0, latent_dim=LATENT, seed=0, keys=(step,))
         optimizer.zero_grad()
-        terms = model(**batch.arguments())
-        (terms.rec_B.mean() + (terms.logvar_BL + 8).square().mean()).backward()  # z nearly its mean
+        model(**batch.arguments()).rec_B.mean().backward()
         optimizer.step()
     after = measure(model, tokens, full=False)
     assert after["rec"] < before["rec"] / 2
     assert after["z_gain"] > 5
+    assert before["verdict"] == "unused KL"
+    assert after["verdict"] == "healthy"
+    assert f"{after['kl']:.2f}" in after["verdict_reason"]
+    assert f"{after['z_gain']:.2f}" in after["verdict_reason"]
+
+
+def test_what_a_verdict_looks_at(base, tokens):
+    """Each threshold in turn, on a model's own numbers with one of them changed."""
+    own = measure(build(base), tokens, full=False) | {"kl": 12.0, "mi": 2.0, "z_gain": 8.0}
+    assert own["mi_ceiling"] > 2
+    for changes, beta, word in (
+        ({}, None, "healthy"),
+        ({"kl": 0.99}, None, "collapsed"),
+        ({"kl": math.nan}, None, "collapsed"),
+        ({"mi": 0.99}, None, "unused KL"),
+        ({"z_gain": 5.9}, None, "unused KL"),
+        ({"z_gain": math.nan}, None, "unused KL"),
+        ({"z_gain": 5.9}, 0.9, "healthy"),  # half of what is paid for is 5.4
+        ({"z_gain": 5.9}, 7.0, "unused KL"),
+        ({"z_gain": 1.1}, 0.0, "healthy"),
+        ({"z_gain": 0.9}, 0.0, "unused KL"),
+        ({"kl": 1.2, "z_gain": 0.9}, None, "unused KL"),
+        ({"kl": 1.2, "z_gain": 1.1, "mi": 0.4, "mi_ceiling": math.log(2)}, None, "healthy"),
+        ({"kl": 1.2, "z_gain": 1.1, "mi": 0.3, "mi_ceiling": math.log(2)}, None, "unused KL"),
+        ({"kl": None}, None, "language model"),
+    ):
+        assert verdict(own | changes, beta).word == word, changes
+    assert verdict(own | {"z_gain": None}) is None
 
 
 def test_a_collapsed_posterior(base, tokens):
@@ -304,6 +382,7 @@ def test_a_collapsed_posterior(base, tokens):
     assert found["mi"] == pytest.approx(0.0, abs=1e-12)
     assert found["nelbo"] == found["rec"]
     assert found["kl_per_dim"] == [0.0] * LATENT
+    assert found["verdict"] == "collapsed"
 
 
 def test_a_plain_language_model_has_an_exact_likelihood_and_nulls(base, tokens):
@@ -320,11 +399,12 @@ def test_a_plain_language_model_has_an_exact_likelihood_and_nulls(base, tokens):
     assert found["iw_nll"] == pytest.approx(np.mean(nll[:5]), rel=1e-6)
     assert found["iw_ppl"] == pytest.approx(math.exp(sum(nll[:5]) / tokens.words_N[:5].sum()), rel=1e-5)
     assert found["iw_sentences"] == 5
+    assert found["verdict"] == "language model"
 
 
 def test_one_sentence_has_no_mate_and_none_at_all_is_an_error(base, tokens):
     found = measure(build(base), tokens.first(1))
-    assert (found["z_gain"], found["au"], found["mi_ceiling"]) == (None, 0, 0.0)
+    assert (found["z_gain"], found["au"], found["mi_ceiling"], found["verdict"]) == (None, 0, 0.0, None)
     assert found["mi"] == pytest.approx(0.0, abs=1e-12)
     with pytest.raises(DataError, match="no sentences"):
         measure(build(base), tokens.first(0))
@@ -336,6 +416,50 @@ def test_a_perplexity_past_the_largest_float_is_infinite(base):
         model.t5.shared.weight.mul_(100)
     one_long_word = from_texts(["ab" * 60], load_tokenizer(base), 128)
     assert measure(model, one_long_word, full=False)["ppl"] == math.inf
+
+
+RECIPE = """
+model: {{base: {base}, latent_dim: 6, mu_std: 0.1}}
+data: {{corpus: text, path: {text}, max_tokens: 40, cache_dir: {cache}}}
+batch: {{global: 16}}
+precision: fp32
+phases:
+  - {{name: only, steps: 30, beta: {{schedule: constant, value: 1000}}, optimizer: {{lr: 1.0e-2, clip: 10000}}}}
+validation: {{every_steps: 15, sentences: 20}}
+evaluation: {{iw_samples: 2, iw_sentences: 4, bleu_sentences: 0, samples: 0}}
+"""
+
+
+@pytest.mark.timeout(180)
+def test_a_run_whose_kl_costs_too_much_collapses_and_says_so_everywhere(base, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lines = tiny.ENGLISH
+    text = tiny.write_splits(tmp_path / "text", lines[:60], lines[60:80], lines[80:100])
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(RECIPE.format(base=base, text=text, cache=tmp_path / "cache"), encoding="utf-8")
+    trained = launch(["-m", "vae_ds", "train", recipe, "--run-dir", run], processes=1)
+    evaluated = launch(["-m", "vae_ds", "evaluate", run], processes=1)
+
+    rows = [json.loads(row) for row in (run / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = rows[-1]
+    assert last["verdict"] == "collapsed"
+    assert f"{last['kl']:.2f} nats, below 1" in last["verdict_reason"]
+    (told,) = [line for line in trained.output.splitlines() if line.startswith("valid at step 30:")]
+    assert told.endswith("  collapsed")
+    shown = EventAccumulator(str(run / "tensorboard")).Reload()
+    (tag,) = [tag for tag in shown.Tags()["tensors"] if tag.startswith("valid/verdict")]
+    texts = [b"".join(point.tensor_proto.string_val).decode() for point in shown.Tensors(tag)]
+    assert [words.split("**")[1] for words in texts] == [row["verdict"] for row in rows]
+
+    found = json.loads((run / "eval-test.json").read_text(encoding="utf-8"))
+    assert found["verdict"] == "collapsed"
+    assert found["kl"] < 0.5
+    line = f"run: collapsed: {found['verdict_reason']}"
+    assert line in evaluated.output
+    assert "run: KL of each unit, the largest first:" in evaluated.output
+    print_metrics([run])
+    assert line in capsys.readouterr().out
 
 
 # More than one process
@@ -376,7 +500,11 @@ def test_two_processes_find_what_one_finds(base):
 
 def close_to(metrics):
     """What float32 leaves equal when sentences are batched otherwise; perplexities by their logarithm."""
-    return {key: value if value is None else pytest.approx(value, rel=1e-6, abs=5e-6) for key, value in logs(metrics)}
+    exact = (str, type(None))
+    return {
+        key: value if isinstance(value, exact) else pytest.approx(value, rel=1e-6, abs=5e-6)
+        for key, value in logs(metrics)
+    }
 
 
 def logs(metrics):

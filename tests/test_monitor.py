@@ -96,6 +96,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (35, 45, 55, 65):
         monitor.log(row(step, grad_norm=math.inf if step == 45 else 4.0))
     metrics = {"rec": 90.0, "kl": 3.0, "nelbo": 93.0, "mi": 2.0, "mi_ceiling": 7.6, "au": 2, "z_gain": 4.0, "ppl": 20.0}
+    metrics |= {"verdict": "unused KL", "verdict_reason": "KL is 3.00 nats but <b>little</b> is read"}
     pairs = [(SOURCE, "<script>alert(1)</script>"), ("two\nlines", "")]
     extent = {"sentences": 2000, "iw_nll": None, "iw_samples": None}
     monitor.evaluation(70, "valid", metrics | extent, [1.0, 2.0, math.nan, 0.0], pairs, ["a prior sample"])
@@ -164,6 +165,10 @@ def test_the_histogram_of_units_and_the_texts_are_there(board: Board) -> None:
     assert not re.findall(r"<(?!/?(?:table|thead|tbody|tr|th|td)>)", page)
     cells = [html.unescape(cell) for cell in re.findall(r"<td>([^<]*)</td>", page)]
     assert cells == [SOURCE, "<script>alert(1)</script>", "two lines", ""]
+    (verdict,) = board.get("text", "text", run=".", tag="valid/verdict/text_summary")
+    assert verdict["step"] == 70
+    assert "<strong>unused KL</strong>" in verdict["text"]
+    assert "KL is 3.00 nats but <b>little</b> is read" in html.unescape(verdict["text"])
     assert "a prior sample" in board.get("text", "text", run=".", tag="valid/prior_samples/text_summary")[0]["text"]
 
 
@@ -274,16 +279,18 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.Ca
         if step % 10 == 0:
             monitor.log(row(step))
         monitor.advance(1)
-    monitor.evaluation(1000, "valid", {"rec": 90.0, "kl": 3.0, "nelbo": 93.0, "iw_nll": None})
+    monitor.evaluation(1000, "valid", {"rec": 90.0, "kl": 3.0, "nelbo": 93.0, "iw_nll": None, "verdict": None})
+    monitor.evaluation(1000, "valid", {"rec": 90.0, "verdict": "healthy", "verdict_reason": "as told"})
     monitor.close()
     out, err = capfd.readouterr()
     assert out == ""
     lines = err.splitlines()
     assert lines[0] == "full: 250/1000 steps"
     assert lines[1] == "full: 300/1000 steps (30%)  rec -200  kl 2.5  beta 0.1  12,346 tokens/s"
-    assert lines[-2].startswith("full: 1000/1000 steps (100%)")
-    assert lines[-1] == "valid at step 1000: nelbo 93  rec 90  kl 3"
-    assert len(lines) == 10
+    assert lines[-3].startswith("full: 1000/1000 steps (100%)")
+    assert lines[-2] == "valid at step 1000: nelbo 93  rec 90  kl 3"
+    assert lines[-1] == "valid at step 1000: rec 90  healthy"
+    assert len(lines) == 11
     assert "\x1b" not in err
     assert "\r" not in err
 

@@ -92,6 +92,53 @@ def test_a_number_that_is_not_finite_is_shown(tmp_path: Path) -> None:
     assert printed(write(tmp_path / "a", FULL | {"ppl": float("inf"), "z_gain": float("nan")}))[1].split()[5] == "inf"
 
 
+TEXT = {
+    "bleu": 12.345,
+    "bleu_sentences": 256,
+    "bleu_signature": "nrefs:1|tok:13a",
+    "self_bleu": 33.3,
+    "distinct_1": 0.25,
+    "distinct_2": 0.6789,
+    "distinct_4": 0.9,
+    "forward_ppl": None,
+    "reverse_ppl": 1234.5,
+    "samples": 256,
+    "sample_temperature": 1.0,
+    "verdict": "healthy",
+    "verdict_reason": "KL is 12.50 nats",
+}
+
+
+def test_metrics_of_text_have_a_table_of_their_own_and_verdicts_a_line_each(tmp_path: Path) -> None:
+    plain = NO_LATENT | {"verdict": "language model", "verdict_reason": "it has no latent code", "samples": 100}
+    lines = printed(write(tmp_path / "vae", FULL | TEXT), write(tmp_path / "plain", plain | {"self_bleu": 20.0}))
+    assert lines[6:8] == ["vae: healthy: KL is 12.50 nats", "plain: language model: it has no latent code"]
+    assert cells(lines[8]) == ["run", "bleu", "self_bleu", "distinct_1", "distinct_2", "reverse_ppl"]
+    assert lines[9].split() == ["vae", "12.35", "33.30", "0.250", "0.679", "1234.50"]
+    assert lines[10].split() == ["plain", "-", "20.00", "-", "-", "-"]
+    assert lines[11:] == [
+        "bleu: 256 greedy reconstructions, nrefs:1|tok:13a",
+        "vae: the others: 256 samples of the prior, at temperature 1",
+        "plain: the others: 100 samples of the prior, greedy",
+    ]
+
+
+def test_the_kl_of_units_is_sorted_and_long_lists_end(tmp_path: Path) -> None:
+    target = io.StringIO()
+    units = [0.001 * unit for unit in range(200)]
+    run = write(
+        tmp_path / "vae", FULL | TEXT | {"kl_per_dim": units, "au": 200, "lm_gain": 5.0, "forward_ppl": 99999.9}
+    )
+    print_metrics([run, write(tmp_path / "plain", NO_LATENT)], "test", target, units=True)
+    lines = target.getvalue().splitlines()
+    assert max(map(len, lines)) <= 120
+    start = lines.index(" vae: KL of each unit, the largest first:")
+    words = " ".join(lines[start + 1 :]).split()
+    assert words[:3] == ["199:0.20", "198:0.20", "197:0.20"]
+    assert words[96:] == ["and", "104", "more,", "the", "last", "0:0"]
+    assert not any("plain: KL" in line for line in lines)
+
+
 @pytest.mark.parametrize("text", [None, "", "[]", "{"])
 def test_a_run_without_a_whole_evaluation_is_named(tmp_path: Path, text: str | None) -> None:
     if text is not None:

@@ -22,8 +22,11 @@ from vae_ds.generate import inference
 from vae_ds.model import T5VAE
 from vae_ds.runtime import Ranks, all_sum, gather_rows, stream
 from vae_ds.settings import EvaluationConfig
+from vae_ds.verdict import verdict
 
 Metrics = dict[str, Any]
+
+WINDOW = 1024  # sentences whose importance weights are held at a time
 
 
 class Posterior(NamedTuple):
@@ -44,6 +47,7 @@ def evaluate(
     pad_id: int,
     yardstick: float | None = None,
     full: bool = True,
+    beta: float | None = None,
 ) -> Metrics:
     """Every metric of the README on `tokens`, as plain numbers ready for JSON. A collective.
 
@@ -52,6 +56,7 @@ def evaluate(
 
     yardstick: `rec` of an injection-`none` run on the same split; with it there is a `lm_gain`.
     full: False leaves out the importance-weighted likelihood, by far the most costly, for use during training.
+    beta: the weight of the KL now, for a verdict during training; None judges a finished model (`verdict`).
 
     What a model does not have, or what was not asked for, is None. A model with injection `none` has an exact
     likelihood: its `nelbo` is its `rec`, and its `iw_nll` and `iw_ppl` are exact on the same first `iw_sentences`
@@ -74,9 +79,11 @@ def evaluate(
             count = min(settings.iw_sentences or len(tokens), len(tokens))
             nll_M = rec_N[:count] if plain else work.importance_weighted(posterior, count)
             metrics["iw_nll"] = float(nll_M.mean())
-            metrics["iw_ppl"] = _perplexity(nll_M, tokens.words_N[:count])
+            metrics["iw_ppl"] = perplexity(nll_M, tokens.words_N[:count])
             metrics["iw_sentences"] = count
             metrics["iw_samples"] = None if plain else settings.iw_samples
+    found = verdict(metrics, beta)
+    metrics |= {"verdict": found and found.word, "verdict_reason": found and found.reason}
     return metrics
 
 
@@ -138,34 +145,41 @@ class _Work:
     def importance_weighted(self, posterior: Posterior, count: int) -> torch.Tensor:
         """The importance-weighted estimate of -log p(x), nll_M, of the first `count` sentences.
 
-        The pairs of sentences and samples are walked in order of sentence length, `batch` pairs a forward pass, so
-        memory is bounded whatever K is. A sentence's noise is drawn from its own stream, whole: neither the walk
-        nor the rank can change it.
+        The pairs of sentences and samples are walked in order of sentence length, `batch` pairs a forward pass, and
+        the weights of a window of sentences are held at a time: memory is bounded whatever K and M are. A sentence's
+        noise is drawn from its own stream, whole: neither the walk nor the rank can change it.
         """
-        K, device = self.settings.iw_samples, self.ranks.device
         shares = evaluation_batches(self.tokens.lengths_N[:count], 1, self.ranks.rank, self.ranks.world)
         index_S = np.concatenate([index_B for index_B, _ in shares])
         weight_S = np.concatenate([np.asarray(weight_B) for _, weight_B in shares])
-        log_weights_F = torch.empty(len(index_S) * K, dtype=torch.float64, device=device)
+        pairs = len(index_S) * self.settings.iw_samples
         quiet = None if self.ranks.is_main else True  # None: shown only where there is a terminal
-        starts = tqdm(range(0, len(log_weights_F), self.settings.batch), "likelihood", disable=quiet, leave=False)
-        for start in starts:
+        with tqdm(total=pairs, desc="likelihood", disable=quiet, leave=False) as bar:
+            starts = range(0, len(index_S), WINDOW)
+            parts = [self._window_nll(posterior, index_S[start : start + WINDOW], bar.update) for start in starts]
+        return _in_order(index_S, weight_S, torch.cat(parts), count)
+
+    def _window_nll(self, posterior: Posterior, index_W: np.ndarray, done: Callable[[int], Any]) -> torch.Tensor:
+        """nll_W of a window of W sentences."""
+        K, device = self.settings.iw_samples, self.ranks.device
+        log_weights_F = torch.empty(len(index_W) * K, dtype=torch.float64, device=device)
+        for start in range(0, len(log_weights_F), self.settings.batch):
             pair_P = np.arange(start, min(start + self.settings.batch, len(log_weights_F)))
             row_P = pair_P // K
-            index_R = index_S[row_P[0] : row_P[-1] + 1]
-            eps_RKL = np.stack([self._importance_noise(int(index)) for index in index_R])
-            eps_PL = torch.as_tensor(eps_RKL[row_P - row_P[0], pair_P % K], device=device)
-            sentence_P = torch.as_tensor(index_S[row_P], device=device)
+            index_R = index_W[row_P[0] : row_P[-1] + 1]
+            eps_PL = torch.as_tensor(self._importance_noise(index_R)[row_P - row_P[0], pair_P % K], device=device)
+            sentence_P = torch.as_tensor(index_W[row_P], device=device)
             mu_PL, logvar_PL = posterior.mu_NL[sentence_P], posterior.logvar_NL[sentence_P]
             z_PL = gaussian.sample(mu_PL, logvar_PL, eps_PL)
             labels_PT = self._collate(index_R).labels_BT[torch.as_tensor(row_P - row_P[0], device=device)]
             rec_P = self.model.reconstruction(z_PL.float(), labels_PT)
             log_weights_F[start : start + len(pair_P)] = log_weights(rec_P, z_PL, mu_PL, logvar_PL)
-        nll_S = importance_nll(log_weights_F.view(len(index_S), K))
-        return _in_order(index_S, weight_S, nll_S, count)
+            done(len(pair_P))
+        return importance_nll(log_weights_F.view(len(index_W), K))
 
-    def _importance_noise(self, sentence: int) -> np.ndarray:
-        return stream(self.seed, "iw", sentence).standard_normal((self.settings.iw_samples, self.model.latent_dim))
+    def _importance_noise(self, index_R: np.ndarray) -> np.ndarray:
+        shape = self.settings.iw_samples, self.model.latent_dim
+        return np.stack([stream(self.seed, "iw", int(index)).standard_normal(shape) for index in index_R])
 
     def _collate(self, index_B: np.ndarray, sample: bool = False) -> Any:
         batch = collate(
@@ -215,8 +229,8 @@ def _likelihood(tokens: TokenSet, rec_N: torch.Tensor, posterior: Posterior) -> 
         "kl": kl if has_latent else None,
         "nelbo": float(nelbo_N.mean()),
         "paper_nelbo": rec - kl if has_latent else None,
-        "ppl": _perplexity(nelbo_N, tokens.words_N),
-        "ppl_subword": _perplexity(nelbo_N, tokens.lengths_N),
+        "ppl": perplexity(nelbo_N, tokens.words_N),
+        "ppl_subword": perplexity(nelbo_N, tokens.lengths_N),
         "kl_per_dim": kl_NL.mean(dim=0).tolist() if has_latent else None,
     }
 
@@ -237,7 +251,7 @@ def _latent(posterior: Posterior, ranks: Ranks) -> Metrics:
     }
 
 
-def _perplexity(nll_N: torch.Tensor, units_N: np.ndarray) -> float:
-    """exp(total nats / total units); infinite where a float cannot hold it."""
+def perplexity(nll_N: torch.Tensor, units_N: np.ndarray) -> float:
+    """exp(total nats / total units), of N sentences; infinite where a float cannot hold it."""
     nats_a_unit = float(nll_N.sum()) / float(np.sum(units_N))
     return math.exp(nats_a_unit) if nats_a_unit < math.log(sys.float_info.max) else math.inf

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vae_ds import config as configuration
-from vae_ds import corpora, evaluate, records, runtime
+from vae_ds import corpora, evaluate, records, runtime, text_metrics
+from vae_ds.bases import read_export
 from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.model import T5VAE, load_tokenizer
 from vae_ds.settings import EvaluationConfig, RunConfig
@@ -54,8 +55,9 @@ def evaluate_run(
 ) -> dict[str, Any] | None:
     """Every metric of the README on one split, over all ranks; written to RUN/eval-SPLIT.json.
 
-    Returns the metrics on rank 0, None on the others. Raises UserError if the run, its data or the yardstick's
-    evaluation of the same split is missing.
+    `yardstick` is a run of a plain language model, for `lm_gain` and `forward_ppl`. Returns the metrics on rank 0, None
+    on the others. Raises UserError if the run, its data or the yardstick's evaluation of the same split is missing, or
+    if the yardstick has a latent.
     """
     place, config = locate(run), _config_of(run, recipe)
     corpora.check(config.data)
@@ -71,6 +73,13 @@ def evaluate_run(
     model.to(ranks.device)
     metrics = evaluate.evaluate(
         model, tokens, ranks, chosen, seed=config.seed, yardstick=nll, pad_id=tokenizer.pad_token_id
+    )
+    judge = None
+    if yardstick is not None and chosen.samples:
+        judge = load_model(Path(yardstick))
+        judge[0].to(ranks.device)
+    metrics |= text_metrics.text_metrics(
+        model, tokenizer, tokens, ranks, chosen, seed=config.seed, max_tokens=config.data.max_tokens, yardstick=judge
     )
     if not ranks.is_main:
         return None
@@ -97,6 +106,11 @@ def _config_of(run: Path, recipe: str | None) -> RunConfig:
 
 
 def _yardstick_nll(run: Path, split: str) -> float:
+    injection = read_export(locate(run).model_dir).get("model", {}).get("injection")
+    if injection != "none":
+        raise ConfigError(
+            f"{run} has injection `{injection}`; a yardstick is a run with `none`, a plain language model"
+        )
     stored = run / f"eval-{split}.json"
     if not stored.is_file():
         raise CheckpointError(f"{stored} is missing; first run `vae-ds evaluate {run} --split {split}`")

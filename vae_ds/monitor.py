@@ -142,8 +142,8 @@ class Monitor:
 
         `metrics` has the README's metrics as keys (nats per sentence; null where the model has none), `kl_per_dim` the
         mean KL of each of the L units in nats, `reconstructions` pairs (source, reconstruction), `samples` texts
-        decoded from prior draws. TensorBoard gets them as `<split>/<key>`, a histogram and two texts; the texts are in
-        samples/, too.
+        decoded from prior draws. TensorBoard gets them as `<split>/<key>`, a histogram and texts; what the model wrote
+        is in samples/, too. A `verdict` with its `verdict_reason` is a text of its own, and ends the line of progress.
         """
         if not self._active:
             return
@@ -153,7 +153,8 @@ class Monitor:
             rows.write(strict_json({"step": step, "split": split, **values}) + "\n")
         if self._progress:
             terms = _terms(values, ("nelbo", "rec", "kl", "mi", "au", "z_gain"))
-            self._progress.say(f"{split} at step {step}: {terms}")
+            verdict = f"  {values['verdict']}" if values.get("verdict") else ""
+            self._progress.say(f"{split} at step {step}: {terms}{verdict}")
         tables = _text_tables(reconstructions, samples)
         if tables:
             sections = "\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items())
@@ -169,6 +170,9 @@ class Monitor:
             import numpy as np
 
             writer.add_histogram(f"{split}/kl_per_dim", np.asarray(units), step)
+        if values.get("verdict"):
+            told = f"**{values['verdict']}**: {_escape(values.get('verdict_reason') or '')}"
+            writer.add_text(f"{split}/verdict", told, step)
         for name, table in tables.items():
             writer.add_text(f"{split}/{name}", table, step)
         writer.flush()

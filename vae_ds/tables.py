@@ -1,8 +1,9 @@
-"""One table of the README's metrics for several runs, read from their `eval-<split>.json`."""
+"""The README's metrics of one or several runs as tables, read from their `eval-<split>.json`."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS = ("rec", "kl", "nelbo", "iw_nll", "ppl", "iw_ppl", "mi", "au", "z_gain")
+TEXT_COLUMNS = ("bleu", "self_bleu", "distinct_1", "distinct_2", "forward_ppl", "reverse_ppl")
+WIDTH = 120
+UNITS_SHOWN = 96
 UNITS = "rec, kl, nelbo, iw_nll, mi, z_gain and lm_gain in nats per sentence; ppl and iw_ppl per word"
 
 
@@ -32,12 +36,21 @@ def metrics_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
 
     `mi` shows its ceiling and `au` the number of units beside it. `lm_gain` appears if any run has it.
     """
+    shows_gain = any(metrics.get("lm_gain") is not None for metrics in evaluations.values())
+    return _table(evaluations, (*COLUMNS, "lm_gain") if shows_gain else COLUMNS)
+
+
+def text_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table | None:
+    """The same of the metrics of the texts that a model writes; None if no run has any."""
+    columns = [name for name in TEXT_COLUMNS if any(metrics.get(name) is not None for metrics in evaluations.values())]
+    return _table(evaluations, columns) if columns else None
+
+
+def _table(evaluations: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    shows_gain = any(metrics.get("lm_gain") is not None for metrics in evaluations.values())
-    columns = (*COLUMNS, "lm_gain") if shows_gain else COLUMNS
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("run", no_wrap=True)
     for column in columns:
@@ -48,25 +61,66 @@ def metrics_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def footnotes(evaluations: Mapping[str, Mapping[str, Any]], split: str) -> list[str]:
-    """The units, and how many sentences the metrics, and the importance-weighted ones, rest on."""
+    """The units, and how many sentences the metrics, and the importance-weighted ones, rest on; then the verdicts."""
     sizes = {label: f"{_count(metrics, 'sentences')} {split} sentences" for label, metrics in evaluations.items()}
     subsets = {label: _subset(metrics) for label, metrics in evaluations.items() if metrics.get("iw_nll") is not None}
-    return [UNITS, *_shared(sizes), *_shared(subsets)]
+    verdicts = [
+        f"{label}: {metrics['verdict']}: {metrics.get('verdict_reason')}"
+        for label, metrics in evaluations.items()
+        if metrics.get("verdict") is not None
+    ]
+    return [UNITS, *_shared(sizes), *_shared(subsets), *verdicts]
 
 
-def print_metrics(run_dirs: Sequence[str | Path], split: str = "test", file: TextIO | None = None) -> None:
-    """Print the table of these runs, to standard output by default. Raises as `read_evaluations` does."""
+def text_footnotes(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How many reconstructions and samples the metrics of text rest on."""
+    pairs = {
+        label: _reconstructions(metrics) for label, metrics in evaluations.items() if metrics.get("bleu_sentences")
+    }
+    drawn = {label: _drawn(metrics) for label, metrics in evaluations.items() if metrics.get("samples")}
+    return [*_shared(pairs), *_shared(drawn)]
+
+
+def kl_of_units(metrics: Mapping[str, Any]) -> list[str]:
+    """Lines with the mean KL of each latent unit in nats, the largest first, as `unit:KL`; none without a latent."""
+    units = sorted(enumerate(metrics.get("kl_per_dim") or ()), key=lambda unit: -unit[1])
+    if not units:
+        return []
+    shown = [f"{unit}:{kl:.2f}" for unit, kl in units[:UNITS_SHOWN]]
+    if rest := units[UNITS_SHOWN:]:
+        shown.append(f"and {len(rest)} more, the last {rest[-1][0]}:{rest[-1][1]:.2g}")
+    return ["KL of each unit, the largest first:", *textwrap.wrap("  ".join(shown), WIDTH - 4, initial_indent="  ",
+            subsequent_indent="  ")]  # fmt: skip
+
+
+def print_metrics(
+    run_dirs: Sequence[str | Path], split: str = "test", file: TextIO | None = None, units: bool = False
+) -> None:
+    """Print the tables of these runs, to standard output by default, and with `units` the KL of each latent unit.
+
+    Raises as `read_evaluations` does.
+    """
     from rich.console import Console
 
     evaluations = read_evaluations(run_dirs, split)
-    table = metrics_table(evaluations)
     console = Console(file=file)
-    # Rich would cut numbers to fit a narrow terminal or a pipe's 80 columns; a long line loses nothing.
-    needed = console.measure(table, options=console.options.update(width=10_000)).maximum
-    console.width = max(console.width, needed)
-    console.print(table)
-    for note in footnotes(evaluations, split):
-        console.print(f" {note}", markup=False, highlight=False, soft_wrap=True)
+
+    def show(table: Table, notes: Sequence[str]) -> None:
+        # Rich would cut numbers to fit a narrow terminal or a pipe's 80 columns; a long line loses nothing.
+        needed = console.measure(table, options=console.options.update(width=10_000)).maximum
+        console.width = max(console.width, needed)
+        console.print(table)
+        for note in notes:
+            console.print(f" {note}", markup=False, highlight=False, soft_wrap=True)
+
+    show(metrics_table(evaluations), footnotes(evaluations, split))
+    texts = text_table(evaluations)
+    if texts is not None:
+        show(texts, text_footnotes(evaluations))
+    for label, metrics in evaluations.items() if units else ():
+        lines = kl_of_units(metrics)
+        for line in (f"{label}: {lines[0]}", *lines[1:]) if lines else ():
+            console.print(f" {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _read(run_dir: Path, split: str) -> dict[str, Any]:
@@ -91,6 +145,8 @@ def _cell(metrics: Mapping[str, Any], column: str) -> str:
         return f"{value} / {len(units)}" if units else f"{value}"
     if column == "mi" and metrics.get("mi_ceiling") is not None:
         return f"{value:.2f} / {metrics['mi_ceiling']:.2f}"
+    if column.startswith("distinct"):
+        return f"{value:.3f}"
     return f"{value:.2f}"
 
 
@@ -106,6 +162,16 @@ def _subset(metrics: Mapping[str, Any]) -> str:
     if metrics.get("mi") is None and metrics.get("iw_samples") is None:
         return f"{sentences}, exact: a plain language model has no latent to sample"
     return f"{sentences}, {_count(metrics, 'iw_samples')} samples each"
+
+
+def _reconstructions(metrics: Mapping[str, Any]) -> str:
+    return f"bleu: {_count(metrics, 'bleu_sentences')} greedy reconstructions, {metrics.get('bleu_signature')}"
+
+
+def _drawn(metrics: Mapping[str, Any]) -> str:
+    temperature = metrics.get("sample_temperature")
+    how = "greedy" if temperature is None else f"at temperature {temperature:g}"
+    return f"the others: {_count(metrics, 'samples')} samples of the prior, {how}"
 
 
 def _count(metrics: Mapping[str, Any], key: str) -> str:

@@ -258,6 +258,7 @@ class Trainer:
             job.config.evaluation,
             seed=job.config.seed,
             full=False,
+            beta=plan.beta.at(self.state.step, self.state.beta),
             pad_id=job.tokenizer.pad_token_id,
         )
         pairs, samples = self._texts(model)
