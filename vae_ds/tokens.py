@@ -1,4 +1,7 @@
-"""Text to token ids: tokenise a split once into an Arrow cache, read it memory-mapped.
+"""Text to token ids: tokenise a split once into Arrow files, shard by shard, and read them memory-mapped.
+
+What is interrupted goes on after the last whole shard. Memory does not grow with the text but for the lengths, 4 bytes
+a sentence.
 
 Shapes: N sentences of a split, B some of them, T tokens of one. Lengths are in subword tokens with the
 end-of-sentence token counted; each sentence ends with the one such token it has.
@@ -6,15 +9,22 @@ end-of-sentence token counted; each sentence ends with the one such token it has
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import torch.distributed as dist
 from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from vae_ds.errors import ConfigError, DataError
 from vae_ds.runtime import cache_dir as cache_root
@@ -24,10 +34,13 @@ if TYPE_CHECKING:
 
 CACHE_FORMAT = 1  # part of the cache's key: raise it when a row's meaning changes
 ROWS_AT_ONCE = 10_000  # a chunk of the cache; few enough that 10 million sentences are a thousand chunks
+SHARD_ROWS = 200_000  # a file of the cache: what an interruption can cost
 
 ROW_FEATURES = Features(
     {"ids": List(Value("int32")), "words": Value("int32"), "unknown": Value("int32"), "truncated": Value("bool")}
 )
+
+log = logging.getLogger(__name__)
 
 
 class TextCorpus(Protocol):
@@ -120,9 +133,10 @@ def tokenise(
 ) -> TokenSet:
     """The token ids of a split, from the cache if they are there; sentences longer than `max_tokens` are cut.
 
-    The cache file's name holds a hash of the corpus, the split, the tokenizer and `max_tokens`; it appears under that
-    name only once it is whole. `cache_dir` None means the default place. Raises DataError if there is no such split,
-    ConfigError if the tokenizer has no end-of-sentence token.
+    The names of the cache's files hold a hash of the corpus, the split, the tokenizer and `max_tokens`; each appears
+    under its name only once it is whole, and a later call writes those that are missing. How many sentences are cut is
+    logged. `cache_dir` None means the default place. Raises DataError if there is no such split or the cache cannot be
+    written, ConfigError if the tokenizer has no end-of-sentence token.
     """
     if split not in corpus.splits:
         raise DataError(f"corpus {corpus.name} has no split `{split}`; it has {', '.join(corpus.splits) or 'none'}")
@@ -132,12 +146,13 @@ def tokenise(
     if not len(texts):
         return TokenSet(_rows([], tokenizer, max_tokens), str, key)
     folder = cache_root(None if cache_dir is None else str(cache_dir)) / "tokens"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{corpus.name.replace('/', '_')}-{split}-{key}.arrow"
-    if not _readable(path, len(texts)):
-        path.unlink(missing_ok=True)
-        _write(texts, split, tokenizer, max_tokens, path, key)
-    return TokenSet(_read(path), lambda index: str(texts[index]["text"]), key)
+    shards = _shards(folder, f"{corpus.name.replace('/', '_')}-{split}-{key}", len(texts))
+    missing = [shard for shard in shards if not _readable(shard)]
+    if missing:
+        _write(texts, split, tokenizer, max_tokens, missing)
+    rows = pa.concat_tables([_read(shard.path) for shard in shards])
+    _tell_cut(f"{corpus.name}, {split}", rows, max_tokens)
+    return TokenSet(rows, lambda index: str(texts[index]["text"]), key)
 
 
 def from_texts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> TokenSet:
@@ -170,31 +185,82 @@ def _require_end(tokenizer: "PreTrainedTokenizerBase") -> None:
         raise ConfigError(f"{type(tokenizer).__name__} of {tokenizer.name_or_path} has no end-of-sentence token")
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """A file of the cache, and which rows of the split it holds."""
+
+    path: Path
+    first: int
+    end: int
+
+
+def _shards(folder: Path, name: str, rows: int) -> list[_Shard]:
+    starts = range(0, rows, SHARD_ROWS)
+    paths = (folder / f"{name}-{number:05}-of-{len(starts):05}.arrow" for number in range(len(starts)))
+    return [_Shard(path, first, min(first + SHARD_ROWS, rows)) for path, first in zip(paths, starts, strict=True)]
+
+
 def _write(
-    texts: Dataset, split: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int, path: Path, key: str
+    texts: Dataset, split: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int, missing: list[_Shard]
 ) -> None:
-    def batch_rows(table: pa.Table) -> pa.Table:
-        return _rows(table.column("text").to_pylist(), tokenizer, max_tokens)
-
-    # `map` writes to a temporary file and renames it; the fingerprint is given, so no tokenizer is pickled.
-    texts.select_columns(["text"]).with_format("arrow").map(
-        batch_rows,
-        batched=True,
-        batch_size=ROWS_AT_ONCE,
-        writer_batch_size=ROWS_AT_ONCE,
-        remove_columns=["text"],
-        features=ROW_FEATURES,
-        cache_file_name=str(path),
-        load_from_cache_file=False,
-        new_fingerprint=key,
-        desc=f"Tokenising {split}",
-    )
-
-
-def _readable(path: Path, rows: int) -> bool:
-    """Whether the cache file is there and whole; a full disk or a copy cut short may leave one that is not."""
+    source = texts.select_columns(["text"]).with_format("arrow")
+    wanted = sum(shard.end - shard.first for shard in missing)
+    bar = tqdm(total=len(texts), initial=len(texts) - wanted, desc=f"Tokenising {split}", unit="sentence", disable=None)
+    folder = missing[0].path.parent
     try:
-        return _read(path).num_rows == rows
+        folder.mkdir(parents=True, exist_ok=True)
+        with bar:
+            for shard in missing:
+                with _partial(shard) as file, pa.ipc.new_stream(file, ROW_FEATURES.arrow_schema) as writer:
+                    for first in range(shard.first, shard.end, ROWS_AT_ONCE):
+                        part = source[first : min(first + ROWS_AT_ONCE, shard.end)].column("text").to_pylist()
+                        writer.write_table(_rows(part, tokenizer, max_tokens))
+                        bar.update(len(part))
+    except OSError as error:
+        told = f"cannot write the cache ({error.strerror}); set data.cache_dir or $VAE_DS_CACHE"
+        raise DataError(f"{folder}: {told}") from None
+
+
+@contextmanager
+def _partial(shard: _Shard) -> Iterator[BinaryIO]:
+    """A file to write a shard into, which gets the shard's name when it is whole, and goes if it is not."""
+    temporary = shard.path.with_name(f".{shard.path.name}.{uuid4().hex}")
+    with temporary.open("wb") as file:
+        try:
+            yield file
+            file.flush()
+            _publish(temporary, shard)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, shard: _Shard) -> None:
+    try:
+        temporary.replace(shard.path)
+    except FileNotFoundError:
+        # Another process was quicker with the same shard, and swept.
+        if not _readable(shard):
+            raise
+    for left in shard.path.parent.glob(f".{shard.path.name}.*"):
+        left.unlink(missing_ok=True)  # of a process that was killed
+
+
+def _tell_cut(name: str, rows: pa.Table, max_tokens: int) -> None:
+    cut = pc.sum(rows.column("truncated")).as_py() or 0
+    if dist.is_initialized() and dist.get_rank():
+        return
+    if cut:
+        share = 100 * cut / rows.num_rows
+        told = "%s: %d of %d sentences (%.2f %%) are longer than data.max_tokens %d and were cut"
+        log.warning(told, name, cut, rows.num_rows, share, max_tokens)
+    else:
+        log.info("%s: none of %d sentences is longer than data.max_tokens %d", name, rows.num_rows, max_tokens)
+
+
+def _readable(shard: _Shard) -> bool:
+    """Whether the file is there and whole; a full disk or a copy cut short may leave one that is not."""
+    try:
+        return _read(shard.path).num_rows == shard.end - shard.first
     except (OSError, pa.ArrowInvalid):
         return False
 
@@ -213,25 +279,25 @@ def _rows(texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: in
         if texts
         else []
     )
+    # Each of these is a search in the tokenizer, which a sentence can do without.
+    end, unknown, pad = tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id
     rows: dict[str, list[Any]] = {name: [] for name in ROW_FEATURES}
     for text, text_ids in zip(texts, found, strict=True):
-        ids = _plain(text_ids, tokenizer)
+        ids = _plain(text_ids, {end, pad}, unknown)
         cut = len(ids) > max_tokens - 1
         kept = ids[: max_tokens - 1]
         words = _words_kept(ids, kept, tokenizer) if cut else len(text.split())
-        rows["ids"].append([*kept, tokenizer.eos_token_id])
+        rows["ids"].append([*kept, end])
         rows["words"].append(words + 1)
-        rows["unknown"].append(kept.count(tokenizer.unk_token_id))
+        rows["unknown"].append(kept.count(unknown))
         rows["truncated"].append(cut)
     return pa.table(rows, schema=ROW_FEATURES.arrow_schema)
 
 
-def _plain(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def _plain(ids: list[int], controls: set[int | None], unknown: int | None) -> list[int]:
     """A text may hold the characters of `</s>` or `<pad>`; Unigram models then find those ids, which mean no text."""
-    controls = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     if controls.isdisjoint(ids):
         return ids
-    unknown = tokenizer.unk_token_id
     plain = [unknown if token in controls else token for token in ids]
     return [token for token in plain if token is not None]
 

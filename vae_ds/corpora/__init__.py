@@ -1,13 +1,20 @@
-"""Where text comes from: the `docstrings` corpus, text files, and data sets of the hub or on disk."""
+"""Where text comes from: docstrings, WordNet, a grammar, text files, and data sets of the hub or on disk."""
 
-from vae_ds.corpora import dataset, docstrings, text
+from vae_ds.corpora import dataset, docstrings, grammar, layouts, text, wordnet
 from vae_ds.corpora.corpus import Corpus
 from vae_ds.corpora.splits import split_of
 from vae_ds.settings import DataConfig
 
 __all__ = ["Corpus", "check", "load", "split_of"]
 
-_KINDS = {"docstrings": docstrings, "text": text, "dataset": dataset}
+_KINDS = {
+    "docstrings": docstrings,
+    "wordnet": wordnet,
+    "grammar": grammar,
+    "text": text,
+    "dataset": dataset,
+    **dict.fromkeys(layouts.LAYOUTS, layouts),
+}
 
 
 def load(data: DataConfig) -> Corpus:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
@@ -32,8 +33,13 @@ def load(data: DataConfig) -> Corpus:
     Raises DataError: no such data set or directory, a hub out of reach, a missing split or column.
     """
     rows = {split: _texts(part, data, split) for split, part in _parts(data).items()}
-    facts = (part for split in SPLITS for part in (split, *rows[split]["text"]))
-    return Corpus("dataset", digest(facts), rows)
+    return Corpus("dataset", digest(_content(rows)), rows)
+
+
+def _content(rows: dict[str, Dataset]) -> Iterator[str]:
+    for split in SPLITS:
+        yield split
+        yield from (str(text) for text in _column(rows[split]))
 
 
 def check(data: DataConfig) -> None:
@@ -43,7 +49,7 @@ def check(data: DataConfig) -> None:
             _check_column(part.features, data, split)
         return
     with _explained(data), _reachable(data), quiet_datasets():
-        builder = datasets.load_dataset_builder(_place(data), data.subset)
+        builder = datasets.load_dataset_builder(_place(data), data.subset, revision=data.revision)
         files = builder.config.data_files
         known = builder.info.splits or files
         if known:
@@ -77,7 +83,7 @@ def _parts(data: DataConfig) -> dict[str, Dataset]:
             _check_splits(list(saved), data)
             return {split: saved[name] for split, name in names.items()}
         with _reachable(data):
-            builder = datasets.load_dataset_builder(_place(data), data.subset)
+            builder = datasets.load_dataset_builder(_place(data), data.subset, revision=data.revision)
             known = builder.info.splits or builder.config.data_files
             if known:
                 _check_splits(list(known), data)
@@ -134,13 +140,13 @@ def _texts(part: Dataset, data: DataConfig, split: str) -> Dataset:
     rows = part.select_columns([data.column])
     if data.column != "text":
         rows = rows.rename_column(data.column, "text")
-    filled = [index for index, text in enumerate(_column(rows)) if text and not text.isspace()]
+    filled = np.fromiter((index for index, text in enumerate(_column(rows)) if text and not text.isspace()), np.int64)
     if len(filled) < len(rows):
         log.warning(
             "%s: %d of %d rows of %s have no text; left out", data.path, len(rows) - len(filled), len(rows), split
         )
         rows = rows.select(filled)
-    if not filled:
+    if not len(filled):
         raise DataError(f"{data.path}: split `{_names(data)[split]}` has no rows with text in `{data.column}`")
     return limited(rows, data.limit)
 
