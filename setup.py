@@ -15,12 +15,13 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["vae_ds", "vae_ds.corpora", "vae_ds.ds_configs"],
+    packages=["vae_ds", "vae_ds.corpora", "vae_ds.ds_configs", "vae_ds.paper"],
     # ds_configs/ stands at the top level, where DeepSpeed users look for it, and inside the package in a wheel.
     package_dir={"vae_ds.ds_configs": "ds_configs"},
     package_data={
         "vae_ds": ["recipes/*.yaml", "tiny/*"],
         "vae_ds.ds_configs": ["*.json"],
+        "vae_ds.paper": ["*.csv"],  # the rows that the paper printed
     },
     entry_points={"console_scripts": ["vae-ds = vae_ds.cli:main"]},
     install_requires=[
@@ -35,6 +36,9 @@ setup(
         "numpy>=2",
         "pydantic>=2.7",  # strict recipes
         "pyyaml>=6",
+        "sacrebleu>=2.4",  # BLEU, with the signature that says how it was counted
+        "matplotlib>=3.9",  # the figures of a report
+        "pillow>=10",  # a report's PNG with few colours, small enough for a README
         "rich>=13",  # tables and the training's progress bar
         "tqdm>=4.66",  # progress bars of the data's preparation
         "pyarrow>=15",  # the files that datasets writes and reads

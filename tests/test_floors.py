@@ -11,11 +11,11 @@ LONGEST_ROOM = 400
 DEEPSPEED_ROOM = "engine"
 # A new room gets its floor here: above every room that it imports.
 FLOORS = (
-    {"errors", "schedules", "gaussian", "stop", "exits", "verdict"},
+    {"errors", "schedules", "gaussian", "stop", "exits", "verdict", "paper"},
     {"hub", "yaml_tree", "vocabulary", "tables", "settings", "slurm"},
     {"config", "runtime", "ds_keys", "generators"},
     {"injection", "corpora", "phases", "tokens", "records", "bases", "denoising", "ds_config", "masters", "nvme", "watch", "checks"},
-    {"model", "batches", "monitor", "basemodel", "modelcard", "allreduce"},
+    {"model", "batches", "monitor", "basemodel", "modelcard", "allreduce", "figures", "runs"},
     {"engine", "generate"},
     {"checkpoint", "evaluate", "installation"},
     {"saver", "preparation", "pretrain_job", "text_metrics"},

@@ -45,6 +45,11 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("runs", nargs="+", metavar="RUN")
     _add_split(one)
 
+    one = _command(subparsers, "report", commands.report, "tables and figures of runs: Markdown, CSV, PNG, SVG")
+    one.add_argument("runs", nargs="+", metavar="RUN", help="a run directory, or a directory of runs such as a study's")
+    one.add_argument("--to", required=True, metavar="DIR", help="where the report goes; report.md is its page")
+    _add_split(one)
+
     one = _generator(subparsers, "reconstruct", commands.reconstruct, "sentences through z and back")
     one.add_argument("text", nargs="*")
     one.add_argument("--from", dest="source", choices=("train", "valid", "test"), default="test")

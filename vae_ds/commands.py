@@ -76,6 +76,12 @@ def compare(arguments: argparse.Namespace) -> None:
     tables.print_metrics(arguments.runs, arguments.split)
 
 
+def report(arguments: argparse.Namespace) -> None:
+    from vae_ds import report
+
+    print(report.write(arguments.runs, Path(arguments.to), arguments.split))
+
+
 def reconstruct(arguments: argparse.Namespace) -> None:
     from vae_ds import generate, jobs
 
