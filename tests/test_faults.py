@@ -21,6 +21,7 @@ from processes import STARTUP_S, kill_all, new_job, processes_of, rows, start, s
 from tiny import ENGLISH, make_base, write_splits
 from vae_ds import bench, cli, records, runtime
 from vae_ds.errors import ConfigError
+from vae_ds.exits import EXIT_LOST
 from vae_ds.settings import TimeoutConfig
 from vae_ds.watch import Board, is_alive, launchers_of
 
@@ -173,7 +174,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(new_run: Callable[..., Run]
     began_s = time.monotonic()
     run.ranks()[1].send_signal(signal.SIGSTOP)
     code = run.end_of(process)
-    assert code not in (0, 75)
+    assert code == EXIT_LOST
     assert time.monotonic() - began_s < END_S
     assert "no sign of life from rank 1 on " in run.output.read_text(encoding="utf-8")
     status = json.loads((run.run_dir / "status.json").read_text(encoding="utf-8"))
@@ -197,6 +198,23 @@ def test_a_loss_that_is_no_number_ends_the_run_clearly(
     assert "5 steps in a row had non-finite gradients" in capsys.readouterr().err
     assert state_of(tmp_path / "run") == "failed"
     assert rows(tmp_path / "run")[-1]["step"] < 20
+
+
+def test_a_run_ends_after_a_phase_and_goes_on(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Phases as jobs of their own: by the phase's name or number; asked for again, there is nothing to do."""
+    run = ["train", recipe, "--run-dir", tmp_path / "run", "--set", "phases.0.steps=3", "phases.1.steps=3"]
+    assert code_of(*run, "--until", "3") == 2
+    assert "no phase '3'; the recipe has warmup, full" in capsys.readouterr().err
+    for until in ("warmup", "1"):
+        assert code_of(*run, "--until", until) == 0
+        status = records.read_status(tmp_path / "run")
+        assert status is not None
+        assert (status["state"], status["reason"], status["step"]) == ("stopped", "after phase warmup, as asked", 3)
+        assert len(rows(tmp_path / "run")) == 3
+    assert code_of(*run) == 0
+    assert state_of(tmp_path / "run") == "done"
+    assert code_of(*run, "--until", "warmup") == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_text_that_changed_is_refused_unless_told_otherwise(

@@ -115,6 +115,9 @@ def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         bits = f"phases.1.free_bits={{mode: {mode}, nats: {nats}}}"
         two.append(job(recipe, folder / f"two-{mode}", bits, "batch.micro=8"))
         one += [job(recipe, folder / f"one-{mode}-{micro}", bits, f"batch.micro={micro}") for micro in (32, 4)]
+    both = "model.injection=self_attention+embedding"
+    two.append(job(recipe, folder / "two-injected", both, "deepspeed=zero3"))
+    one.append(job(recipe, folder / "one-injected", both, "deepspeed=zero0"))
     dropout = ("model.dropout=0.1",)
     two.append(job(recipe, folder / "whole", *dropout))
     for phase, stop_at in (("warmup", 11), ("full", 42)):
@@ -203,6 +206,12 @@ def test_the_optimisation_does_not_know_the_cluster(runs: Path, mode: str) -> No
     """One process and two, micro batches of 4, 8 and 32: one loss curve over 60 steps."""
     assert_same_curve(runs / f"two-{mode}", runs / f"one-{mode}-32", 1e-4)
     assert_same_curve(runs / f"two-{mode}", runs / f"one-{mode}-4", 1e-4)
+
+
+def test_another_injection_at_stage_3(runs: Path) -> None:
+    """Weights that hooks hand on are gathered where they are needed."""
+    assert_same_curve(runs / "two-injected", runs / "one-injected", 1e-4)
+    assert rows(runs / "one-injected")[-1]["loss"] != rows(runs / "stage0")[-1]["loss"]
 
 
 def test_free_bits_matter(runs: Path) -> None:
