@@ -6,7 +6,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/lib.sh"
 
 # Real programs that some tests need; without them those tests say so and are skipped.
-install_programs slurmctld=slurm-wlm munged=munge pdsh=pdsh ip=iproute2 nsenter=util-linux /usr/include/libaio.h=libaio-dev
+install_programs slurmctld=slurm-wlm munged=munge pdsh=pdsh ip=iproute2 nsenter=util-linux /usr/include/libaio.h=libaio-dev \
+  /usr/share/wordnet/data.noun=wordnet-base
 setup test,dev
 cd "$REPO"
 # Only tests are named by default; a run under another directory's settings would miss the timeouts.

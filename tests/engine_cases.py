@@ -25,8 +25,15 @@ from vae_ds.settings import OptimizerConfig
 
 STAGES = (0, 1, 2, 3)
 PRECISIONS = ("fp32", "bf16")
+# One launch each; `nvme` has both precisions.
+SESSIONS = (*PRECISIONS, "nvme")
 GLOBAL, WORDS, TOKENS = 8, 11, 3
 FROZEN = "middle."
+# Widths that neither two ranks nor DeepSpeed's alignments divide. To NVMe go partitions of a MiB and more: of WIDE the
+# weights of `middle` and `mu`, at two ranks in 16 bits too.
+NARROW, WIDE = (6, 7, 5), (1201, 901, 1501)
+# Names of the shipped ds_configs that an engine was built on.
+started: set[str] = set()
 
 
 class Output(NamedTuple):
@@ -37,29 +44,32 @@ class Output(NamedTuple):
 
 
 class Network(nn.Module):
-    """Sizes that neither two ranks nor DeepSpeed's alignments divide."""
+    """An embedding, three linear layers and a norm."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, widths: tuple[int, int, int] = NARROW) -> None:
         super().__init__()
-        torch.manual_seed(seed)
-        self.embed = nn.Embedding(WORDS, 6)
-        self.middle = nn.Linear(6, 7)
-        self.norm = nn.LayerNorm(7)
-        self.mu = nn.Linear(7, 5, bias=False)
-        self.out = nn.Linear(5, WORDS)
+        torch.manual_seed(0)
+        width, middle, latent = widths
+        self.embed = nn.Embedding(WORDS, width)
+        self.middle = nn.Linear(width, middle)
+        self.norm = nn.LayerNorm(middle)
+        self.mu = nn.Linear(middle, latent, bias=False)
+        self.out = nn.Linear(latent, WORDS)
+        # AdamW moves each weight as far at any width.
+        self.share = NARROW[1] / middle
 
     def code(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """An entry beside `forward`, as encode is in the model."""
-        return self.mu(self.norm(torch.tanh(self.middle(self.embed(ids_BT).mean(1)))))
+        return self.mu(self.norm(torch.tanh(self.middle(self.embed(ids_BT).mean(1))))) * self.share
 
     def forward(self, ids_BT: torch.Tensor, labels_B: torch.Tensor) -> Output:
         mu_BX = self.code(ids_BT)
         return Output(nn.functional.cross_entropy(self.out(mu_BX).float(), labels_B, reduction="none"), mu_BX.float())
 
 
-def network(weights: dict[str, torch.Tensor] | None = None, freeze: str | None = FROZEN) -> Network:
-    """A float32 network on the CPU, ready for an engine."""
-    model = Network()
+def network(stage: int | str, weights: dict[str, torch.Tensor] | None = None, freeze: str | None = FROZEN) -> Network:
+    """A float32 network on the CPU, ready for an engine of that stage."""
+    model = Network(WIDE if "nvme" in str(stage) else NARROW)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if weights is not None:
@@ -71,13 +81,16 @@ def network(weights: dict[str, torch.Tensor] | None = None, freeze: str | None =
 def engine(
     model: nn.Module, ranks: Ranks, stage: int | str, precision: str, accumulation: int = 2, **optimizer: Any
 ) -> PhaseEngine:
-    """An engine; `stage` may carry a shipped variant (`2_offload`), or `3_persistent` for whole small parameters."""
-    number, _, variant = str(stage).partition("_")
-    suffix = f"_{precision}_{variant}" if variant.startswith("offload") else ""
-    tree = resolve(f"zero{number}{suffix}", precision)
-    if number == "3" and variant != "persistent":
-        # DeepSpeed keeps parameters whole below this size, and all of ours are.
-        tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    """An engine; `stage` may carry a shipped variant (`2_offload`), and a change of TURNS (`3_nvme-pipelined`)."""
+    known, _, turn = str(stage).partition("-")
+    number, _, variant = known.partition("_")
+    name = f"zero{number}_{precision}" + (f"_{variant}" if variant else "")
+    tree = resolve(name, precision)
+    started.add(name)
+    zero = tree["zero_optimization"]
+    # DeepSpeed keeps parameters whole below this size, and nearly all of ours are.
+    zero |= {"stage3_param_persistence_threshold": 0} if number == "3" else {}
+    zero |= TURNS[turn](zero) if turn else {}
     return PhaseEngine(
         model,
         optimizer=OptimizerConfig(**{"weight_decay": 0.1, **optimizer}),
@@ -87,6 +100,17 @@ def engine(
         precision=precision,
         ds_config=tree,
     )
+
+
+TURNS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "persistent": lambda zero: {"stage3_param_persistence_threshold": 100_000},
+    "pipelined": lambda zero: {
+        "offload_optimizer": zero["offload_optimizer"]
+        | {"pipeline_read": True, "pipeline_write": True, "buffer_count": 10}
+    },
+    "optimizer_alone": lambda zero: {"offload_param": {"device": "none"}},
+    "weights_alone": lambda zero: {"offload_optimizer": {"device": "cpu"}},
+}
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,12 +171,14 @@ def assert_replicas(state: PhaseState) -> None:
     assert all(torch.equal(row, rows[0]) for row in rows), "the ranks hold different states"
 
 
-def parity(ranks: Ranks, stage: int | str, clip: float) -> None:
+def parity(ranks: Ranks, stage: int | str, clip: float, freeze: str | None = FROZEN) -> None:
     """Float32 training is plain torch's on the global batch: losses, norms, weights, moments, frozen part alone."""
-    plain = network()
+    # The least gradients of a wide network are noise, which AdamW makes as large as any by a small epsilon.
+    eps = 1e-4 if "nvme" in str(stage) else 1e-8
+    plain = network(stage, freeze=freeze)
     trainable = [parameter for parameter in plain.parameters() if parameter.requires_grad]
-    adam = torch.optim.AdamW(trainable, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-    trained = engine(network(), ranks, stage, "fp32", clip=clip)
+    adam = torch.optim.AdamW(trainable, lr=0.0, betas=(0.9, 0.999), eps=eps, weight_decay=0.1)
+    trained = engine(network(stage, freeze=freeze), ranks, stage, "fp32", clip=clip, eps=eps)
     clipped = False
     for step in range(4):
         loss, outcome = train_step(trained, ranks, step)
@@ -184,8 +210,8 @@ def parity(ranks: Ranks, stage: int | str, clip: float) -> None:
 
 def phases(ranks: Ranks, stage: int | str, precision: str) -> None:
     """Frozen tensors stay bit for bit, all others move, and the next phase's engine starts from exactly that."""
-    start = {name: parameter.detach().clone() for name, parameter in network().named_parameters()}
-    first = engine(network(), ranks, stage, precision)
+    start = {name: parameter.detach().clone() for name, parameter in network(stage).named_parameters()}
+    first = engine(network(stage), ranks, stage, precision)
     state = first.state()
     assert all(torch.equal(state.weights[name], value) for name, value in start.items()), "not the weights given"
     assert state.steps == 0
@@ -205,8 +231,8 @@ def phases(ranks: Ranks, stage: int | str, precision: str) -> None:
     assert engine_ref() is None, "the closed engine is still alive"
     assert optimizer() is None, "the closed engine's optimizer is still alive"
 
-    plain = network(state.weights, freeze=None)
-    second = engine(network(state.weights, freeze=None), ranks, stage, precision)
+    plain = network(stage, state.weights, freeze=None)
+    second = engine(network(stage, state.weights, freeze=None), ranks, stage, precision)
     handed = second.state()
     assert all(torch.equal(handed.weights[name], value) for name, value in state.weights.items()), "hand-over"
     ids_GT, labels_G = batch(0)
@@ -225,7 +251,7 @@ def skipped(ranks: Ranks, stage: int | str, precision: str) -> None:
 
     The judge is a twin, built on other weights (frozen ones too) and loaded with the state before the NaN.
     """
-    trained = engine(network(), ranks, stage, precision)
+    trained = engine(network(stage), ranks, stage, precision)
     assert train_step(trained, ranks, 0)[1].applied
     before = trained.state()
     _, outcome = train_step(trained, ranks, 1, spoil=True)
@@ -236,7 +262,7 @@ def skipped(ranks: Ranks, stage: int | str, precision: str) -> None:
     assert list(share.weights) == list(before.weights)[ranks.rank :: ranks.world]
     assert list(share.names) == list(before.weights)
 
-    twin = engine(network({name: value + 1 for name, value in before.weights.items()}), ranks, stage, precision)
+    twin = engine(network(stage, {name: value + 1 for name, value in before.weights.items()}), ranks, stage, precision)
     twin.load(before)
     assert_same(before, twin.state())
     ids_GT, labels_G = batch(5)
@@ -251,25 +277,32 @@ def skipped(ranks: Ranks, stage: int | str, precision: str) -> None:
     twin.close()
 
 
-def cases(precision: str) -> dict[str, Callable[[Ranks], None]]:
-    """Every case of a precision by name, in the order they run."""
+def cases(session: str) -> dict[str, Callable[[Ranks], None]]:
+    """Every case of a session by name, in the order they run."""
     found: dict[str, Callable[[Ranks], None]] = {}
 
     def add(name: str, work: Callable[..., None], *arguments: Any) -> None:
         found[name] = lambda ranks: work(ranks, *arguments)
 
-    stages: list[int | str] = list(STAGES)
-    offloads = ["1_offload", "2_offload", "3_offload", "3_offload_params"]
-    if precision == "fp32":
-        clipped = [(stage, 0.05) for stage in (*STAGES, *offloads)]
-        for stage, clip in [*clipped, (0, 0.0), (2, 0.0), ("3_persistent", 0.0)]:
-            add(f"parity-zero{stage}-{'clip' if clip else 'no_clip'}", parity, stage, clip)
-        stages += ["2_offload", "3_offload_params"]
-    else:
-        stages += ["3_persistent", *offloads]
-    for stage in stages:
+    def add_both(stage: int | str, precision: str) -> None:
         for work in (phases, skipped):
             add(f"{work.__name__}-zero{stage}-{precision}", work, stage, precision)
+
+    offloads = ["1_offload", "2_offload", "3_offload", "3_offload_params"]
+    if session == "nvme":
+        add("parity-zero3_nvme", parity, "3_nvme", 0.05)
+        for turn in ("pipelined", "optimizer_alone", "weights_alone"):
+            add(f"parity-zero3_nvme-{turn}", parity, f"3_nvme-{turn}", 0.05, None)
+        add("skipped-zero3_nvme-pipelined-bf16", skipped, "3_nvme-pipelined", "bf16")
+        for precision in PRECISIONS:
+            add_both("3_nvme", precision)
+        return found
+    if session == "fp32":
+        clipped = [(stage, 0.05) for stage in (*STAGES, *offloads)]
+        for stage, clip in [*clipped, (0, 0.0), (2, 0.0), ("3-persistent", 0.0)]:
+            add(f"parity-zero{stage}-{'clip' if clip else 'no_clip'}", parity, stage, clip)
+    for stage in (*STAGES, *(["2_offload", "3_offload_params"] if session == "fp32" else ["3-persistent", *offloads])):
+        add_both(stage, session)
     return found
 
 
@@ -280,7 +313,7 @@ def main(results: Path, works: dict[str, Callable[[Ranks], None]]) -> None:
     # DeepSpeed and our tear-down collect garbage at each engine; what was imported needs no second look.
     gc.collect()
     gc.freeze()
-    answers: dict[str, str] = {}
+    answers: dict[str, Any] = {}
     path = results / f"rank{ranks.rank}.json"
     for name, work in works.items():
         try:
@@ -288,7 +321,7 @@ def main(results: Path, works: dict[str, Callable[[Ranks], None]]) -> None:
             answers[name] = "ok"
         except Exception:
             answers[name] = traceback.format_exc()
-        path.write_text(json.dumps(answers))
+        path.write_text(json.dumps(answers | {"started": sorted(started)}))
         if answers[name] != "ok":
             print(name, answers[name], flush=True)
             os._exit(1)

@@ -32,6 +32,12 @@ REQUIRED: dict[str, tuple[Any, str]] = {
     "gradient_allreduce_op": ("mean", "the loss is a mean over the global batch"),
     "managed_gradient_accumulation": (True, "the engine counts micro batches"),
     "zero_optimization.compute_grad_norm": (True, "a step with non-finite gradients is found by their norm"),
+    "zero_optimization.offload_optimizer.ratio": (
+        1.0,
+        "AdamW's moments are in one optimizer, in host memory or on NVMe",
+    ),
+    "zero_optimization.offload_optimizer.super_offload": (False, "AdamW's moments are in this process"),
+    "aio.use_gds": (False, "swap files go through host memory"),
     "zero_optimization.zero_quantized_nontrainable_weights": (False, "frozen weights must stay as they are"),
     "bf16.check_grad_overflow": (True, "a step with non-finite gradients must be skipped"),
     "bf16.bf16_master_weights_and_grads": (False, "master weights are float32"),
@@ -144,11 +150,6 @@ def check(tree: dict[str, Any], source: str, stated: Mapping[str, Sequence[Any]]
         raise ConfigError(
             f"{source}: `scheduler`: the recipe owns the learning-rate schedule (phases.N.learning_rate); take it out"
         )
-    for key in ("offload_optimizer", "offload_param"):
-        if lookup(tree, f"zero_optimization.{key}.device") == "nvme":
-            raise ConfigError(
-                f"{source}: `zero_optimization.{key}.device`: nvme is not supported by the checkpoints; use cpu"
-            )
 
 
 def complete(tree: Mapping[str, Any], owned: Mapping[str, Any], source: str = "ds_config") -> dict[str, Any]:

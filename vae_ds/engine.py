@@ -9,16 +9,19 @@ import gc
 import io
 import math
 import os
+import shutil
+import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from vae_ds import ds_config, ds_keys, generators
+from vae_ds import ds_config, ds_keys, generators, nvme
 from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.masters import MOMENTS, Masters
 from vae_ds.runtime import Ranks
@@ -88,13 +91,19 @@ def resolve(
     chosen = {f"{kind}.enabled": precision == kind for kind in ("bf16", "fp16")}
     ds_config.check(tree, source, {**{key: [value] for key, value in chosen.items()}, **(stated or {})})
     ds_config.settle_accumulation(tree, stage, precision, source)
+    nvme.settle(tree, source)
     if ds_config.lookup(tree, "zero_optimization.offload_optimizer"):
         tree.setdefault("zero_force_ds_cpu_optimizer", False)
-    probe = {key: 1 for key in ds_config.OWNED if key.startswith("train_micro")} | chosen
+    probe = {key: 1 for key in ds_config.OWNED if key.startswith("train_micro")} | chosen | nvme.owned(tree)
     rest = {key: value for key, value in tree.items() if key not in ds_config.OWNED}
     _check_known(ds_config.complete(rest, probe, source), source)
     if precision == "fp16" and not _library().accelerator.get_accelerator().is_fp16_supported():
         raise ConfigError(f"precision: this {torch.device(device).type} cannot compute in fp16; use bf16 or fp32")
+    if nvme.sections(tree) and not builds_async_io():
+        raise ConfigError(
+            f"{source}: DeepSpeed cannot build its operator for NVMe here; install libaio's header (libaio-dev or "
+            "libaio-devel), g++ and ninja (`vae-ds doctor` tells which is missing), or offload to cpu"
+        )
     for key, value in chosen.items():
         tree.setdefault(key.split(".")[0], {})["enabled"] = value
     return tree
@@ -139,7 +148,8 @@ class PhaseEngine:
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        filled = _fill(ds_config, optimizer, micro, accumulation, ranks, precision)
+        filled = _fill(ds_config, optimizer, micro, accumulation, ranks, precision, parameters.values())
+        self._swap = nvme.claim(filled, parameters.values(), ranks, 4 if precision == "fp32" else 2)
         self._stage = int(filled.get("zero_optimization", {}).get("stage", 0))
         self._is_plain = self._stage == 0 and precision == "fp32"
         self._has_scale = precision == "fp16"
@@ -253,13 +263,16 @@ class PhaseEngine:
         engine = self._engine
         if engine is None:
             return
+        swappers = nvme.quiet(engine.optimizer, self._parameters.values())
         engine.destroy()
+        nvme.free(swappers)
+        self._swap.close()
         # `destroy` leaves these, and through them the whole engine with its optimizer state stays alive.
         engine.module_forward_pre_hook.remove()
         engine.module_forward_post_hook.remove()
         for parameter in self._parameters.values():
             parameter.grad = None
-            for name in ("_z3_optimizer", "_hp_mapping", "_zero_optimizer", "_dp_group"):
+            for name in ("_z3_optimizer", "_hp_mapping", "_zero_optimizer", "_dp_group", "nvme_swapper"):
                 if hasattr(parameter, name):
                     delattr(parameter, name)
         self._engine = None
@@ -276,6 +289,10 @@ class PhaseEngine:
             os.environ["LOCAL_RANK"] = str(self._ranks.device.index)
         # DeepSpeed prints its memory readings at stage 1 in bf16, past its own log.
         with contextlib.redirect_stdout(io.StringIO()):
+            if "offload_param" in nvme.sections(filled) and not filled["bf16"]["enabled"]:
+                self._library.init_distributed(dist_init_required=False)
+                # By itself it takes 16 bits for the files' type in float32 where a processor cannot compute in fp16.
+                self._library.zero.Init(module=module, config_dict_or_path=filled, remote_device="nvme")
             engine, *_ = self._library.initialize(
                 model=module,
                 optimizer=self._adam,
@@ -325,9 +342,15 @@ def _library() -> ModuleType:
 
 
 def _fill(
-    tree: dict[str, Any], optimizer: OptimizerConfig, micro: int, accumulation: int, ranks: Ranks, precision: str
+    tree: dict[str, Any],
+    optimizer: OptimizerConfig,
+    micro: int,
+    accumulation: int,
+    ranks: Ranks,
+    precision: str,
+    parameters: Iterable[nn.Parameter],
 ) -> dict[str, Any]:
-    owned = {
+    owned = nvme.owned(tree, parameters, ranks.world) | {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro * accumulation * ranks.world,
@@ -345,3 +368,15 @@ def _check_known(tree: dict[str, Any], source: str) -> None:
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     ds_keys.check_known(tree, source, DeepSpeedConfig, DeepSpeedConfigModel)
+
+
+def builds_async_io() -> bool:
+    """Whether DeepSpeed's operator for offloading to NVMe can be built here: compiles a probe against libaio."""
+    _library()
+    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    if shutil.which("ninja", path=own) and own not in path.split(os.pathsep):
+        # Another ninja than the environment's, which is on the PATH only while it is active, would build all anew.
+        os.environ["PATH"] = f"{own}{os.pathsep}{path}"
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return shutil.which("ninja") is not None and bool(AsyncIOBuilder().is_compatible(verbose=False))

@@ -1,11 +1,13 @@
 """Exact float32 weights and Adam moments of a live engine, whole tensors in and out, at any ZeRO stage.
 
 `master` is the float32 tensor that AdamW updates: the parameter itself at stage 0 in float32, a copy of it at stage 0
-in 16 bits, a slice of a flat buffer at stages 1 to 3. DeepSpeed's own accessors serve the stages from 1 on; this room
-fills their gaps and is handed DeepSpeed and its engine by the engine room.
+in 16 bits, a slice of a flat buffer at stages 1 to 3, which at stage 3 may wait in a file on NVMe. DeepSpeed's own
+accessors serve the stages from 1 on; this room fills their gaps and is handed DeepSpeed and its engine by the engine
+room.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -64,11 +66,7 @@ class Masters:
             master = self._direct[parameter]
             (master if moment is None else self._adam.state[master][moment]).copy_(value)
         elif self._stage == 3:
-            part = self._part(parameter, value)
-            if moment is None:
-                utils.safe_set_local_fp32_param(parameter, part)
-            else:
-                utils.safe_set_local_optimizer_state(parameter, part, moment)
+            self._write_part(parameter, value, moment)
         elif moment is None:
             utils.safe_set_full_fp32_param(parameter, value)
         else:
@@ -106,18 +104,38 @@ class Masters:
 
     def _create_moments(self) -> None:
         """Zero moments at once, as a first step would make: before it the accessors raise, each stage in its way."""
-        for master in self._owned():
-            self._adam.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                **{moment: torch.zeros_like(master, requires_grad=False) for moment in MOMENTS},
-            }
+        for number, master in enumerate(self._owned()):
+            with self._in_memory(number):
+                self._adam.state[master] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                    **{moment: torch.zeros_like(master, requires_grad=False) for moment in MOMENTS},
+                }
         link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
 
-    def _part(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
-        """This rank's slice at stage 3, padded: DeepSpeed's whole setter fails where the world does not divide."""
-        size = int(parameter.ds_tensor.numel())
+    def _write_part(self, parameter: Any, value: torch.Tensor, moment: str | None) -> None:
+        """This rank's slice at stage 3, padded.
+
+        DeepSpeed's setters fail: that of whole tensors where the world does not divide, that of slices where the
+        parameter is on NVMe.
+        """
+        wrapper = self._engine.optimizer
+        number, start, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
         flat = torch.zeros(size * self._ranks.world, dtype=torch.float32)
         flat[: value.numel()] = value.flatten()
-        return flat.narrow(0, size * self._ranks.rank, size)
+        with self._in_memory(number):
+            master = wrapper.fp32_partitioned_groups_flat[number]
+            whole = master if moment is None else self._adam.state[master][moment]
+            whole.narrow(0, start, size).copy_(flat.narrow(0, size * self._ranks.rank, size))
+
+    @contextmanager
+    def _in_memory(self, number: int) -> Iterator[None]:
+        """Bring an owned tensor and its moments, by number, from NVMe if they are there, and write them back after."""
+        wrapper = self._engine.optimizer
+        if self._stage < 3 or not wrapper._swappable_optimizer_subgroup(number):
+            yield
+            return
+        wrapper._optimizer_states_and_gradient_swap_in(number)
+        yield
+        wrapper._optimizer_states_and_gradient_swap_out(number)
