@@ -77,9 +77,9 @@ def settle(tree: dict[str, Any], source: str) -> None:
         stated = section.get("nvme_path")
         where, advice = f"{key}.nvme_path`", f'write "auto" there, and set {VARIABLE} to a folder on this node\'s NVMe'
         if stated in (None, AUTO):
-            name = next((one for one in (VARIABLE, "TMPDIR") if os.environ.get(one)), None)
-            stated = os.environ[name] if name else "/tmp"
-            where, advice = f"${name}" if name else where, advice.partition("and ")[2]
+            variable = next((one for one in (VARIABLE, "TMPDIR") if os.environ.get(one)), None)
+            stated = os.environ[variable] if variable else "/tmp"
+            where, advice = f"${variable}" if variable else where, advice.partition("and ")[2]
         if (fault := _fault_of(Path(str(stated)))) is not None:
             raise ConfigError(f"{where}: {stated}: {fault}; {advice}")
         section["nvme_path"] = str(Path(str(stated)).absolute())
