@@ -29,7 +29,7 @@ def save(run_dir: Path, state: PhaseState, progress: dict, ranks: Ranks) -> Path
 
 def train(ranks: Ranks, folder: Path) -> None:
     """Train, save by shares, and record what an uninterrupted run does next."""
-    trained = engine(network(), ranks, STAGE, "fp32")
+    trained = engine(network(STAGE), ranks, STAGE, "fp32")
     torch.manual_seed(ranks.rank)
     for step in range(STEPS):
         train_step(trained, ranks, step)
@@ -62,7 +62,7 @@ def resume(ranks: Ranks, folder: Path, stage: int, precision: str) -> None:
     same_world = found.manifest["world"] == ranks.world
     assert (state.generators is not None) == same_world
     accumulation = ACCUMULATION * found.manifest["world"] // ranks.world
-    wrong = network({name: value + OTHER for name, value in state.weights.items()})
+    wrong = network(STAGE, {name: value + OTHER for name, value in state.weights.items()})
     resumed = engine(wrong, ranks, stage, precision, accumulation=accumulation)
     torch.rand(7)
     resumed.load(state)
@@ -101,7 +101,7 @@ def other_freezing(ranks: Ranks, folder: Path) -> None:
     found = checkpoint.newest(folder)
     assert found is not None
     state, _ = checkpoint.load(found)
-    trained = engine(network(freeze=None), ranks, 1, "fp32")
+    trained = engine(network(1, freeze=None), ranks, 1, "fp32")
     with pytest.raises(CheckpointError, match=r"freezes other parameters: `middle\.bias` differs"):
         trained.load(state)
     trained.close()
