@@ -79,7 +79,9 @@ def test_a_checkpoint_is_shards_of_safetensors_and_plain_json(session: Session) 
         "shard-00001.safetensors",
     ]
     state, _ = checkpoint.load(found)
-    assert list(state.weights) == [name for name, _ in checkpoint_cases.network(checkpoint_cases.STAGE).named_parameters()]
+    assert list(state.weights) == [
+        name for name, _ in checkpoint_cases.network(checkpoint_cases.STAGE).named_parameters()
+    ]
     assert state.generators is None
 
 

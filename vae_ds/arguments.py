@@ -107,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--deepspeed", metavar="FILE")
     one.add_argument("--processes", type=_positive, default=2)
     one.add_argument("--kill-every-minutes", type=float, default=3.0)
+    one.add_argument("--minutes", type=float, help="end with the next kill after this time, done or not")
     one.add_argument("--seed", type=int, default=0, help="of who is killed and when")
     one.add_argument("--no-compare", action="store_true", help="do not train once more undisturbed to compare weights")
 

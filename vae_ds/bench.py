@@ -58,14 +58,15 @@ def soak(
     overrides: Sequence[str] = (),
     processes: int = 2,
     kill_every_s: float = 180.0,
+    minutes: float | None = None,
     seed: int = 0,
     compare: bool = True,
 ) -> Soak:
     """Train `recipe` into `run_dir`/soak, killing a random rank (SIGKILL) every `kill_every_s` seconds or so.
 
     Between two kills there must be time for a checkpoint, or the run never gets further: mind the recipe's
-    `checkpoint.every_steps`. With `compare`, then trains it undisturbed into `run_dir`/quiet and compares the exported
-    weights bit for bit.
+    `checkpoint.every_steps`. `minutes` ends the soak with the next kill, though the run is not done. With `compare`, a
+    run that is done is trained once more, undisturbed, into `run_dir`/quiet, and the weights are compared bit for bit.
     Writes `run_dir`/soak.json. Raises ConfigError if the directory holds a soak already, RuntimeError if the ranks end
     by themselves without being done.
     """
@@ -75,7 +76,7 @@ def soak(
     began_s = time.monotonic()
     stretches: list[Stretch] = []
     target = run_dir / "soak"
-    while not _is_done(target):
+    while not _is_done(target) and (minutes is None or time.monotonic() - began_s < 60 * minutes):
         kill_after_s = kill_every_s * draw.uniform(0.5, 1.5)
         stretches.append(_stretch(recipe, target, overrides, processes, kill_after_s, draw.randrange(processes)))
         if stretches[-1].rank_killed is None and not _is_done(target):
@@ -95,7 +96,7 @@ def soak(
     )
     # At once: the undisturbed run takes long, too.
     records.write_json(run_dir / "soak.json", asdict(result))
-    if compare:
+    if compare and _is_done(target):
         _stretch(recipe, run_dir / "quiet", overrides, processes, None, 0)
         result = replace(result, same_weights=_same_weights(run_dir / "soak", run_dir / "quiet"))
         records.write_json(run_dir / "soak.json", asdict(result))

@@ -176,6 +176,7 @@ def bench_soak(arguments: argparse.Namespace) -> None:
         overrides=_overrides(arguments),
         processes=arguments.processes,
         kill_every_s=60 * arguments.kill_every_minutes,
+        minutes=arguments.minutes,
         seed=arguments.seed,
         compare=not arguments.no_compare,
     )
