@@ -102,7 +102,7 @@ def resolve(
     if nvme.sections(tree) and not builds_async_io():
         raise ConfigError(
             f"{source}: DeepSpeed cannot build its operator for NVMe here; install libaio's header (libaio-dev or "
-            "libaio-devel), g++ and ninja (`vae-ds doctor` tells which is missing), or offload to cpu"
+            "libaio-devel), g++, ninja and, for GPUs, the CUDA toolkit (see `vae-ds doctor`), or offload to cpu"
         )
     for key, value in chosen.items():
         tree.setdefault(key.split(".")[0], {})["enabled"] = value
@@ -289,9 +289,11 @@ class PhaseEngine:
             os.environ["LOCAL_RANK"] = str(self._ranks.device.index)
         # DeepSpeed prints its memory readings at stage 1 in bf16, past its own log.
         with contextlib.redirect_stdout(io.StringIO()):
-            if "offload_param" in nvme.sections(filled) and not filled["bf16"]["enabled"]:
+            in_float32 = not (filled["bf16"]["enabled"] or filled["fp16"]["enabled"])
+            can_fp16 = self._library.accelerator.get_accelerator().is_fp16_supported()
+            if "offload_param" in nvme.sections(filled) and in_float32 and not can_fp16:
+                # By itself it would write float32 weights as bf16: a slip that shows only on processors without fp16.
                 self._library.init_distributed(dist_init_required=False)
-                # By itself it takes 16 bits for the files' type in float32 where a processor cannot compute in fp16.
                 self._library.zero.Init(module=module, config_dict_or_path=filled, remote_device="nvme")
             engine, *_ = self._library.initialize(
                 model=module,
@@ -371,12 +373,18 @@ def _check_known(tree: dict[str, Any], source: str) -> None:
 
 
 def builds_async_io() -> bool:
-    """Whether DeepSpeed's operator for offloading to NVMe can be built here: compiles a probe against libaio."""
+    """Whether DeepSpeed's operator for offloading to NVMe is or can be built here: compiles a probe against libaio."""
     _library()
     own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
     if shutil.which("ninja", path=own) and own not in path.split(os.pathsep):
         # Another ninja than the environment's, which is on the PATH only while it is active, would build all anew.
         os.environ["PATH"] = f"{own}{os.pathsep}{path}"
+    from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils.cpp_extension import CUDA_HOME
 
+    if installed_ops.get("async_io"):
+        return True
+    if torch.cuda.is_available() and torch.version.cuda and CUDA_HOME is None:
+        return False
     return shutil.which("ninja") is not None and bool(AsyncIOBuilder().is_compatible(verbose=False))
