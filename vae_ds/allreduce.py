@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -97,15 +97,18 @@ def start_group(timeout_s: float) -> Check:
         try:
             _wait(workers, time.monotonic() + timeout_s + STARTUP_S)
         finally:
+            codes = [worker.poll() for worker in workers]
             for worker in workers:
                 worker.kill()
-            codes = [worker.wait() for worker in workers]
+                worker.wait()
         answer = (Path(folder) / "0.out").read_text(encoding="utf-8")
-        if answer:
-            return Check(**json.loads(answer))
         told = {rank: _last_line(Path(folder) / f"{rank}.err") for rank in range(processes)}
     fates = [f"rank {rank} ended with {code}: {told[rank] or 'no word'}" for rank, code in enumerate(codes) if code]
-    return _failed("; ".join(fates) or "rank 0 ended without a word")
+    if not answer:
+        return _failed("; ".join(fates) or "rank 0 ended without a word")
+    check = Check(**json.loads(answer))
+    # Rank 0 can only say who is missing.
+    return check if check.state == "ok" else replace(check, found="; ".join([check.found, *fates]))
 
 
 class _Trial(threading.Thread):
