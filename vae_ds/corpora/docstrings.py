@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -127,7 +128,8 @@ def _progress(kind: Kind, jobs: list[tuple[str, Path]]) -> Iterator[Extract]:
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        pool = multiprocessing.get_context(method).Pool(workers)
+        # A process that notes SIGTERM for later would hand that on, and the pool ends its workers by it.
+        pool = multiprocessing.get_context(method).Pool(workers, signal.signal, (signal.SIGTERM, signal.SIG_DFL))
     with pool:
         yield from tqdm(pool.imap(extract, jobs, chunksize=16), **bar)
 
