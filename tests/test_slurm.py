@@ -32,6 +32,8 @@ REASON = cluster.why_not()
 on_slurm = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 LOSSES = ("rec", "kl", "loss")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
+# Seconds on free cores; minutes where others use them too.
+pytestmark = pytest.mark.timeout(900)
 
 
 # SLURM's variables
@@ -127,7 +129,7 @@ def train(place: Cluster, run: Path, settings: list[str], *options: str, env: di
     return place.submit(*options, TRAIN, "demo", "--run-dir", run, "--set", *settings, env=env)
 
 
-def wait_for(ready: Callable[[], bool], place: Cluster, limit_s: float = 180) -> None:
+def wait_for(ready: Callable[[], bool], place: Cluster, limit_s: float = 300) -> None:
     deadline = time.monotonic() + limit_s
     while not ready():
         assert time.monotonic() < deadline, place.logs()
@@ -191,7 +193,6 @@ def world_of(run: Path) -> int:
 
 
 @on_slurm
-@pytest.mark.timeout(600)
 def test_two_nodes_are_one_and_a_job_comes_back(nodes: Cluster, longer: list[str], quiet: Path, tmp_path: Path) -> None:
     """On two nodes, requeued by hand in phase 1, then warned of its time limit in phase 2."""
     run = tmp_path / "run"
@@ -246,7 +247,6 @@ def test_a_killed_rank_fails_the_job(nodes: Cluster, longer: list[str], tmp_path
 
 
 @on_slurm
-@pytest.mark.timeout(600)
 def test_phases_as_jobs_of_their_own(nodes: Cluster, longer: list[str], quiet: Path, tmp_path: Path) -> None:
     """Phase 1 on one rank, the rest on two nodes with a device a task; then the evaluation as a job."""
     run = tmp_path / "run"
@@ -344,7 +344,6 @@ def test_a_full_disk_is_told_in_the_log(nodes: Cluster, settings: list[str], tmp
 
 
 @on_slurm
-@pytest.mark.timeout(600)
 def test_a_cut_link_ends_both_sides(longer: list[str], quiet: Path, tmp_path: Path) -> None:
     """Nodes with addresses of their own; the link between them is cut and mended."""
     try:
@@ -358,11 +357,11 @@ def test_a_cut_link_ends_both_sides(longer: list[str], quiet: Path, tmp_path: Pa
         wait_for(lambda: steps_of(run) > 60, apart)
         ranks = apart.ranks(job)
         apart.cut("n2")
-        wait_for(lambda: not any(is_alive(rank) for rank in ranks.values()), apart, 60)
+        wait_for(lambda: not any(is_alive(rank) for rank in ranks.values()), apart, 180)
         # SLURM misses the node before it is back, or the job itself asks to be queued again.
-        wait_for(lambda: apart.field(job, "Restarts") != "0", apart, 120)
+        wait_for(lambda: apart.field(job, "Restarts") != "0", apart)
         apart.mend("n2")
-        assert apart.wait(job, limit_s=300) == "COMPLETED", apart.logs()
+        assert apart.wait(job, limit_s=400) == "COMPLETED", apart.logs()
         assert int(apart.field(job, "Restarts")) >= 1
         same_curve(run, quiet)
         same_weights(run, quiet)
@@ -441,7 +440,7 @@ def test_tensorboard_on_a_node(nodes: Cluster, quiet: Path) -> None:
         except OSError:
             return False
 
-    wait_for(answers, nodes, 90)
+    wait_for(answers, nodes)
     listening = [
         one.laddr.ip for one in psutil.net_connections("tcp") if one.status == "LISTEN" and one.laddr.port == int(port)
     ]
