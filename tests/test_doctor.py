@@ -21,7 +21,6 @@ from cluster import Cluster, why_not
 from launch import Finished, clean_environment, launch
 from vae_ds import checks, cli, installation
 from vae_ds.checks import Check
-from vae_ds.runtime import free_port
 
 DOCTOR = ("-m", "vae_ds", "doctor")
 # To start two processes; seconds on an idle machine.
@@ -245,8 +244,7 @@ def test_a_process_of_the_doctor_that_hangs_or_dies(tmp_path: Path, number: sign
 def test_two_nodes_of_a_slurm_job(tmp_path: Path) -> None:
     """Each node is checked by one of its ranks, and the ranks talk from node to node."""
     with contextlib.closing(Cluster(tmp_path)) as cluster:
-        # Each new cluster counts jobs from 1, and the port of ranks comes from the job's number.
-        env = {**clean_environment(tmp_path), **cluster.env, "MASTER_PORT": str(free_port())}
+        env = {**clean_environment(tmp_path), **cluster.env}
         command = ["srun", "-N2", "-n2", "--export=ALL", sys.executable, *DOCTOR, "--json", "--run-dir", str(tmp_path)]
         finished = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
     assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -18,10 +18,7 @@ def parser() -> argparse.ArgumentParser:
         ("pretrain", commands.pretrain, "pretrain a small T5 from nothing"),
     ):
         one = _command(subparsers, name, command, text)
-        one.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-        one.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="override a setting")
-        one.add_argument("--run-dir", help="where the run is kept; default runs/NAME")
-        one.add_argument("--deepspeed", metavar="FILE", help="zero0..zero3, a shipped ds_config's name, or a JSON file")
+        _add_recipe(one)
         one.add_argument("--resume", choices=("auto", "never"), default="auto")
         one.add_argument("--changed-data", action="store_true", help="resume though the training text has changed")
         if name == "train":
@@ -76,10 +73,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="override a setting of every run")
 
     one = _command(subparsers, "submit", commands.submit, "train a recipe as a SLURM job")
-    one.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    one.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="override a setting")
-    one.add_argument("--run-dir", help="where the run is kept; default runs/NAME")
-    one.add_argument("--deepspeed", metavar="FILE")
+    _add_recipe(one)
     one.add_argument("--nodes", type=_positive, default=1)
     one.add_argument("--gpus-per-node", type=int, default=0, metavar="N")
     one.add_argument("--tasks-per-node", type=_positive, metavar="N", help="ranks a node; default one a GPU")
@@ -145,6 +139,13 @@ def _generator(subparsers: Any, name: str, run: Callable[[argparse.Namespace], N
     one.add_argument("--beams", type=_positive, default=1)
     one.add_argument("--seed", type=int, default=0)
     return one
+
+
+def _add_recipe(one: argparse.ArgumentParser) -> None:
+    one.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    one.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="override a setting")
+    one.add_argument("--run-dir", help="where the run is kept; default runs/NAME")
+    one.add_argument("--deepspeed", metavar="FILE", help="zero0..zero3, a shipped ds_config's name, or a JSON file")
 
 
 def _add_split(one: argparse.ArgumentParser) -> None:

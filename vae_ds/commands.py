@@ -12,12 +12,11 @@ from typing import Any
 
 from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.exits import EXIT_FAULT, EXIT_STOPPED
-from vae_ds.stop import EARLY_SIGNALS, StopFlag
+from vae_ds.stop import listening
 
 
 def train(arguments: argparse.Namespace) -> None:
-    stop = StopFlag()
-    stop.install(EARLY_SIGNALS)
+    stop = listening()
     from vae_ds import config as configuration
     from vae_ds.settings import RunConfig
 
@@ -39,8 +38,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def pretrain(arguments: argparse.Namespace) -> None:
-    stop = StopFlag()
-    stop.install(EARLY_SIGNALS)
+    stop = listening()
     from vae_ds import config as configuration
     from vae_ds.settings import PretrainConfig
 
@@ -132,10 +130,11 @@ def submit(arguments: argparse.Namespace) -> None:
     from vae_ds.settings import RunConfig
 
     overrides = _overrides(arguments)
-    name = configuration.load(RunConfig, arguments.recipe, overrides).name
-    run_dir = Path(arguments.run_dir or Path("runs") / name)
+    config = configuration.load(RunConfig, arguments.recipe, overrides)
+    run_dir = Path(arguments.run_dir or Path("runs") / config.name)
     wanted = jobs.Wanted(arguments.nodes, arguments.gpus_per_node, arguments.tasks_per_node, arguments.time)
-    text = jobs.batch_file(arguments.recipe, run_dir, wanted, jobs.site(arguments.site), overrides, arguments.sbatch)
+    train = [arguments.recipe, "--run-dir", str(run_dir), *(("--set", *overrides) if overrides else ())]
+    text = jobs.batch_file(config, train, run_dir, wanted, jobs.site(arguments.site), arguments.sbatch)
     if arguments.dry_run:
         print(text, end="")
         return
@@ -145,8 +144,7 @@ def submit(arguments: argparse.Namespace) -> None:
 
 
 def study(arguments: argparse.Namespace) -> None:
-    stop = StopFlag()
-    stop.install(EARLY_SIGNALS)
+    stop = listening()
     from vae_ds import config as configuration
     from vae_ds.settings import StudyConfig
 
@@ -160,9 +158,10 @@ def study(arguments: argparse.Namespace) -> None:
         studies.run(config, row, root / row.name, stop, arguments.set or ())
         return
     studies.check(config)
-    for number, (row, state) in enumerate(studies.states(config, root)):
+    states = studies.states(config, root)
+    for number, (row, state) in enumerate(states):
         print(f"{number:4} {state:8} {row.name}")
-    left = ",".join(str(number) for number, (_, state) in enumerate(studies.states(config, root)) if state != "done")
+    left = ",".join(str(number) for number, (_, state) in enumerate(states) if state != "done")
     if left:
         print(f"\nto train them: sbatch --array={left} launchers/slurm/sweep.sbatch {arguments.study}")
 

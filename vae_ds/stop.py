@@ -25,3 +25,10 @@ class StopFlag:
         if number == signal.SIGINT and self.raised == "SIGINT":
             raise KeyboardInterrupt
         self.raised = signal.Signals(number).name
+
+
+def listening() -> StopFlag:
+    """A flag that hears the early signals from now on."""
+    stop = StopFlag()
+    stop.install(EARLY_SIGNALS)
+    return stop

@@ -60,23 +60,21 @@ def launchers_dir() -> Path:
 
 
 def batch_file(
-    recipe: str,
+    config: RunConfig,
+    train: Sequence[str],
     run_dir: Path,
     wanted: Wanted,
     place: SiteConfig,
-    overrides: Sequence[str] = (),
     extra: Sequence[str] = (),
 ) -> str:
-    """The text of the batch file: sbatch's options, the site's environment, and train.sbatch with the recipe.
+    """The text of the batch file: sbatch's options, the site's environment, and train.sbatch.
 
-    `extra` are further options of sbatch. Raises ConfigError if the recipe is wrong, its global batch does not divide
-    over the ranks, or an option cannot stand in a batch file.
+    `train` are the arguments of `vae-ds train` that gave `config`, `extra` further options of sbatch. Raises
+    ConfigError if the global batch does not divide over the ranks, or an option cannot stand in a batch file.
     """
-    config = configuration.load(RunConfig, recipe, overrides)
     batches.micro_batch(config.batch.global_size, wanted.nodes * wanted.ranks_per_node, config.batch.micro)
     if wanted.time is not None and not TIME.fullmatch(wanted.time):
         raise ConfigError(f"--time {wanted.time}: use SLURM's form, such as 24:00:00 or 2-00:00:00")
-    train = [recipe, "--run-dir", str(run_dir), *(("--set", *overrides) if overrides else ())]
     lines = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH {option}" for option in _options(config.name, run_dir, wanted, place, extra)),
