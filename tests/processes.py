@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 
 # What a launcher and its ranks need to the first step, on a machine that others use too.
 STARTUP_S = 300.0
@@ -69,3 +72,16 @@ def rows(run: Path) -> list[dict[str, float]]:
 
 def state_of(run: Path) -> str:
     return str(json.loads((run / "status.json").read_text(encoding="utf-8"))["state"])
+
+
+@contextmanager
+def small_disk_at(place: Path, size: str) -> Iterator[Path]:
+    """A file system of that size, as mount has it; the test is skipped where none may be mounted."""
+    place.mkdir()
+    can = shutil.which("mount") and os.geteuid() == 0
+    if not can or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place]).returncode:
+        pytest.skip("only root may mount a small file system here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,6 @@ DOCTOR = ("-m", "vae_ds", "doctor")
 # To start two processes; seconds on an idle machine.
 STARTUP_S = 60.0
 SECRET = "a-token-that-nobody-may-see"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 6 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    made = shutil.which("mount") and os.geteuid() == 0
-    if not made or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], check=False).returncode:
-        pytest.skip("only root may mount a small file system here")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def by_name(report: dict[str, Any]) -> dict[str, dict[str, Any]]:

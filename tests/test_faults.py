@@ -247,18 +247,6 @@ def test_what_may_change_on_the_way_is_told_and_what_may_not_is_named(
     assert state_of(tmp_path / "run") == "done"
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 6 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    made = shutil.which("mount") and os.geteuid() == 0
-    if not made or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], check=False).returncode:
-        pytest.skip("only root may mount a small file system here")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
-
-
 def test_on_a_full_disk_the_older_checkpoint_stays_whole(
     recipe: Path, small_disk: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

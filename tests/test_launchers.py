@@ -223,21 +223,7 @@ def test_wrong_arguments_of_the_demo() -> None:
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Settings that make the demo's recipes tiny: a random base, a few sentences, a step or two a second."""
     folder = tmp_path_factory.mktemp("demo")
-    base = tiny.make_base(folder / "base", dropout_rate=0.0)
-    text = tiny.write_splits(folder / "text", tiny.ENGLISH[:256], tiny.ENGLISH[256:320], tiny.ENGLISH[320:])
-    return [
-        f"model.base={base}",
-        "model.latent_dim=4",
-        "data.corpus=text",
-        f"data.path={text}",
-        "data.max_tokens=24",
-        "batch.global=16",
-        "logging.every=1",
-        "logging.progress=false",
-        "validation.sentences=32",
-        "evaluation.iw_samples=4",
-        "evaluation.iw_sentences=16",
-    ]
+    return [*tiny.demo_settings(folder), "evaluation.iw_samples=4", "evaluation.iw_sentences=16"]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import cluster
 import tiny
 from cluster import Cluster
-from processes import rows, state_of
+from processes import rows, small_disk_at, state_of
 from vae_ds import cli, slurm
 from vae_ds.errors import ConfigError
 from vae_ds.watch import is_alive
@@ -95,24 +95,8 @@ def test_ports_of_jobs_and_steps_differ() -> None:
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A run of seconds: a random base without dropout, a few sentences, both phases."""
     folder = tmp_path_factory.mktemp("demo")
-    base = tiny.make_base(folder / "base", dropout_rate=0.0)
-    text = tiny.write_splits(folder / "text", tiny.ENGLISH[:256], tiny.ENGLISH[256:320], tiny.ENGLISH[320:])
-    return [
-        f"model.base={base}",
-        "model.latent_dim=4",
-        "data.corpus=text",
-        f"data.path={text}",
-        "data.max_tokens=24",
-        "batch.global=16",
-        "logging.every=1",
-        "logging.progress=false",
-        "logging.tensorboard=false",
-        "validation.sentences=32",
-        "evaluation.iw_samples=4",
-        "evaluation.iw_sentences=16",
-        "phases.0.steps=4",
-        "phases.1.steps=4",
-    ]
+    lengths = ["phases.0.steps=4", "phases.1.steps=4", "evaluation.iw_samples=4", "evaluation.iw_sentences=16"]
+    return [*tiny.demo_settings(folder), "logging.tensorboard=false", *lengths]
 
 
 @pytest.fixture(scope="module")
@@ -330,17 +314,10 @@ def test_inside_an_interactive_allocation(nodes: Cluster, settings: list[str], t
 
 @on_slurm
 def test_a_full_disk_is_told_in_the_log(nodes: Cluster, settings: list[str], tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("no file system may be mounted here")
-    try:
+    with small_disk_at(tmp_path / "disk", "200k") as disk:
         job = train(nodes, disk / "run", settings, "--ntasks=1")
         assert nodes.wait(job) == "FAILED"
         assert "No space left on device" in job_log(nodes, job)
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @on_slurm

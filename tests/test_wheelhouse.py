@@ -26,23 +26,9 @@ ALONE = 'ip link set lo up; mount --bind "$1" "$1"; mount -o remount,ro,bind "$1
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A tiny base and a small text of our own, and two steps a phase."""
     folder = tmp_path_factory.mktemp("recipe")
-    base = tiny.make_base(folder / "base", num_layers=1, num_decoder_layers=1, dropout_rate=0.0)
-    (base / "flax_model.msgpack").write_bytes(b"another framework's weights")
-    text = tiny.write_splits(folder / "text", tiny.ENGLISH[:256], tiny.ENGLISH[256:320], tiny.ENGLISH[320:])
-    return [
-        f"model.base={base}",
-        "model.latent_dim=4",
-        "data.corpus=text",
-        f"data.path={text}",
-        "data.max_tokens=24",
-        "batch.global=16",
-        "phases.0.steps=2",
-        "phases.1.steps=2",
-        "logging.every=1",
-        "logging.progress=false",
-        "logging.tensorboard=false",
-        "validation.sentences=32",
-    ]
+    settings = tiny.demo_settings(folder, num_layers=1, num_decoder_layers=1)
+    (folder / "base" / "flax_model.msgpack").write_bytes(b"another framework's weights")
+    return [*settings, "phases.0.steps=2", "phases.1.steps=2", "logging.tensorboard=false"]
 
 
 def sh(words: list[str], cwd: Path, limit_s: float = 60.0, **env: str) -> subprocess.CompletedProcess[str]:

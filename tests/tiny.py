@@ -123,6 +123,23 @@ def write_splits(folder: Path, train: Sequence[str], valid: Sequence[str], test:
     return folder
 
 
+def demo_settings(folder: Path, **base: Any) -> list[str]:
+    """Settings that make the demo's recipes runs of seconds: a random base without dropout, and text, in `folder`."""
+    made = make_base(folder / "base", dropout_rate=0.0, **base)
+    text = write_splits(folder / "text", ENGLISH[:256], ENGLISH[256:320], ENGLISH[320:])
+    return [
+        f"model.base={made}",
+        "model.latent_dim=4",
+        "data.corpus=text",
+        f"data.path={text}",
+        "data.max_tokens=24",
+        "batch.global=16",
+        "logging.every=1",
+        "logging.progress=false",
+        "validation.sentences=32",
+    ]
+
+
 def _hub_config(file: Path, tied: bool) -> None:
     """The hub's files are older than transformers 5: they say `tie_word_embeddings` as it is, and no scaling."""
     config = json.loads(file.read_text(encoding="utf-8"))
