@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-WRONG_INPUT = 2
+REPOSITORY = Path(__file__).resolve().parent.parent
+IN_CHECKOUT = (REPOSITORY / "vae_ds").is_dir()
+if IN_CHECKOUT:
+    # This checkout's package, installed or not; a wheelhouse's scripts have theirs installed.
+    sys.path.insert(0, str(REPOSITORY))
+
+from vae_ds.exits import EXIT_USER  # noqa: E402
+
 # Without a launcher in common the nodes cannot agree on a free port.
 PORT = 29500
 # DeepSpeed passes PYTHON... on to other nodes; these go there too, but no token.
@@ -27,7 +34,7 @@ PASSED_ON = re.compile(
 def wrong(message: str) -> NoReturn:
     """End with one line and the exit code for wrong input."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(WRONG_INPUT)
+    sys.exit(EXIT_USER)
 
 
 def launcher() -> str:

@@ -26,39 +26,23 @@ from types import FrameType
 from typing import NoReturn
 
 import psutil
-from nodes import WRONG_INPUT, Nodes, check_no_ssh, launcher, no_ssh_options, read_hostfile, wrong
+from nodes import IN_CHECKOUT, REPOSITORY, Nodes, check_no_ssh, launcher, no_ssh_options, read_hostfile, wrong
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from vae_ds.exits import EXIT_FAULT, EXIT_LOST, EXIT_STOPPED, EXIT_USER
+from vae_ds.machine import cores, free_port
+
 GRACE_S = 120.0
 POLL_S = 0.2
 # What ends by itself once the ranks have: launchers, and connections to other nodes.
 WIND_UP_S = 15.0
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FAULT, LOST, STOPPED = 1, 69, 75
-
-
-def cores() -> int:
-    """CPU cores this process may use: its affinity, and a container's quota (control groups, version 2)."""
-    count = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return count
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on now; the launcher's fixed default collides with every other job's."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def common_environment() -> dict[str, str]:
     """The environment of the launcher and the ranks, whatever the machine."""
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     # This checkout's package, installed or not, from any directory.
-    if (REPOSITORY / "vae_ds").is_dir():
+    if IN_CHECKOUT:
         env["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [env.get("PYTHONPATH")])])
     return env
 
@@ -94,11 +78,11 @@ def own_exit_code(code: int, word: int | None, asked_to_stop: bool) -> int:
     if word:
         return word
     if word is None and asked_to_stop:
-        return STOPPED
+        return EXIT_STOPPED
     if word is None and not code:
         print("error: the ranks ended without a word", file=sys.stderr, flush=True)
-        return FAULT
-    return code if code in (0, FAULT, WRONG_INPUT, LOST, STOPPED) else LOST
+        return EXIT_FAULT
+    return code if code in (0, EXIT_FAULT, EXIT_USER, EXIT_LOST, EXIT_STOPPED) else EXIT_LOST
 
 
 def command_line(options: Sequence[str], arguments: Sequence[str]) -> list[str]:
@@ -341,7 +325,7 @@ def main() -> int:
         return on_node(given.on_node, given.job, given.interface)
     # Until there are ranks to ask, nothing is lost.
     for number in STOPS:
-        signal.signal(number, lambda number, frame: sys.exit(STOPPED))
+        signal.signal(number, lambda number, frame: sys.exit(EXIT_STOPPED))
     with tempfile.TemporaryDirectory(prefix="vae_ds_ranks_") as folder:
         return start(given, Path(folder)).wait()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from vae_ds.runtime import free_port
+from vae_ds.machine import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 NODES = ("n1", "n2")

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vae_ds.runtime import free_port
+from vae_ds.machine import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 # A rank that fails leaves the others in a collective; they get this long to say something.

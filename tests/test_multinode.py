@@ -15,7 +15,7 @@ import pytest
 
 import tiny
 from processes import STARTUP_S, kill_all, new_job, processes_of, rows, start, state_of, wait_until
-from vae_ds.runtime import free_port
+from vae_ds.machine import free_port
 
 LAUNCHERS = Path(__file__).resolve().parent.parent / "launchers"
 MULTINODE = ["bash", str(LAUNCHERS / "multinode.sh"), "--no-setup"]
@@ -29,22 +29,8 @@ without_gpu = pytest.mark.skipif("os.environ.get('DS_ACCELERATOR') != 'cpu'", re
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Settings that make the demo's recipe tiny: a random base, a few sentences, three steps a phase."""
     folder = tmp_path_factory.mktemp("multinode")
-    base = tiny.make_base(folder / "base", num_layers=1, num_decoder_layers=1, dropout_rate=0.0)
-    text = tiny.write_splits(folder / "text", tiny.ENGLISH[:256], tiny.ENGLISH[256:320], tiny.ENGLISH[320:])
-    return [
-        f"model.base={base}",
-        "model.latent_dim=4",
-        "data.corpus=text",
-        f"data.path={text}",
-        "data.max_tokens=24",
-        "batch.global=16",
-        "phases.0.steps=3",
-        "phases.1.steps=3",
-        "logging.every=1",
-        "logging.progress=false",
-        "logging.tensorboard=false",
-        "validation.sentences=32",
-    ]
+    settings = tiny.demo_settings(folder, num_layers=1, num_decoder_layers=1)
+    return [*settings, "phases.0.steps=3", "phases.1.steps=3", "logging.tensorboard=false"]
 
 
 @pytest.fixture

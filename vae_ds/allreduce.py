@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vae_ds import runtime
+from vae_ds import machine, runtime
 from vae_ds.checks import Check, some, this_host
 from vae_ds.errors import UserError
 from vae_ds.exits import own_rank
@@ -238,7 +238,7 @@ def _environment(processes: int) -> dict[str, str]:
     """That of this process, with another group's and rank 0's exit code file left out."""
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "VAE_DS_EXIT_FILE")}
     ours = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "LOCAL_SIZE": str(processes)}
-    return kept | ours | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(runtime.free_port())}
+    return kept | ours | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(machine.free_port())}
 
 
 def _start_worker(rank: int, common: dict[str, str], folder: Path, timeout_s: float) -> subprocess.Popen[bytes]:

@@ -20,7 +20,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from vae_ds import records, runtime
+from vae_ds import machine, records
 from vae_ds.errors import ConfigError
 
 WARM_STEPS = 300  # of each stretch: allocators and caches fill
@@ -166,7 +166,7 @@ def _start(recipe: str, run: Path, overrides: Sequence[str], processes: int) -> 
     words = [sys.executable, "-m", "vae_ds", "train", recipe, "--run-dir", str(run)]
     words += ["--set", *overrides] if overrides else []
     common = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
-    common |= {"MASTER_PORT": str(runtime.free_port()), "LOCAL_WORLD_SIZE": str(processes)}
+    common |= {"MASTER_PORT": str(machine.free_port()), "LOCAL_WORLD_SIZE": str(processes)}
     ranks = []
     with (run.parent / "output.log").open("ab") as log:
         for rank in range(processes):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import psutil
 
-from vae_ds import runtime
+from vae_ds import machine, runtime
 
 State = Literal["ok", "warn", "fail", "skipped"]
 
@@ -62,7 +62,7 @@ class Check:
 
 def cores() -> Check:
     """The cores that this process may use, against those that a SLURM job asked for."""
-    usable, asked = runtime.cores(), int(os.environ.get("SLURM_CPUS_PER_TASK", "0"))
+    usable, asked = machine.cores(), int(os.environ.get("SLURM_CPUS_PER_TASK", "0"))
     found = f"{usable} of {os.cpu_count()} usable, {_processor()}"
     facts = {"cores": {"usable": usable, "all": os.cpu_count()}}
     if asked > usable:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from vae_ds import slurm
 from vae_ds.errors import ConfigError, UserError
+from vae_ds.machine import cores, free_port
 
 Value = TypeVar("Value")
 
@@ -173,13 +174,6 @@ def _numbers() -> tuple[int, int, int]:
     return int(env["RANK"]), int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"])
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _pin_threads(world: int) -> None:
     """Share the cores of this machine among its ranks: the launcher leaves it to each to take all of them."""
     if "OMP_NUM_THREADS" in os.environ:
@@ -189,16 +183,6 @@ def _pin_threads(world: int) -> None:
         return
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
     torch.set_num_threads(max(1, cores() // max(1, here)))
-
-
-def cores() -> int:
-    """CPU cores this process may use: its affinity, and a container's quota (control groups, version 2)."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return count
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
