@@ -55,9 +55,7 @@ def read_runs(paths: Sequence[str | Path], split: str = "test") -> list[Run]:
     Raises CheckpointError for a path that is neither, or a broken file; ConfigError for what is no VAE's recipe.
     """
     folders = _folders([Path(path) for path in paths])
-    names = [folder.resolve().name for folder in folders]
-    labels = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
-    return [_read(folder, label, split) for folder, label in zip(folders, labels, strict=True)]
+    return [_read(folder, label, split) for folder, label in zip(folders, tables.labels_of(folders), strict=True)]
 
 
 def validations(run: Run) -> dict[int, list[dict[str, Any]]]:

@@ -26,9 +26,13 @@ def read_evaluations(run_dirs: Sequence[str | Path], split: str = "test") -> dic
     Raises CheckpointError, with the file, for a run that was not evaluated on `split` or whose file is broken.
     """
     paths = [Path(run_dir) for run_dir in run_dirs]
+    return {label: _read(path, split) for label, path in zip(labels_of(paths), paths, strict=True)}
+
+
+def labels_of(paths: Sequence[Path]) -> list[str]:
+    """What to call each run: its folder's name, or its path where two names are the same."""
     names = [path.resolve().name for path in paths]
-    labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
-    return {label: _read(path, split) for label, path in zip(labels, paths, strict=True)}
+    return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
 
 def metrics_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
