@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from processes import no_rank
 from vae_ds.machine import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
@@ -66,12 +67,7 @@ class Cluster:
 
     def __init__(self, folder: Path, apart: bool = False) -> None:
         self.folder = folder
-        self.env = {
-            **{key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))},
-            "SLURM_CONF": str(folder / "slurm.conf"),
-        }
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            self.env.pop(name, None)
+        self.env = no_rank() | {"SLURM_CONF": str(folder / "slurm.conf")}
         self._network = Network() if apart else None
         self._configure()
         try:

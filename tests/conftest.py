@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from processes import small_disk_at
-
 # The ranks of a distributed test share the machine's cores; more threads than cores only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,5 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 6 MB."""
+    from processes import small_disk_at
+
     with small_disk_at(tmp_path / "disk", "6m") as place:
         yield place

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from processes import no_rank
 from vae_ds.machine import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,8 +72,7 @@ def launch(
 
 def clean_environment(private: Path) -> dict[str, str]:
     """This process's environment without any rank of ours or a scheduler's, with caches below `private`."""
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in ours and not key.startswith("SLURM_")}
+    kept = no_rank()
     kept.update(
         CUDA_VISIBLE_DEVICES="",
         OMP_NUM_THREADS="1",

@@ -15,14 +15,21 @@ from pathlib import Path
 import psutil
 import pytest
 
+from vae_ds import runtime
+
 # What a launcher and its ranks need to the first step, on a machine that others use too.
 STARTUP_S = 300.0
 
 
+def no_rank() -> dict[str, str]:
+    """This process's environment without what makes it a rank of some run, or a job of a scheduler."""
+    ours = (*runtime.VARIABLES, "LOCAL_SIZE", "RUNS")
+    return {k: v for k, v in os.environ.items() if k not in ours and not k.startswith(("SLURM_", "SBATCH_"))}
+
+
 def new_job() -> dict[str, str]:
     """The environment of a job, with a mark by which its processes are found again."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "RUNS")}
-    return {**kept, "VIRTUAL_ENV": sys.prefix, "VAE_DS_TEST_JOB": uuid.uuid4().hex}
+    return {**no_rank(), "VIRTUAL_ENV": sys.prefix, "VAE_DS_TEST_JOB": uuid.uuid4().hex}
 
 
 def processes_of(job: dict[str, str]) -> list[psutil.Process]:

@@ -17,13 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launch import launch
 from processes import STARTUP_S, kill_all, new_job, processes_of, rows, start, state_of, wait_until
 from tiny import ENGLISH, make_base, write_splits
 from vae_ds import bench, cli, records, runtime
 from vae_ds.errors import ConfigError
 from vae_ds.exits import EXIT_LOST
+from vae_ds.processes import is_alive, launchers_of
 from vae_ds.settings import TimeoutConfig
-from vae_ds.watch import Board, is_alive, launchers_of
+from vae_ds.watch import Board
 
 RANKS_PY = Path(__file__).resolve().parent.parent / "launchers" / "ranks.py"
 STEPS = 60
@@ -319,6 +321,63 @@ def test_rendezvous_listens_at_its_address_alone(monkeypatch: pytest.MonkeyPatch
     assert [address.ip for address in listening if address.port == served.port] == ["127.0.0.1"]
     with pytest.raises(ConfigError, match=f"MASTER_PORT {served.port}: cannot listen there"):
         runtime.open_store(served.port, True, patience)
+
+
+def test_a_run_whose_process_is_a_zombie_or_another_has_failed(tmp_path: Path) -> None:
+    """In a container no one may reap a killed rank, and numbers of processes come round again."""
+    records.write_status(tmp_path, "running")
+    status = records.read_status(tmp_path)
+    assert status is not None
+    assert records.of_the_living(status)["state"] == "running"
+    assert records.of_the_living(status | {"started_at": "2020-01-01T00:00:00+00:00"})["state"] == "failed"
+    assert records.of_the_living(status | {"host": "elsewhere", "pid": 2**30})["state"] == "running"
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    try:
+        deadline = time.monotonic() + 30
+        while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert records.of_the_living(status | {"pid": child.pid})["state"] == "failed"
+    finally:
+        child.wait()
+    assert records.of_the_living(status | {"pid": child.pid})["state"] == "failed"
+
+
+def test_every_rank_is_known_by_its_host_before_the_training(tmp_path: Path) -> None:
+    """One that falls silent at once must be found too."""
+    code = """
+from pathlib import Path
+from vae_ds import runtime
+from vae_ds.settings import TimeoutConfig
+from vae_ds.stop import StopFlag
+from vae_ds.watch import Watch
+Watch._talk = lambda *_: None
+ranks = runtime.start()
+with Watch(ranks, StopFlag(), TimeoutConfig()) as watch:
+    runtime.barrier()
+    signs = [watch._store.get(f"sign/{rank}").decode() for rank in range(ranks.world)]
+    assert [sign.split()[:2] for sign in signs] == [["0", "0"]] * 2, signs
+runtime.finish()
+"""
+    launch(["-c", code], processes=2, timeout_s=100)
+
+
+def test_the_environment_is_left_as_it_was(tmp_path: Path) -> None:
+    code = """
+import os
+from vae_ds import runtime
+alone = {"MASTER_ADDR": "localhost", "MASTER_PORT": os.environ["MASTER_PORT"], "RANK": "0", "WORLD_SIZE": "1"}
+for given in ({}, alone):
+    for name in runtime.VARIABLES:
+        os.environ.pop(name, None)
+    os.environ.update(given)
+    before = dict(os.environ)
+    assert runtime.start().world == 1
+    assert os.environ["GLOO_SOCKET_IFNAME"]
+    runtime.finish()
+    assert dict(os.environ) == before
+"""
+    launch(["-c", code], processes=1, timeout_s=100)
 
 
 def test_only_launchers_are_watched_and_zombies_are_dead() -> None:

@@ -11,7 +11,7 @@ LONGEST_ROOM = 400
 DEEPSPEED_ROOM = "engine"
 # A new room gets its floor here: above every room that it imports.
 FLOORS = (
-    {"errors", "schedules", "gaussian", "stop", "exits", "machine", "verdict", "paper"},
+    {"errors", "schedules", "gaussian", "stop", "exits", "machine", "processes", "verdict", "paper"},
     {"hub", "yaml_tree", "vocabulary", "tables", "settings", "slurm"},
     {"config", "runtime", "ds_keys", "generators"},
     {

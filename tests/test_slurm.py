@@ -23,7 +23,7 @@ from cluster import Cluster
 from processes import rows, small_disk_at, state_of
 from vae_ds import cli, slurm
 from vae_ds.errors import ConfigError
-from vae_ds.watch import is_alive
+from vae_ds.processes import is_alive
 
 REPO = Path(__file__).resolve().parent.parent
 SLURM = REPO / "launchers" / "slurm"
@@ -147,7 +147,9 @@ def same_weights(one: Path, other: Path) -> None:
 
 
 def job_log(place: Cluster, job: str) -> str:
-    return Path(place.field(job, "StdOut")).read_text(encoding="utf-8")
+    """What the job has written so far; SLURM makes the file a moment after it calls the job running."""
+    log = Path(place.field(job, "StdOut"))
+    return log.read_text(encoding="utf-8") if log.is_file() else ""
 
 
 def rank_log(place: Cluster, job: str, rank: int) -> str:

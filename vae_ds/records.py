@@ -19,9 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from vae_ds import config as configuration
+from vae_ds import processes
 from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.yaml_tree import differences
 
@@ -71,7 +70,7 @@ def read_status(run_dir: str | Path) -> dict[str, Any] | None:
 def of_the_living(status: dict[str, Any]) -> dict[str, Any]:
     """The status, but `failed` where it says `running` and the process that said so on this host is gone."""
     here = status["state"] == "running" and status.get("host") == socket.gethostname()
-    if not here or psutil.pid_exists(int(status.get("pid", 0))):
+    if not here or processes.ran_at(int(status["pid"]), datetime.fromisoformat(status["started_at"]).timestamp()):
         return status
     return status | {"state": "failed", "reason": f"process {status['pid']} is gone and left no word"}
 

@@ -27,6 +27,11 @@ from vae_ds.machine import cores, free_port
 Value = TypeVar("Value")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# What `start` may set for torch and DeepSpeed, and `finish` takes back.
+VARIABLES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Ranks:
 
 _ranks: Ranks | None = None
 _store: dist.TCPStore | None = None
+_before: dict[str, str | None] = {}
 
 
 def start() -> Ranks:
@@ -54,9 +60,10 @@ def start() -> Ranks:
     Ranks come from RANK, LOCAL_RANK and WORLD_SIZE (deepspeed and torchrun set them), else from SLURM's variables.
     Raises ConfigError if only some of them are set.
     """
-    global _ranks, _store
+    global _ranks, _store, _before
     if _ranks is not None:
         return _ranks
+    _before = {name: os.environ.get(name) for name in VARIABLES}
     rank, local_rank, world = _numbers()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -150,12 +157,17 @@ def part() -> None:
 
 
 def finish() -> None:
-    """Leave the process group; for a successful end only, since every rank must come here."""
-    global _ranks, _store
+    """Leave the process group, and the environment as it was; for a successful end only: every rank must come here."""
+    global _ranks, _store, _before
     part()
     if dist.is_initialized():
         dist.destroy_process_group()
-    _ranks = _store = None
+    for name, value in _before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _ranks, _store, _before = None, None, {}
 
 
 def _numbers() -> tuple[int, int, int]:

@@ -21,13 +21,12 @@ import torch.distributed as dist
 
 from vae_ds import runtime
 from vae_ds.exits import EXIT_FAULT, EXIT_LOST, note_exit
+from vae_ds.processes import is_alive, launchers_of
 from vae_ds.runtime import Ranks
 from vae_ds.settings import TimeoutConfig
 from vae_ds.stop import StopFlag
 
 POLL_S = 1.0
-# The script or the module in a launcher's command line; the shell or the batch script above may go without harm.
-LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "ranks.py"}
 SAVE_WITHIN_S = 120.0
 
 
@@ -71,7 +70,10 @@ class Watch:
         patience = timedelta(seconds=self._timeouts.silent_s)
         store = runtime.open_store(0, True, patience) if self._ranks.is_main else None
         port = runtime.broadcast_object(store.port if store is not None else 0)
-        return store or runtime.open_store(port, False, patience)
+        store = store or runtime.open_store(port, False, patience)
+        # Before any training, so that every rank's host is known whenever it falls silent.
+        self._sign(store, 0)
+        return store
 
     def _run(self) -> None:
         while not self._closing.wait(POLL_S):
@@ -115,7 +117,7 @@ class Watch:
 
     def _exchange(self, store: dist.TCPStore, board: "Board", turns: int) -> str | None:
         """Give this rank's sign of life; rank 0 reads all of them. The verdict, if there is one."""
-        store.set(f"sign/{self._ranks.rank}", f"{turns} {self._advanced} {socket.gethostname()}")
+        self._sign(store, turns)
         if self._ranks.is_main:
             for rank in range(self._ranks.world):
                 if store.check([f"sign/{rank}"]):
@@ -128,6 +130,9 @@ class Watch:
             time.sleep(3 * POLL_S)
             return verdict
         return store.get("verdict").decode() if store.check(["verdict"]) else None
+
+    def _sign(self, store: dist.TCPStore, turns: int) -> None:
+        store.set(f"sign/{self._ranks.rank}", f"{turns} {self._advanced} {socket.gethostname()}")
 
     def _end(self, reason: str, code: int) -> None:
         print(f"error: rank {self._ranks.rank} ends: {reason}", file=sys.stderr, flush=True)
@@ -174,31 +179,6 @@ class Board:
     def _names(self, ranks: Sequence[int]) -> str:
         known = {rank: f" on {self.signs[rank][2]}" for rank in ranks if rank in self.signs}
         return ", ".join(f"rank {rank}{known.get(rank, '')}" for rank in ranks)
-
-
-def launchers_of(process: psutil.Process) -> list[psutil.Process]:
-    """The launchers above a process, nearest first, up to the first parent that is none."""
-    found: list[psutil.Process] = []
-    try:
-        for parent in process.parents():
-            # SLURM's writes its title over its command line.
-            if parent.name() == "slurmstepd":
-                return [*found, parent]
-            # An interpreter and its options stand in front of it.
-            if LAUNCHERS.isdisjoint(os.path.basename(word) for word in parent.cmdline()[:4]):
-                break
-            found.append(parent)
-    except psutil.Error:
-        pass
-    return found
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs; a zombie does not, and neither does another process that has its number now."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 def _line(error: BaseException) -> str:
