@@ -19,7 +19,7 @@ setup(
     # ds_configs/ stands at the top level, where DeepSpeed users look for it, and inside the package in a wheel.
     package_dir={"vae_ds.ds_configs": "ds_configs"},
     package_data={
-        "vae_ds": ["recipes/*.yaml", "tiny/*"],
+        "vae_ds": ["recipes/*.yaml", "studies/*.yaml", "tiny/*"],
         "vae_ds.ds_configs": ["*.json"],
         "vae_ds.paper": ["*.csv"],  # the rows that the paper printed
     },

@@ -79,7 +79,13 @@ def network(stage: int | str, weights: dict[str, torch.Tensor] | None = None, fr
 
 
 def engine(
-    model: nn.Module, ranks: Ranks, stage: int | str, precision: str, accumulation: int = 2, **optimizer: Any
+    model: nn.Module,
+    ranks: Ranks,
+    stage: int | str,
+    precision: str,
+    accumulation: int = 2,
+    half_of: Callable[[str], str] | None = None,
+    **optimizer: Any,
 ) -> PhaseEngine:
     """An engine; `stage` may carry a shipped variant (`2_offload`), and a change of TURNS (`3_nvme-pipelined`)."""
     known, _, turn = str(stage).partition("-")
@@ -99,6 +105,7 @@ def engine(
         ranks=ranks,
         precision=precision,
         ds_config=tree,
+        half_of=half_of,
     )
 
 
@@ -121,7 +128,12 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train_step(
-    trained: PhaseEngine, ranks: Ranks, step: int, accumulation: int = 2, spoil: bool = False
+    trained: PhaseEngine,
+    ranks: Ranks,
+    step: int,
+    accumulation: int = 2,
+    spoil: bool = False,
+    half: str | None = None,
 ) -> tuple[float, StepOutcome]:
     """One global batch through the engine: the global mean loss, and the outcome. `spoil`: NaN on the last rank."""
     ids_GT, labels_G = batch(step)
@@ -138,7 +150,7 @@ def train_step(
         if spoil and number == 0 and ranks.rank == ranks.world - 1:
             loss = loss * math.nan
         trained.backward(loss)
-        outcome = trained.step(lr_at(step))
+        outcome = trained.step(lr_at(step), half)
     assert outcome is not None, "no outcome at the boundary"
     return float(runtime.all_sum(total)) / GLOBAL, outcome
 
@@ -277,6 +289,48 @@ def skipped(ranks: Ranks, stage: int | str, precision: str) -> None:
     twin.close()
 
 
+def halves(ranks: Ranks, stage: int | str, precision: str) -> None:
+    """A step of one half moves that half alone; in float32 as torch's AdamW with a learning rate of zero for the other.
+
+    The state goes over to a twin, which takes the same next step.
+    """
+
+    def half_of(name: str) -> str:
+        return "decoder" if name.startswith("out.") else "encoder"
+
+    trained = engine(network(stage), ranks, stage, precision, half_of=half_of)
+    plain = network(stage)
+    groups = [
+        {"params": [p for n, p in plain.named_parameters() if half_of(n) == half and p.requires_grad], "half": half}
+        for half in ("encoder", "decoder")
+    ]
+    adam = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.1)
+    before = trained.state()
+    for step, half in enumerate(("encoder", "decoder", None, "encoder")):
+        assert train_step(trained, ranks, step, half=half)[1].applied
+        after = trained.state()
+        for name, value in after.weights.items():
+            stays = name.startswith(FROZEN) or half not in (None, half_of(name))
+            assert torch.equal(value, before.weights[name]) == stays, (step, half, name)
+        before = after
+        adam.zero_grad()
+        plain(*batch(step)).loss_B.mean().backward()
+        for group in adam.param_groups:
+            group["lr"] = lr_at(step) if half in (None, group["half"]) else 0.0
+        adam.step()
+    if precision == "fp32":
+        for name, parameter in plain.named_parameters():
+            assert torch.allclose(before.weights[name], parameter, rtol=1e-4, atol=1e-5), name
+    twin = engine(network(stage), ranks, stage, precision, half_of=half_of)
+    twin.load(before)
+    assert_same(before, twin.state())
+    results = [train_step(each, ranks, 9, half="decoder") for each in (trained, twin)]
+    assert results[0] == results[1]
+    assert_same(trained.state(), twin.state())
+    trained.close()
+    twin.close()
+
+
 def cases(session: str) -> dict[str, Callable[[Ranks], None]]:
     """Every case of a session by name, in the order they run."""
     found: dict[str, Callable[[Ranks], None]] = {}
@@ -301,6 +355,8 @@ def cases(session: str) -> dict[str, Callable[[Ranks], None]]:
         clipped = [(stage, 0.05) for stage in (*STAGES, *offloads)]
         for stage, clip in [*clipped, (0, 0.0), (2, 0.0), ("3-persistent", 0.0)]:
             add(f"parity-zero{stage}-{'clip' if clip else 'no_clip'}", parity, stage, clip)
+    for stage in (*STAGES, "2_offload", "3_offload_params"):
+        add(f"halves-zero{stage}-{session}", halves, stage, session)
     for stage in (*STAGES, *(["2_offload", "3_offload_params"] if session == "fp32" else ["3-persistent", *offloads])):
         add_both(stage, session)
     return found

@@ -28,7 +28,7 @@ FLOORS = (
         "watch",
         "checks",
     },
-    {"model", "batches", "monitor", "basemodel", "modelcard", "allreduce", "figures", "runs"},
+    {"aggressive", "model", "batches", "monitor", "basemodel", "modelcard", "allreduce", "figures", "runs"},
     {"engine", "generate"},
     {"checkpoint", "evaluate", "installation"},
     {"saver", "preparation", "pretrain_job", "text_metrics"},

@@ -277,7 +277,9 @@ def test_an_array_of_which_one_fails(nodes: Cluster, settings: list[str], tmp_pa
     tree["set"] = {key: yaml.safe_load(value) for key, value in tree["set"].items()}
     study.write_text(yaml.safe_dump(tree), encoding="utf-8")
     runs = tmp_path / "runs"
-    array = nodes.submit("--array=0-3%2", "--ntasks=1", SLURM / "sweep.sbatch", study, "--runs", runs)
+    words = [sys.executable, "-m", "vae_ds", "study", study, "--runs", runs]
+    said = nodes.run(*words, "--slurm", "--parallel", "2", env={"PYTHONPATH": str(REPO)})
+    array = re.findall(r"^array (\d+):", said, re.M)[0]
     states = [nodes.wait(f"{array}_{number}") for number in range(4)]
     assert states == ["COMPLETED", "FAILED", "COMPLETED", "COMPLETED"], nodes.logs()
     for name, units in (("a", 32), ("c", 2), ("d", 32)):
@@ -285,16 +287,16 @@ def test_an_array_of_which_one_fails(nodes: Cluster, settings: list[str], tmp_pa
         assert found["sentences"] == 80
         assert len(found["kl_per_dim"]) == units
     assert rows(runs / "a")[0]["rec"] != rows(runs / "c")[0]["rec"]
-    listed = subprocess.run(
-        [sys.executable, "-m", "vae_ds", "study", str(study), "--runs", str(runs)], capture_output=True, text=True
-    ).stdout
+    assert "ArrayTaskThrottle=2" in nodes.run("scontrol", "show", "job", array)
+    assert (runs / "logs" / f"slurm-{array}_1.log").is_file()
+    listed = nodes.run(*words, env={"PYTHONPATH": str(REPO)})
     assert re.findall(r"^ +(\d) (\w+) +(\w+)$", listed, re.M) == [
         ("0", "done", "a"),
         ("1", "missing", "bad"),
         ("2", "done", "c"),
         ("3", "done", "d"),
     ]
-    assert "--array=1 " in listed
+    assert "--array=1%4" in nodes.run(*words, "--slurm", "--dry-run", env={"PYTHONPATH": str(REPO)})
     alone = nodes.submit("--ntasks=1", SLURM / "sweep.sbatch", study)
     assert nodes.wait(alone) == "FAILED"
     assert "not a job array" in job_log(nodes, alone)

@@ -123,6 +123,11 @@ def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for phase, stop_at in (("warmup", 11), ("full", 42)):
         two.append(job(recipe, folder / f"stopped-{phase}", *dropout, stop_at=stop_at))
         two.append(job(recipe, folder / f"stopped-{phase}", *dropout))
+    aggressive = ("phases.1.aggressive={inner_steps: 5, check_every: 2}", "validation.every_steps=8")
+    two.append(job(recipe, folder / "aggressive-two", *aggressive, "deepspeed=zero2"))
+    two.append(job(recipe, folder / "aggressive-stopped", *aggressive, "deepspeed=zero2", stop_at=41))
+    two.append(job(recipe, folder / "aggressive-stopped", *aggressive, "deepspeed=zero2"))
+    one.append(job(recipe, folder / "aggressive-one", *aggressive, "deepspeed=zero0"))
     elastic = [
         job(recipe, folder / "elastic", f"deepspeed=zero{stage}", f"batch.micro={micro}", stop_at=stop_at)
         for _, stage, micro, stop_at in ELASTIC
@@ -228,6 +233,16 @@ def test_a_resumed_run_is_the_run_never_stopped(runs: Path, phase: str) -> None:
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert json.loads((runs / f"stopped-{phase}" / "status.json").read_text())["state"] == "done"
+
+
+def test_aggressive_training_is_one_run_on_any_ranks_and_resumed(runs: Path) -> None:
+    curve = rows(runs / "aggressive-two")
+    assert_same_curve(runs / "aggressive-two", runs / "aggressive-one", 1e-4)
+    assert rows(runs / "aggressive-stopped") == curve
+    assert all("aggressive" not in row for row in curve[:STEPS])
+    assert curve[STEPS]["aggressive"] == 1.0
+    assert curve[STEPS]["loss"] == pytest.approx(rows(runs / "stage2")[STEPS]["loss"], rel=1e-4)
+    assert curve[-1]["loss"] != rows(runs / "stage2")[-1]["loss"]
 
 
 def test_the_loss_falls_and_is_logged(runs: Path) -> None:

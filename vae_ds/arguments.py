@@ -66,25 +66,35 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("text")
     one.add_argument("--unit", type=int, default=0)
 
-    one = _command(subparsers, "study", commands.study, "many runs of one recipe: list them, or train one")
-    one.add_argument("study", metavar="STUDY", help="a YAML file: recipe, set, grid, variants, seeds")
-    one.add_argument("--runs", metavar="DIR", help="where the runs go; default runs/NAME")
-    one.add_argument("--run", type=int, metavar="N", help="train and evaluate run N, counted from 0")
+    one = _command(subparsers, "study", commands.study, "many runs of one recipe: list them, train them, report")
+    one.add_argument("study", metavar="STUDY", help="`paper`, or a YAML file: recipe, set, grid, variants, seeds")
+    one.add_argument("--corpus", metavar="NAME", help="the data of every run, as in `data.corpus`")
+    one.add_argument("--path", metavar="PATH", help="where that is, as in `data.path`")
+    one.add_argument("--base", metavar="MODEL", help="the pretrained T5 of every run, as in `model.base`")
+    one.add_argument("--length", type=float, metavar="FACTOR", help="times every length in epochs")
+    one.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="each run once a seed")
+    one.add_argument(
+        *("--add", "-a"),
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="one more run: its name, then KEY=VALUE ...; as --add deep model.base=google-t5/t5-base",
+    )
     one.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="override a setting of every run")
+    one.add_argument("--runs", metavar="DIR", help="where the runs go; default runs/NAME, or runs/NAME-CORPUS")
+    what = one.add_mutually_exclusive_group()
+    what.add_argument("--run", type=int, metavar="N", help="train and evaluate run N, counted from 0")
+    what.add_argument("--here", action="store_true", help="train and evaluate what is missing, then report")
+    what.add_argument("--slurm", action="store_true", help="submit what is missing as a job array")
+    what.add_argument("--report", action="store_true", help="tables and figures of what is there, in DIR/report")
+    jobs = one.add_argument_group("with --slurm, of each run")
+    _add_job(jobs)
+    jobs.add_argument("--parallel", type=_positive, default=4, metavar="N", help="runs at a time")
 
     one = _command(subparsers, "submit", commands.submit, "train a recipe as a SLURM job")
     _add_recipe(one)
-    one.add_argument("--nodes", type=_positive, default=1)
-    one.add_argument("--gpus-per-node", type=int, default=0, metavar="N")
-    one.add_argument("--tasks-per-node", type=_positive, metavar="N", help="ranks a node; default one a GPU")
-    one.add_argument(
-        "--time", metavar="LIMIT", help="as in SLURM: 24:00:00; before it ends, the run saves and requeues"
-    )
-    one.add_argument("--site", metavar="FILE", help="default $VAE_DS_SITE, or ~/.config/vae_ds/site.yaml")
-    one.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="one more, as --sbatch=--exclusive"
-    )
-    one.add_argument("--dry-run", action="store_true", help="print the batch file, submit nothing")
+    _add_job(one)
 
     benches = subparsers.add_parser("bench", help="measure; see `vae-ds bench --help`").add_subparsers(
         required=True, metavar="BENCH"
@@ -146,6 +156,20 @@ def _add_recipe(one: argparse.ArgumentParser) -> None:
     one.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="override a setting")
     one.add_argument("--run-dir", help="where the run is kept; default runs/NAME")
     one.add_argument("--deepspeed", metavar="FILE", help="zero0..zero3, a shipped ds_config's name, or a JSON file")
+
+
+def _add_job(one: argparse._ActionsContainer) -> None:
+    one.add_argument("--dry-run", action="store_true", help="print the batch file, submit nothing")
+    one.add_argument("--nodes", type=_positive, default=1)
+    one.add_argument("--gpus-per-node", type=int, default=0, metavar="N")
+    one.add_argument("--tasks-per-node", type=_positive, metavar="N", help="ranks a node; default one a GPU")
+    one.add_argument(
+        "--time", metavar="LIMIT", help="as in SLURM: 24:00:00; before it ends, the run saves and requeues"
+    )
+    one.add_argument("--site", metavar="FILE", help="default $VAE_DS_SITE, or ~/.config/vae_ds/site.yaml")
+    one.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="one more, as --sbatch=--exclusive"
+    )
 
 
 def _add_split(one: argparse.ArgumentParser) -> None:

@@ -5,13 +5,15 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 
 import argparse
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vae_ds.errors import CheckpointError, ConfigError
-from vae_ds.exits import EXIT_FAULT, EXIT_STOPPED
+from vae_ds.exits import EXIT_FAULT, EXIT_STOPPED, own_rank
 from vae_ds.stop import listening
 
 
@@ -145,25 +147,74 @@ def submit(arguments: argparse.Namespace) -> None:
 
 def study(arguments: argparse.Namespace) -> None:
     stop = listening()
-    from vae_ds import config as configuration
-    from vae_ds.settings import StudyConfig
-
-    config = configuration.load(StudyConfig, arguments.study)
-    root = Path(arguments.runs or Path("runs") / config.name)
     from vae_ds import study as studies
 
+    chosen = {"data.corpus": arguments.corpus, "data.path": arguments.path, "model.base": arguments.base}
+    settings = {key: value for key, value in chosen.items() if value is not None}
+    config = studies.load(arguments.study, settings, arguments.add, arguments.length, arguments.seeds)
+    name = f"{config.name}-{arguments.corpus}" if arguments.corpus else config.name
+    root, extra = Path(arguments.runs or Path("runs") / name), arguments.set or ()
     if arguments.run is not None:
         row = studies.row_of(config, arguments.run)
         arguments.run_dir = str(root / row.name)
-        studies.run(config, row, root / row.name, stop, arguments.set or ())
+        studies.run(config, row, root, stop, extra)
         return
-    studies.check(config)
-    states = studies.states(config, root)
+    studies.check(config, extra)
+    if arguments.here:
+        failed = studies.run_all(config, root, stop, extra)
+        if own_rank() == "0":
+            _report(root)
+        if failed:
+            raise RuntimeError(f"{len(failed)} runs failed: {', '.join(failed)}")
+    elif arguments.report:
+        _report(root)
+    elif left := _listed(studies.states(config, root)):
+        _submit_study(arguments, name, root, left)
+    else:
+        print(f"\nall done; tables and figures: vae-ds {shlex.join(_study_words(arguments, root))} --report")
+
+
+def _listed(states: Sequence[tuple[Any, str]]) -> list[int]:
+    """Print a study's runs; the numbers of those that are not done."""
     for number, (row, state) in enumerate(states):
         print(f"{number:4} {state:8} {row.name}")
-    left = ",".join(str(number) for number, (_, state) in enumerate(states) if state != "done")
-    if left:
-        print(f"\nto train them: sbatch --array={left} launchers/slurm/sweep.sbatch {arguments.study}")
+    return [number for number, (_, state) in enumerate(states) if state != "done"]
+
+
+def _report(root: Path) -> None:
+    from vae_ds import report
+
+    print(f"\n{report.write([root], root / 'report')}")
+
+
+def _submit_study(arguments: argparse.Namespace, name: str, root: Path, left: Sequence[int]) -> None:
+    """Submit the runs that are left, or say how to."""
+    from vae_ds import submit as jobs
+
+    words = _study_words(arguments, root)
+    if not arguments.slurm:
+        print(f"\nto train what is left, here or on a cluster: vae-ds study {shlex.join(words)} --here, or --slurm")
+        return
+    wanted = jobs.Wanted(arguments.nodes, arguments.gpus_per_node, arguments.tasks_per_node, arguments.time)
+    place = jobs.site(arguments.site)
+    text = jobs.array_file(name, words, left, root, wanted, place, arguments.parallel, arguments.sbatch)
+    if arguments.dry_run:
+        print(f"\n{text}", end="")
+        return
+    job = jobs.submit(text, root).job
+    print(f"\narray {job}: squeue -j {job}\nlogs in {root / 'logs'}\nsave and end it: scancel {job}")
+
+
+def _study_words(arguments: argparse.Namespace, root: Path) -> list[str]:
+    """The arguments that make the same study again, without what to do with it."""
+    words = [arguments.study, "--runs", str(root)]
+    for option in ("corpus", "path", "base", "length"):
+        value = getattr(arguments, option)
+        words += [f"--{option}", str(value)] if value is not None else []
+    words += ["--seeds", *map(str, arguments.seeds)] if arguments.seeds else []
+    for row in arguments.add:
+        words += ["--add", *row]
+    return words + (["--set", *arguments.set] if arguments.set else [])
 
 
 def bench_soak(arguments: argparse.Namespace) -> None:

@@ -44,14 +44,14 @@ def _schedule(kind: type[Settings]) -> str | None:
     return str(options[0]) if len(options) == 1 else None
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the recipes inside the package, sorted."""
-    folder = resources.files("vae_ds") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+def shipped_recipes(folder: str = "recipes") -> list[str]:
+    """Names of the recipes inside the package, sorted; or of the `studies`."""
+    place = resources.files("vae_ds") / folder
+    return sorted(entry.name.removesuffix(".yaml") for entry in place.iterdir() if entry.name.endswith(".yaml"))
 
 
-def read_recipe(recipe: str) -> tuple[str, str]:
-    """The YAML text of a recipe, a file or a shipped name, and where it came from.
+def read_recipe(recipe: str, folder: str = "recipes") -> tuple[str, str]:
+    """The YAML text of a recipe, a file or a name shipped in `folder` of the package, and where it came from.
 
     Raises ConfigError if there is neither, or the file is not UTF-8.
     """
@@ -63,10 +63,11 @@ def read_recipe(recipe: str) -> tuple[str, str]:
             return path.read_text(encoding="utf-8"), str(path)
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
-    names = shipped_recipes()
+    names = shipped_recipes(folder)
     if recipe not in names:
-        raise ConfigError(f"no recipe `{recipe}`{_suggest(recipe, names)}; shipped: {', '.join(names)}; or name a file")
-    return (resources.files("vae_ds") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8"), f"{recipe}.yaml"
+        what = {"recipes": "recipe", "studies": "study"}[folder]
+        raise ConfigError(f"no {what} `{recipe}`{_suggest(recipe, names)}; shipped: {', '.join(names)}; or name a file")
+    return (resources.files("vae_ds") / folder / f"{recipe}.yaml").read_text(encoding="utf-8"), f"{recipe}.yaml"
 
 
 def load(kind: type[Config], recipe: str, overrides: Sequence[str] = ()) -> Config:
@@ -74,7 +75,7 @@ def load(kind: type[Config], recipe: str, overrides: Sequence[str] = ()) -> Conf
 
     Raises ConfigError that names the file, the key and what was found.
     """
-    text, source = read_recipe(recipe)
+    text, source = read_recipe(recipe, "studies" if kind is StudyConfig else "recipes")
     tree = parse_yaml(text, source)
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: a recipe is a mapping of keys; found {type(tree).__name__}")

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -127,7 +127,9 @@ class PhaseEngine:
         ranks: Ranks,
         precision: str,
         ds_config: dict[str, Any],
+        half_of: Callable[[str], str] | None = None,
     ) -> None:
+        """`half_of` says which part of the model a parameter belongs to, if steps are to update one part at a time."""
         parameters = dict(module.named_parameters())
         wrong = [name for name, p in parameters.items() if p.dtype != torch.float32 or p.device.type != "cpu"]
         if wrong:
@@ -140,8 +142,11 @@ class PhaseEngine:
         self._frozen = {name: p.detach().clone() for name, p in parameters.items() if not p.requires_grad}
         exact = {name: p.detach().clone() for name, p in self._trainable.items()} if precision != "fp32" else {}
         self._ranks = ranks
+        halves: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self._trainable.items():
+            halves.setdefault(half_of(name) if half_of else "", []).append(parameter)
         self._adam = torch.optim.AdamW(
-            list(self._trainable.values()),
+            [{"params": members, "half": half} for half, members in halves.items()],
             lr=0.0,  # `step` brings each step's own
             betas=optimizer.betas,
             eps=optimizer.eps,
@@ -175,14 +180,15 @@ class PhaseEngine:
         """Accumulate the gradient of `loss`, the mean over this rank's micro batch (nats a sentence)."""
         self._engine.backward(loss)
 
-    def step(self, lr: float) -> StepOutcome | None:
+    def step(self, lr: float, half: str | None = None) -> StepOutcome | None:
         """Call after each backward; None inside an accumulation, else what the optimizer step did.
 
+        With `half`, as `half_of` names it, all other parameters stay; their moments follow the gradients all the same.
         A step with non-finite gradients is skipped on every rank: weights, moments and AdamW's step stay.
         """
         is_boundary = self._engine.is_gradient_accumulation_boundary()
         for group in self._adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr if half in (None, group["half"]) else 0.0
         norm = None
         if is_boundary and self._is_plain:
             norm = self._gradient_norm()

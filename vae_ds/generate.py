@@ -239,6 +239,21 @@ def _decode(model: T5VAE, tokenizer: Any, parts: Sequence[torch.Tensor | int], h
     return texts
 
 
+def shown(
+    model: T5VAE, tokenizer: Any, sources: Sequence[str], seed: int, max_new_tokens: int
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """What a training shows of itself: `sources` with their reconstructions, and as many samples from the prior.
+
+    A plain language model has the latter alone, drawn. Every rank makes the same, as ZeRO 3 needs.
+    """
+    if model.bottleneck is None:
+        drawn = sample(model, tokenizer, len(sources), seed, max_new_tokens=max_new_tokens, temperature=1.0)
+        return [], drawn
+    made = reconstruct(model, tokenizer, sources, max_new_tokens=max_new_tokens)
+    samples = sample(model, tokenizer, len(sources), seed, max_new_tokens=max_new_tokens)
+    return list(zip(sources, made, strict=True)), samples
+
+
 def _device(model: T5VAE) -> torch.device:
     return next(model.parameters()).device
 

@@ -21,13 +21,14 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """Beta rises from 0 to `max` over `over_steps` steps and stays there (Park & Lee 2021, equation 6)."""
+    """Beta goes from `start` to `max` over `over_steps` steps and stays there (Park & Lee 2021, equation 6)."""
 
     max: float
     over_steps: float
+    start: float = 0.0
 
     def at(self, step: int, carried: float | None = None) -> float:
-        return self.max * min(1.0, step / self.over_steps)
+        return self.start + (self.max - self.start) * min(1.0, step / self.over_steps)
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,10 @@ class ConstantBeta(Settings):
 
 
 class LinearBeta(Settings):
-    """From 0 to `max`, then constant (paper, equation 6). State one of the three lengths."""
+    """From `start` to `max`, then constant (paper, equation 6). State one of the three lengths."""
 
     schedule: Literal["linear"]
+    start: float = Field(0.0, ge=0, description="the weight at the beginning")
     max: float = Field(1.0, ge=0, description="the weight at the end")
     over_epochs: float | None = Field(None, gt=0, description="length in epochs")
     over_steps: int | None = Field(None, ge=1, description="length in applied steps")
@@ -159,6 +160,13 @@ class LearningRateConfig(Settings):
     final: float = Field(0.0, ge=0, le=1, description="the last rate as a part of the peak")
 
 
+class AggressiveConfig(Settings):
+    """He et al. 2019: encoder steps until it has caught up, then one of the decoder, until MI stops rising."""
+
+    inner_steps: int = Field(100, ge=1, description="most steps of the encoder before each step of the decoder")
+    check_every: int = Field(10, ge=1, description="the encoder has caught up if so many steps' loss has not fallen")
+
+
 class PhaseConfig(Settings):
     """One training phase (README, The method)."""
 
@@ -170,6 +178,7 @@ class PhaseConfig(Settings):
     free_bits: FreeBits = FreeBits()
     denoise: float = Field(0.0, ge=0, lt=1, description="probability that a token of the encoder's input is deleted")
     sample_posterior: bool = Field(True, description="false: z = mu, a deterministic autoencoder")
+    aggressive: AggressiveConfig | None = Field(None, description="null: all of the model in every step")
     reset_decoder: bool = Field(False, description="start the phase with the base's decoder weights")
     optimizer: OptimizerConfig = OptimizerConfig()
     learning_rate: LearningRateConfig = LearningRateConfig()
@@ -304,6 +313,7 @@ class VariantConfig(Settings):
     """A row of a study that stands beside its grid."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$", description="also the run directory's")
+    recipe: str | None = Field(None, description="null: the study's")
     set: dict[str, Any] = Field({}, description="the recipe's settings that differ: dotted key, value")
 
 
@@ -317,6 +327,8 @@ class StudyConfig(Settings):
     grid: dict[str, list[Any]] = Field({}, description="dotted key, values: every combination is a run")
     variants: list[VariantConfig] = Field([], description="further runs, by name")
     seeds: list[int] = Field([0], min_length=1, description="each run once a seed")
+    length: float = Field(1.0, gt=0, description="factor on all lengths in epochs")
+    yardstick: str | None = Field(None, description="the variant that is a plain language model, for `lm_gain`")
 
 
 # What may stand in a line of a batch file or as a word of sbatch: no white space and nothing unseen.

@@ -2,63 +2,112 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vae_ds import config as configuration
-from vae_ds import jobs, records, trainer
-from vae_ds.errors import ConfigError
-from vae_ds.settings import RunConfig, StudyConfig
+from vae_ds import jobs, records, runtime, trainer
+from vae_ds.errors import ConfigError, Stopped, UserError
+from vae_ds.settings import LinearBeta, PhaseConfig, RunConfig, StudyConfig
 from vae_ds.stop import StopFlag
+from vae_ds.yaml_tree import split_override
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run of a study: its name, which is its directory's, and what it changes in the recipe."""
+    """One run of a study: its name, which is its directory's, its recipe, and what it changes there.
+
+    `yardstick`: the name of the plain language model that it is measured against, if the study has one.
+    """
 
     name: str
+    recipe: str
     overrides: tuple[str, ...]
+    yardstick: str | None = None
+
+
+def load(
+    study: str,
+    settings: Mapping[str, Any] | None = None,
+    further: Sequence[Sequence[str]] = (),
+    length: float | None = None,
+    seeds: Sequence[int] | None = None,
+) -> StudyConfig:
+    """A study, a file or a shipped name.
+
+    `settings`, by dotted key, hold for every run that does not set them itself. `further` are more runs: a name, then
+    what it changes as KEY=VALUE. `length` and `seeds` replace the study's. Raises ConfigError.
+    """
+    tree = configuration.load(StudyConfig, study).model_dump()
+    tree["set"] |= settings or {}
+    tree["variants"] += [{"name": name, "set": dict(map(split_override, changes))} for name, *changes in further]
+    tree["length"] = length or tree["length"]
+    tree["seeds"] = list(seeds or tree["seeds"])
+    return configuration.build(StudyConfig, tree, study)
 
 
 def rows(study: StudyConfig) -> list[Row]:
     """Every run: the grid in the order of its keys, then the variants, each once a seed. Raises ConfigError."""
-    points: list[tuple[str, dict[str, Any]]] = []
+    points: list[tuple[str, str, dict[str, Any]]] = []
     if study.grid:
         for values in itertools.product(*study.grid.values()):
             point = dict(zip(study.grid, values, strict=True))
-            points.append(("+".join(f"{_short(key, study.grid)}={value}" for key, value in point.items()), point))
-    points += [(variant.name, variant.set) for variant in study.variants]
+            name = "+".join(f"{_short(key, study.grid)}={value}" for key, value in point.items())
+            points.append((name, study.recipe, point))
+    points += [(variant.name, variant.recipe or study.recipe, variant.set) for variant in study.variants]
     if not points:
         raise ConfigError(f"study {study.name}: neither `grid` nor `variants` names a run")
     found = []
     for seed in study.seeds:
-        for name, changes in points:
+        tail = f"+seed={seed}" if len(study.seeds) > 1 else ""
+        for name, recipe, changes in points:
             settings = {**study.set, **changes, "seed": seed}
-            whole = f"{name}+seed={seed}" if len(study.seeds) > 1 else name
-            found.append(Row(whole, tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())))
+            overrides = tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())
+            yardstick = study.yardstick if study.yardstick != name else None
+            found.append(Row(name + tail, recipe, overrides, yardstick and yardstick + tail))
     twice = [row.name for row in found if sum(row.name == other.name for other in found) > 1]
     if twice:
         raise ConfigError(f"study {study.name}: two runs are called {twice[0]}")
+    if study.yardstick and study.yardstick not in [name for name, *_ in points]:
+        raise ConfigError(f"study {study.name}: `yardstick` names {study.yardstick}, which is none of its runs")
     return found
 
 
-def check(study: StudyConfig) -> None:
-    """Resolve every row's recipe. Raises ConfigError that names the row."""
+def resolve(study: StudyConfig, row: Row, extra: Sequence[str] = ()) -> RunConfig:
+    """A row's complete recipe, with further KEY=VALUE. Raises ConfigError that names the row."""
+    try:
+        config = configuration.load(RunConfig, row.recipe, [*row.overrides, *extra])
+    except ConfigError as error:
+        raise ConfigError(f"study {study.name}, run {row.name}: {error}") from None
+    phases = tuple(_stretched(phase, study.length) for phase in config.phases)
+    return config.model_copy(update={"name": f"{study.name}-{row.name}", "phases": phases})
+
+
+def _stretched(phase: PhaseConfig, factor: float) -> PhaseConfig:
+    """A phase with its lengths in epochs times `factor`."""
+    changes: dict[str, Any] = {"epochs": phase.epochs and phase.epochs * factor}
+    if isinstance(phase.beta, LinearBeta) and phase.beta.over_epochs:
+        changes["beta"] = phase.beta.model_copy(update={"over_epochs": phase.beta.over_epochs * factor})
+    return phase.model_copy(update=changes)
+
+
+def check(study: StudyConfig, extra: Sequence[str] = ()) -> None:
+    """Resolve every row's recipe, with further KEY=VALUE. Raises ConfigError that names the row."""
     for row in rows(study):
-        try:
-            configuration.load(RunConfig, study.recipe, row.overrides)
-        except ConfigError as error:
-            raise ConfigError(f"study {study.name}, run {row.name}: {error}") from None
+        resolve(study, row, extra)
 
 
 def states(study: StudyConfig, root: Path) -> list[tuple[Row, str]]:
-    """What became of each run: `missing`, or as its status.json says."""
+    """What became of each run: `missing`, `trained` but not evaluated, or as its status.json says."""
     found = []
     for row in rows(study):
         status = records.read_status(root / row.name)
-        found.append((row, records.of_the_living(status)["state"] if status else "missing"))
+        state = records.of_the_living(status)["state"] if status else "missing"
+        found.append((row, "trained" if state == "done" and not _is_evaluated(root / row.name) else state))
     return found
 
 
@@ -70,11 +119,52 @@ def row_of(study: StudyConfig, number: int) -> Row:
     return every[number]
 
 
-def run(study: StudyConfig, row: Row, run_dir: Path, stop: StopFlag, extra: Sequence[str] = ()) -> None:
-    """Train a row and evaluate it on the test split; what is done is not done again. A collective."""
-    trainer.train(configuration.load(RunConfig, study.recipe, [*row.overrides, *extra]), run_dir, stop=stop)
-    if not (run_dir / "eval-test.json").is_file():
-        jobs.evaluate_run(run_dir, "test", {})
+def run(study: StudyConfig, row: Row, root: Path, stop: StopFlag, extra: Sequence[str] = ()) -> None:
+    """Train a row in its directory below `root` and evaluate it on the test split, against the yardstick if that is
+    evaluated by then; what is done is not done again. A collective."""
+    run_dir = root / row.name
+    trainer.train(resolve(study, row, extra), run_dir, stop=stop)
+    runtime.start()
+    yardstick = root / row.yardstick if row.yardstick and _is_evaluated(root / row.yardstick) else None
+    # Rank 0 may have written either just now.
+    is_evaluated, yardstick = runtime.broadcast_object((_is_evaluated(run_dir), yardstick))
+    if not is_evaluated:
+        jobs.evaluate_run(run_dir, "test", {}, yardstick=None if yardstick is None else str(yardstick))
+
+
+def run_all(study: StudyConfig, root: Path, stop: StopFlag, extra: Sequence[str] = ()) -> list[str]:
+    """Train and evaluate what is missing, the yardstick first. Returns the names of the runs that failed. A collective.
+
+    A run that fails is told, and does not keep the others from running. Raises Stopped after a signal.
+    """
+    failed = []
+    ranks = runtime.start()
+    every = sorted(rows(study), key=lambda row: row.yardstick is not None)
+    for number, row in enumerate(every, 1):
+        if ranks.is_main:
+            print(f"\n== {number} of {len(every)}: {row.name}", flush=True)
+        try:
+            run(study, row, root, stop, extra)
+        except Stopped:
+            raise
+        except Exception as error:
+            failed.append(row.name)
+            if ranks.is_main:
+                _tell(error, root / row.name)
+    return failed
+
+
+def _tell(error: Exception, run_dir: Path) -> None:
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+    if (run_dir / "config.yaml").is_file():
+        records.write_status(run_dir, "failed", reason=f"{type(error).__name__}: {error}")
+
+
+def _is_evaluated(run_dir: Path) -> bool:
+    return (run_dir / "eval-test.json").is_file()
 
 
 def _short(key: str, grid: dict[str, Any]) -> str:

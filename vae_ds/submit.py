@@ -73,15 +73,32 @@ def batch_file(
     ConfigError if the global batch does not divide over the ranks, or an option cannot stand in a batch file.
     """
     batches.micro_batch(config.batch.global_size, wanted.nodes * wanted.ranks_per_node, config.batch.micro)
-    if wanted.time is not None and not TIME.fullmatch(wanted.time):
-        raise ConfigError(f"--time {wanted.time}: use SLURM's form, such as 24:00:00 or 2-00:00:00")
-    lines = [
-        "#!/usr/bin/env bash",
-        *(f"#SBATCH {option}" for option in _options(config.name, run_dir, wanted, place, extra)),
-    ]
-    lines += ["set -euo pipefail", *_environment(place)]
-    script = launchers_dir() / "train.sbatch"
-    return "\n".join([*lines, f"exec bash {shlex.quote(str(script))} {shlex.join(train)}"]) + "\n"
+    return _text("train.sbatch", train, _options(config.name, run_dir, wanted, place, extra), place)
+
+
+def array_file(
+    name: str,
+    study: Sequence[str],
+    numbers: Sequence[int],
+    root: Path,
+    wanted: Wanted,
+    place: SiteConfig,
+    parallel: int,
+    extra: Sequence[str] = (),
+) -> str:
+    """The same for runs of a study, by number, as a job array of which `parallel` run at a time.
+
+    `study` are the arguments of `vae-ds study`; the runs go below `root`, which has the logs too.
+    """
+    array = f"--array={','.join(map(str, numbers))}%{parallel}"
+    options = _options(name, root, wanted, place, [array, *extra], log="slurm-%A_%a.log")
+    return _text("sweep.sbatch", study, options, place)
+
+
+def _text(script: str, arguments: Sequence[str], options: Sequence[str], place: SiteConfig) -> str:
+    lines = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in options), "set -euo pipefail"]
+    call = f"exec bash {shlex.quote(str(launchers_dir() / script))} {shlex.join(arguments)}"
+    return "\n".join([*lines, *_environment(place), call]) + "\n"
 
 
 def submit(text: str, run_dir: Path) -> Submitted:
@@ -99,7 +116,11 @@ def submit(text: str, run_dir: Path) -> Submitted:
     return Submitted(job, log, log.with_suffix("") / "rank-0.log")
 
 
-def _options(name: str, run_dir: Path, wanted: Wanted, place: SiteConfig, extra: Sequence[str]) -> list[str]:
+def _options(
+    name: str, run_dir: Path, wanted: Wanted, place: SiteConfig, extra: Sequence[str], log: str = "slurm-%j.log"
+) -> list[str]:
+    if wanted.time is not None and not TIME.fullmatch(wanted.time):
+        raise ConfigError(f"--time {wanted.time}: use SLURM's form, such as 24:00:00 or 2-00:00:00")
     options = [f"--job-name={re.sub('[^!-~]+', '-', name)}", f"--nodes={wanted.nodes}"]
     options.append(f"--ntasks-per-node={wanted.ranks_per_node}")
     if wanted.gpus_per_node:
@@ -110,7 +131,7 @@ def _options(name: str, run_dir: Path, wanted: Wanted, place: SiteConfig, extra:
     named |= {"reservation": "reservation", "mem": "memory", "cpus-per-task": "cpus_per_task"}
     options += [f"--{word}={value}" for word, key in named.items() if (value := getattr(place, key)) is not None]
     options += ["--requeue", "--open-mode=append", f"--signal=USR1@{SAVE_WITHIN_S}"]
-    options += [f"--output={run_dir.absolute() / 'logs' / 'slurm-%j.log'}", *place.options, *extra]
+    options += [f"--output={run_dir.absolute() / 'logs' / log}", *place.options, *extra]
     for option in options:
         if not option.startswith("--") or re.search(r"[^!-~]", option):
             raise ConfigError(f"{option!r} cannot stand in a batch file; write --option=value, without spaces")

@@ -15,6 +15,7 @@ import torch
 
 from vae_ds import batches, checkpoint, evaluate, generate, monitor, phases, records, runtime
 from vae_ds import config as configuration
+from vae_ds.aggressive import Aggressive, half_of
 from vae_ds.engine import PhaseEngine, PhaseState
 from vae_ds.errors import Stopped
 from vae_ds.gaussian import thresholded_kl
@@ -43,6 +44,7 @@ class TrainState:
     skipped: int = 0
     skipped_in_row: int = 0
     beta: float | None = None  # carried by the schedule `target`
+    aggressive: Aggressive | None = None  # the alternation of a phase that has one
     held_kl: list[float] | None = None  # last step's global mean KL of each unit
     best: float | None = None  # lowest valid nelbo so far
     best_kept: float | None = None  # highest score of a validation by `checkpoint.keep_best`
@@ -50,7 +52,11 @@ class TrainState:
 
     def begin_phase(self, index: int) -> None:
         self.phase, self.position, self.step, self.skipped_in_row = index, 0, 0, 0
-        self.beta, self.held_kl, self.window = None, None, {}
+        self.beta, self.held_kl, self.aggressive, self.window = None, None, None, {}
+
+    def __post_init__(self) -> None:
+        if isinstance(self.aggressive, dict):  # as checkpoints have it
+            self.aggressive = Aggressive(**self.aggressive)
 
 
 def train(
@@ -140,7 +146,10 @@ class Trainer:
             ranks=job.ranks,
             precision=job.precision,
             ds_config=job.ds_config,
+            half_of=half_of if plan.settings.aggressive else None,
         )
+        if plan.settings.aggressive and self.state.aggressive is None:
+            self.state.aggressive = Aggressive()
         # After the engine, since building one draws numbers, too.
         runtime.seed_everything(job.config.seed, job.ranks.rank, plan.index)
         if resumed is not None:
@@ -174,6 +183,8 @@ class Trainer:
             valid: dict[str, Any] = {}
             if fresh and (finished or state.step % config.validation.every_steps == 0):
                 valid = self.validate(plan, trainer_engine)
+                if state.aggressive:
+                    state.aggressive.after_validation(valid.get("mi"))
                 clock = time.monotonic()
             improved = self._improves(valid)
             due = fresh and (finished or state.step % config.checkpoint.every_steps == 0 or improved)
@@ -190,7 +201,7 @@ class Trainer:
         """One global batch: forward, backward, update, what the schedules carry on. What the ranks wish after it."""
         job, state, settings = self.job, self.state, plan.settings
         beta = plan.beta.at(state.step, state.beta)
-        lr = plan.learning_rate.at(state.step)
+        lr, half = plan.learning_rate.at(state.step), state.aggressive.half() if state.aggressive else None
         units = _model_of(trainer_engine).latent_dim
         held_L = None if state.held_kl is None else torch.tensor(state.held_kl, device=job.ranks.device)
         # Loss, rec, thresholded KL, tokens, positions, 3 wishes, then the KL of each unit: one reduction a step.
@@ -213,7 +224,7 @@ class Trainer:
             floor_B = thresholded_kl(terms.kl_BL, settings.free_bits.mode, settings.free_bits.nats, held_L)
             loss_B = terms.rec_B + beta * floor_B
             trainer_engine.backward(loss_B.mean())
-            outcome = trainer_engine.step(lr)
+            outcome = trainer_engine.step(lr, half)
             with torch.no_grad():
                 parts = [loss_B.sum(), terms.rec_B.sum(), floor_B.sum()]
                 sums[:3] += torch.stack(parts).double()
@@ -233,6 +244,8 @@ class Trainer:
         state.held_kl = kl_L.tolist()
         if isinstance(plan.beta, Target):
             state.beta = plan.beta.carry(beta, float(kl_L.sum()))
+        if state.aggressive and settings.aggressive:
+            state.aggressive.after_step(settings.aggressive, float(totals[0]), float(totals[3]))
         self._count(totals, kl_L, len(index_G), beta, lr, outcome.grad_norm)
         self.monitor.advance(1)
         return wishes
@@ -261,7 +274,8 @@ class Trainer:
             beta=plan.beta.at(self.state.step, self.state.beta),
             pad_id=job.tokenizer.pad_token_id,
         )
-        pairs, samples = self._texts(model)
+        sources = [job.valid.text(i) for i in range(min(SHOWN_TEXTS, len(job.valid)))]
+        pairs, samples = generate.shown(model, job.tokenizer, sources, job.config.seed, job.config.data.max_tokens)
         step = plan.first_step + self.state.step
         self.monitor.evaluation(step, "valid", metrics, metrics.get("kl_per_dim"), pairs, samples)
         if self.state.best is None or metrics["nelbo"] < self.state.best:
@@ -351,19 +365,10 @@ class Trainer:
         row |= {"beta": window["beta"], "lr": window["lr"], "tokens_per_s": window["tokens"] / max(duration_s, 1e-9)}
         row["padding"] = 1.0 - window["tokens"] / window["positions"]
         row["skipped_steps"] = state.skipped
+        if state.aggressive:
+            row["aggressive"] = float(state.aggressive.is_on)
         state.window = {}
         self.monitor.log(row)
-
-    def _texts(self, model: T5VAE) -> tuple[list[tuple[str, str]], list[str]]:
-        """Reconstructions and prior samples for TensorBoard; every rank makes the same, as ZeRO 3 needs."""
-        tokenizer, limit = self.job.tokenizer, self.job.config.data.max_tokens
-        if model.bottleneck is None:
-            drawn = {"max_new_tokens": limit, "temperature": 1.0}
-            return [], generate.sample(model, tokenizer, SHOWN_TEXTS, self.job.config.seed, **drawn)
-        sources = [self.job.valid.text(i) for i in range(min(SHOWN_TEXTS, len(self.job.valid)))]
-        made = generate.reconstruct(model, tokenizer, sources, max_new_tokens=limit)
-        samples = generate.sample(model, tokenizer, SHOWN_TEXTS, self.job.config.seed, max_new_tokens=limit)
-        return list(zip(sources, made, strict=True)), samples
 
     def _export(self, weights: dict[str, torch.Tensor]) -> None:
         job = self.job

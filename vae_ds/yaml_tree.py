@@ -43,7 +43,7 @@ def parse_yaml(text: str, source: str) -> Any:
 def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Apply `a.b.0.c=value` settings to a parsed recipe; values are YAML. Returns a new tree."""
     result = _unshared(tree)
-    pairs = [_split_override(text) for text in overrides]
+    pairs = [split_override(text) for text in overrides]
     keys = {key for key, _ in pairs}
     for key, value in pairs:
         node: Any = result
@@ -72,7 +72,7 @@ def _unshared(tree: Any) -> Any:
     return [_unshared(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def _split_override(text: str) -> tuple[str, Any]:
+def split_override(text: str) -> tuple[str, Any]:
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise ConfigError(f"--set {text}: write KEY=VALUE, for example --set batch.global=64")
