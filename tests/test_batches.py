@@ -289,7 +289,7 @@ def test_no_sentences_at_all(tmp_path: Path, t5: T5Tokenizer) -> None:
 
 
 def test_an_epoch_has_each_sentence_at_most_once(lengths_N: np.ndarray) -> None:
-    batches_SG = epoch_batches(lengths_N, 64, 4, seed=0, phase=0, epoch=0)
+    batches_SG = epoch_batches(lengths_N, 64, 4, 0, 0, 0)
     assert batches_SG.shape == (1003 // 64, 64)
     assert batches_SG.dtype == np.int64
     assert len(np.unique(batches_SG)) == batches_SG.size
@@ -512,7 +512,7 @@ def test_deletion_belongs_to_the_sentence_and_to_training(rows) -> None:
 
 
 def test_world_and_micro_change_nothing_that_is_drawn(rows) -> None:
-    index_G = epoch_batches(rows.lengths_N, 48, 4, seed=0, phase=1, epoch=2)[0]
+    index_G = epoch_batches(rows.lengths_N, 48, 4, 0, 1, 2)[0]
 
     def drawn(world: int, micro: int) -> dict[int, tuple[list[int], bytes]]:
         found = {}

@@ -30,7 +30,7 @@ FLOORS = (
     },
     {"aggressive", "model", "batches", "monitor", "basemodel", "modelcard", "allreduce", "figures", "runs"},
     {"engine", "generate"},
-    {"checkpoint", "evaluate", "installation"},
+    {"checkpoint", "evaluate", "installation", "feed"},
     {"saver", "preparation", "pretrain_job", "text_metrics"},
     {"trainer", "jobs"},
     {"pretrain", "study", "report", "plan", "doctor", "bench", "submit"},

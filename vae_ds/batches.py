@@ -74,17 +74,17 @@ def _listed(sizes: list[int]) -> str:
     return ", ".join(map(str, sizes))
 
 
-def epoch_batches(
-    lengths_N: Ints, global_batch: int, bucket_batches: int, seed: int, phase: int, epoch: int
-) -> NDArray[np.int64]:
+def epoch_batches(lengths_N: Ints, global_batch: int, bucket_batches: int, seed: int, *keys: int) -> NDArray[np.int64]:
     """The global batches of an epoch, int64 (S, G), each sentence at most once; a function of its arguments alone.
+
+    `keys` name the epoch: the phase, the epoch's number in it, and the window of one that is read as a stream.
 
     A permutation of the split is cut into chunks of `bucket_batches` global batches, each chunk is sorted by length and
     cut into batches of like length, and the order of all batches is shuffled. What an incomplete last batch would hold
     is drawn anew each epoch. Raises DataError if the split is smaller than one batch.
     """
     steps = steps_per_epoch(len(lengths_N), global_batch)
-    random = stream(seed, "order", phase, epoch)
+    random = stream(seed, "order", *keys)
     order = random.permutation(len(lengths_N))[: steps * global_batch]
     chunk = bucket_batches * global_batch
     for start in range(0, len(order), chunk):

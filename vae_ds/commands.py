@@ -32,7 +32,8 @@ def train(arguments: argparse.Namespace) -> None:
         if ranks.is_main:
             print(configuration.dump(config))
             for plan in job.plans:
-                print(f"# phase {plan.name}: {plan.steps} steps, {plan.steps_per_epoch} an epoch")
+                of_epoch = f", {plan.steps_per_epoch} an epoch" if plan.steps_per_epoch else ""
+                print(f"# phase {plan.name}: {plan.steps} steps{of_epoch}")
             print(f"# {ranks.world} ranks, {job.precision}, micro batch {job.micro}, accumulation {job.accumulation}")
         return
     how: dict[str, Any] = {name: getattr(arguments, name) for name in ("resume", "changed_data", "until")}

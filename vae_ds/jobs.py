@@ -9,7 +9,7 @@ from typing import Any
 from vae_ds import config as configuration
 from vae_ds import corpora, evaluate, records, runtime, text_metrics
 from vae_ds.bases import read_export
-from vae_ds.errors import CheckpointError, ConfigError
+from vae_ds.errors import CheckpointError, ConfigError, DataError
 from vae_ds.model import T5VAE, load_tokenizer
 from vae_ds.settings import EvaluationConfig, RunConfig
 from vae_ds.tokens import tokenise
@@ -47,6 +47,8 @@ def sentences(run: Path, split: str, number: int) -> list[str]:
     config = _config_of(run, None)
     corpora.check(config.data)
     corpus = corpora.load(config.data)
+    if split not in corpus.splits:
+        raise DataError(f"the {split} split is read as a stream (data.streaming); choose valid or test")
     return [str(text) for text in corpus.splits[split][:number]["text"]]
 
 

@@ -25,7 +25,7 @@ class PhasePlan:
     settings: PhaseConfig
     first_step: int
     steps: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None
     beta: schedules.Beta
     learning_rate: schedules.LearningRate
 
@@ -34,15 +34,18 @@ class PhasePlan:
         return self.settings.name
 
 
-def plan(phases: Sequence[PhaseConfig], steps_per_epoch: int) -> list[PhasePlan]:
+def plan(phases: Sequence[PhaseConfig], steps_per_epoch: int | None) -> list[PhasePlan]:
     """Lay out the phases one after the other.
 
-    `steps_per_epoch` comes from the real data and the real global batch. Raises ConfigError if a phase comes out empty.
+    `steps_per_epoch` comes from the real data and the real global batch; None where the data is not counted. Raises
+    ConfigError if a phase comes out empty, or has a length in epochs of such data.
     """
     plans: list[PhasePlan] = []
     first = 0
     for index, phase in enumerate(phases):
-        steps = phase.steps if phase.steps is not None else round(float(phase.epochs or 0) * steps_per_epoch)
+        if steps_per_epoch is None:
+            _need_steps(phase, index)
+        steps = phase.steps if phase.steps is not None else round(float(phase.epochs or 0) * (steps_per_epoch or 0))
         if steps < 1:
             raise ConfigError(f"phases.{index}.epochs: {phase.epochs:g} epochs of {steps_per_epoch} steps is no step")
         beta = _beta(phase, steps, steps_per_epoch)
@@ -57,7 +60,14 @@ def learning_rate(optimizer: OptimizerConfig, settings: LearningRateConfig, step
     return schedules.LearningRate(settings.schedule, optimizer.lr, settings.warmup_steps, steps, settings.final)
 
 
-def _beta(phase: PhaseConfig, steps: int, steps_per_epoch: int) -> schedules.Beta:
+def _need_steps(phase: PhaseConfig, index: int) -> None:
+    """Raise ConfigError for a length in epochs."""
+    for key, value in (("epochs", phase.epochs), ("beta.over_epochs", getattr(phase.beta, "over_epochs", None))):
+        if value is not None:
+            raise ConfigError(f"phases.{index}.{key}: data.streaming does not count the text; state steps")
+
+
+def _beta(phase: PhaseConfig, steps: int, steps_per_epoch: int | None) -> schedules.Beta:
     beta = phase.beta
     if isinstance(beta, ConstantBeta):
         return schedules.Constant(beta.value)
@@ -68,7 +78,7 @@ def _beta(phase: PhaseConfig, steps: int, steps_per_epoch: int) -> schedules.Bet
         if beta.over_steps is not None:
             length = beta.over_steps
         elif beta.over_epochs is not None:
-            length = beta.over_epochs * steps_per_epoch
+            length = beta.over_epochs * (steps_per_epoch or 0)
         return schedules.Linear(beta.max, length, beta.start)
     return schedules.Target(beta.kl, beta.start, beta.rate, beta.max)
 
@@ -144,8 +154,3 @@ def _set_mode(module: nn.Module, prefix: str, inherited: bool) -> None:
     module.training = active
     for name, child in module.named_children():
         _set_mode(child, f"{prefix}{name}.", active)
-
-
-def epoch_of(position: int, steps_per_epoch: int) -> tuple[int, int]:
-    """The epoch of a phase, and the batch in it, of its global batch number `position`, all from 0."""
-    return position // steps_per_epoch, position % steps_per_epoch

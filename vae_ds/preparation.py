@@ -6,6 +6,7 @@ from typing import Any
 
 from vae_ds import batches, corpora, engine, phases, records, runtime
 from vae_ds import config as configuration
+from vae_ds.feed import Source, Streamed, Whole
 from vae_ds.model import check_base, load_tokenizer
 from vae_ds.phases import PhasePlan
 from vae_ds.runtime import Ranks
@@ -24,7 +25,7 @@ class Job:
     ds_config: dict[str, Any]
     micro: int
     tokenizer: Any
-    train: TokenSet
+    train: Source
     valid: TokenSet
     plans: list[PhasePlan]
 
@@ -52,10 +53,15 @@ def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Job:
     def tokens_of(split: str) -> TokenSet:
         return runtime.rank0_first(lambda: tokenise(corpus, split, tokenizer, config.data.max_tokens, cache))
 
-    train_set, valid_set = tokens_of("train"), tokens_of("valid")
-    plans = phases.plan(config.phases, batches.steps_per_epoch(len(train_set), config.batch.global_size))
-    valid_set = valid_set.first(config.validation.sentences)
-    return Job(config, run_dir, ranks, precision, ds_config, micro, tokenizer, train_set, valid_set, plans)
+    if config.data.streaming:
+        source: Source = Streamed(corpora.open_stream(config.data), tokenizer, config.data.max_tokens)
+        plans = phases.plan(config.phases, None)
+    else:
+        train_set = tokens_of("train")
+        source = Whole(train_set)
+        plans = phases.plan(config.phases, batches.steps_per_epoch(len(train_set), config.batch.global_size))
+    valid_set = tokens_of("valid").first(config.validation.sentences)
+    return Job(config, run_dir, ranks, precision, ds_config, micro, tokenizer, source, valid_set, plans)
 
 
 def write_headers(run_dir: Path, config: Settings, ranks: Ranks) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vae_ds import batches, checkpoint, monitor, phases, records, runtime
+from vae_ds import batches, checkpoint, monitor, records, runtime
 from vae_ds.basemodel import TextToText, build_t5, continue_text, export_t5
 from vae_ds.denoising import Plan, cut_texts, plan_epoch, whole_texts
 from vae_ds.engine import PhaseEngine, PhaseState
@@ -123,7 +123,7 @@ class Pretrainer:
         began = clock = time.monotonic()
         before_s = state.duration_s
         while self.progress() < 1.0:
-            epoch, number = phases.epoch_of(state.position, self.job.steps_per_epoch)
+            epoch, number = divmod(state.position, self.job.steps_per_epoch)
             if epoch != epoch_of_plan:
                 epoch_of_plan, (plan, order_SG) = epoch, self._order(epoch)
             wishes = self.step(trained, plan, order_SG[number], epoch)

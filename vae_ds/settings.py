@@ -62,6 +62,9 @@ class DataConfig(Settings):
     )
     seed: int = Field(0, ge=0, description="grammar: of the sentences drawn")
     limit: int | None = Field(None, ge=1, description="use the first N sentences of each split")
+    streaming: bool = Field(
+        False, description="text: read the training file while it is trained on, without a pass over it before"
+    )
     max_tokens: int = Field(64, ge=2, description="longest sentence in subword tokens, end-of-sentence included")
     cache_dir: str | None = Field(None, description="null: $VAE_DS_CACHE, else ~/.cache/vae_ds")
 
@@ -71,6 +74,8 @@ class DataConfig(Settings):
             raise ValueError("corpus `text` needs `path`, or all of `train`, `valid` and `test`")
         if self.corpus == "dataset" and not self.path:
             raise ValueError("corpus `dataset` needs `path`: a hub name or a directory")
+        if self.streaming and self.limit is not None:
+            raise ValueError("`limit` counts sentences, which `streaming` does not; leave one out")
         if set(self.splits) - set(SPLITS):
             raise ValueError(f"`splits` maps our names {', '.join(SPLITS)}; found {', '.join(self.splits)}")
         if set(self.sentences) - set(SPLITS) or min(self.sentences.values(), default=1) < 1:
@@ -304,6 +309,8 @@ class PretrainConfig(Settings):
     def _parts(self) -> Self:
         if self.span_corruption + self.denoising > 1:
             raise ValueError(f"`span_corruption` + `denoising` is {self.span_corruption + self.denoising:g}; all is 1")
+        if self.data.streaming:
+            raise ValueError("`data.streaming` is for VAEs: a pretraining mixes the whole text anew each epoch")
         if self.checkpoint.keep_best is not None:
             raise ValueError("`checkpoint.keep_best` is for VAEs: a pretraining's validations have no such metric")
         return self

@@ -156,10 +156,11 @@ def tokenise(
 
 
 def from_texts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> TokenSet:
-    """The token ids of a few sentences in memory, as `tokenise` makes them. Raises ConfigError as it does."""
+    """The token ids of sentences in memory, as `tokenise` makes them. Raises ConfigError as it does."""
     _require_end(tokenizer)
     kept = list(texts)
-    rows = _rows(kept, tokenizer, max_tokens)
+    starts = range(0, max(1, len(kept)), ROWS_AT_ONCE)
+    rows = pa.concat_tables([_rows(kept[start : start + ROWS_AT_ONCE], tokenizer, max_tokens) for start in starts])
     fingerprint = _digest(CACHE_FORMAT, *kept, tokenizer_fingerprint(tokenizer), max_tokens)
     return TokenSet(rows, lambda index: kept[index], fingerprint)
 

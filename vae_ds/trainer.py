@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from vae_ds import batches, checkpoint, evaluate, generate, monitor, phases, records, runtime
@@ -18,6 +17,7 @@ from vae_ds import config as configuration
 from vae_ds.aggressive import Aggressive, half_of
 from vae_ds.engine import PhaseEngine, PhaseState
 from vae_ds.errors import Stopped
+from vae_ds.feed import Feed
 from vae_ds.gaussian import thresholded_kl
 from vae_ds.model import T5VAE
 from vae_ds.phases import PhasePlan
@@ -40,6 +40,7 @@ class TrainState:
 
     phase: int = 0
     position: int = 0  # global batches consumed in this phase, skipped ones too
+    place: list[int] = field(default_factory=lambda: [0, 0, 0])  # of the next one: epoch, window, batch
     step: int = 0  # applied optimizer steps in this phase
     skipped: int = 0
     skipped_in_row: int = 0
@@ -52,6 +53,7 @@ class TrainState:
 
     def begin_phase(self, index: int) -> None:
         self.phase, self.position, self.step, self.skipped_in_row = index, 0, 0, 0
+        self.place = [0, 0, 0]
         self.beta, self.held_kl, self.aggressive, self.window = None, None, None, {}
 
     def __post_init__(self) -> None:
@@ -165,20 +167,17 @@ class Trainer:
     def steps(self, plan: PhasePlan, trainer_engine: PhaseEngine) -> None:
         """The loop of one phase: step, log, validate, save, until its applied steps are done."""
         config, state = self.job.config, self.state
-        order_epoch, order_SG = -1, np.empty((0, 0), dtype=np.int64)
+        feed = Feed(self.job.train, config.batch, config.seed, plan.index, state.place)
         clock = time.monotonic()
         while state.step < plan.steps:
-            epoch, number = phases.epoch_of(state.position, plan.steps_per_epoch)
-            if epoch != order_epoch:
-                order_epoch, order_SG = epoch, self._order(plan, epoch)
-            wishes = self.step(plan, trainer_engine, order_SG[number], epoch)
+            wishes = self.step(plan, trainer_engine, feed)
             if wishes.written:
                 self.saver.finish()
             finished = state.step == plan.steps
             fresh = state.skipped_in_row == 0
             if fresh and (finished or state.step % config.logging.every == 0):
                 now = time.monotonic()
-                self._log(plan, epoch, now - clock)
+                self._log(plan, feed.epoch, now - clock)
                 clock = now
             valid: dict[str, Any] = {}
             if fresh and (finished or state.step % config.validation.every_steps == 0):
@@ -197,8 +196,9 @@ class Trainer:
                 self.monitor.close()
                 raise Stopped(f"stopped in phase {plan.name} at step {state.step} of {plan.steps}; rerun to resume")
 
-    def step(self, plan: PhasePlan, trainer_engine: PhaseEngine, index_G: np.ndarray, epoch: int) -> Wishes:
+    def step(self, plan: PhasePlan, trainer_engine: PhaseEngine, feed: Feed) -> Wishes:
         """One global batch: forward, backward, update, what the schedules carry on. What the ranks wish after it."""
+        index_G = feed.take()
         job, state, settings = self.job, self.state, plan.settings
         beta = plan.beta.at(state.step, state.beta)
         lr, half = plan.learning_rate.at(state.step), state.aggressive.half() if state.aggressive else None
@@ -207,15 +207,15 @@ class Trainer:
         # Loss, rec, thresholded KL, tokens, positions, 3 wishes, then the KL of each unit: one reduction a step.
         sums = torch.zeros(8 + units, dtype=torch.float64, device=job.ranks.device)
         outcome = None
-        shares = batches.share(index_G, job.train.lengths_N, job.ranks.rank, job.ranks.world, job.micro)
+        shares = batches.share(index_G, feed.tokens.lengths_N, job.ranks.rank, job.ranks.world, job.micro)
         for index_B in shares:
             batch = batches.collate(
-                job.train,
+                feed.tokens,
                 index_B,
                 pad_id=job.tokenizer.pad_token_id,
                 latent_dim=units,
                 seed=job.config.seed,
-                keys=(plan.index, epoch),
+                keys=feed.keys,
                 denoise=settings.denoise,
                 sample=settings.sample_posterior,
             ).to(job.ranks.device)
@@ -315,12 +315,6 @@ class Trainer:
         self.monitor.resume_from(progress["global_step"])
         return saved, saved.weights
 
-    def _order(self, plan: PhasePlan, epoch: int) -> np.ndarray:
-        batch = self.job.config.batch
-        return batches.epoch_batches(
-            self.job.train.lengths_N, batch.global_size, batch.bucket_batches, self.job.config.seed, plan.index, epoch
-        )
-
     def _reset(self, plan: PhasePlan, weights: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
         """The weights a phase starts from: with `reset_decoder`, the decoder group is the base's again (Li 2019)."""
         if weights is None or not plan.settings.reset_decoder:
@@ -355,11 +349,11 @@ class Trainer:
             window[key] = window.get(key, 0.0) + value
         window["beta"], window["lr"] = beta, lr
 
-    def _log(self, plan: PhasePlan, epoch: int, duration_s: float) -> None:
+    def _log(self, plan: PhasePlan, epoch: float, duration_s: float) -> None:
         window, state = self.state.window, self.state
         steps = window["steps"]
         row: dict[str, Any] = {"phase": plan.name, "step": plan.first_step + state.step}
-        row["epoch"] = round(state.position / plan.steps_per_epoch, 4)
+        row["epoch"] = round(epoch, 4)
         row |= {key: window[key] / steps for key in ("rec", "kl", "kl_weighted", "loss", "grad_norm")}
         row["nelbo"] = row["rec"] + row["kl"]
         row |= {"beta": window["beta"], "lr": window["lr"], "tokens_per_s": window["tokens"] / max(duration_s, 1e-9)}
@@ -380,7 +374,7 @@ class Trainer:
         runtime.barrier()
 
     def _data(self) -> dict[str, Any]:
-        return {"fingerprint": self.job.train.fingerprint, "sentences": len(self.job.train)}
+        return self.job.train.facts
 
     def _status(self, state: str, reason: str | None = None) -> None:
         if self.job.ranks.is_main:

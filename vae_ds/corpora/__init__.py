@@ -3,9 +3,10 @@
 from vae_ds.corpora import dataset, docstrings, grammar, layouts, text, wordnet
 from vae_ds.corpora.corpus import Corpus
 from vae_ds.corpora.splits import split_of
+from vae_ds.corpora.stream import LineStream, open_stream
 from vae_ds.settings import DataConfig
 
-__all__ = ["Corpus", "check", "load", "split_of"]
+__all__ = ["Corpus", "LineStream", "check", "load", "open_stream", "split_of"]
 
 _KINDS = {
     "docstrings": docstrings,
@@ -18,7 +19,8 @@ _KINDS = {
 
 
 def load(data: DataConfig) -> Corpus:
-    """The corpus that the settings name, cut to the first `data.limit` sentences a split.
+    """The corpus that the settings name, cut to the first `data.limit` sentences a split; `train` is not there if it
+    is read as a stream (`open_stream`).
 
     Raises DataError with the file and line, or with what would do.
     """
@@ -27,4 +29,6 @@ def load(data: DataConfig) -> Corpus:
 
 def check(data: DataConfig) -> None:
     """Raise DataError for whatever can be seen to be wrong without preparing the corpus."""
+    if data.streaming:
+        open_stream(data)
     _KINDS[data.corpus].check(data)

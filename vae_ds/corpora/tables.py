@@ -7,7 +7,7 @@ such files one column is the text, and every other is ignored. Memory does not g
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from vae_ds.errors import DataError
@@ -31,27 +31,39 @@ def read(path: Path, data: DataConfig) -> Iterator[str]:
     Raises DataError with file and line: bytes that are not UTF-8, a row without text, of another number of fields, or
     that cannot be parsed; a missing column, an empty file, `data.labelled` for a file with columns.
     """
-    kind = suffix(path)
-    if kind and data.labelled:
-        raise DataError(f"{path}: has columns, of which data.column is the text; set data.labelled to false")
     found = False
     try:
         with path.open("rb") as file:
-            lines = ((number, _decoded(line, path, number)) for number, line in enumerate(file, 1))
-            read_rows = _READERS[kind] if kind else _plain(data.labelled)
-            for _, text in read_rows(lines, path, data.column):
+            for text in parse(enumerate(file, 1), path, data):
                 found = True
-                yield " ".join(text.splitlines()) if kind else text
+                yield text
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not found:
-        raise DataError(f"{path}: empty; write one sentence a {'row' if kind else 'line'}")
+        raise DataError(f"{path}: empty; write one sentence a {'row' if suffix(path) else 'line'}")
 
 
-def _decoded(line: bytes, path: Path, number: int) -> str:
+def parse(
+    lines: Iterable[tuple[int, bytes]], path: Path, data: DataConfig, first: int = 1, unit: str = ""
+) -> Iterator[str]:
+    """The sentences of numbered lines of a file; `first` is the number of its first, `unit` what errors say of numbers.
+
+    Raises DataError as `read` does, but of an empty file.
+    """
+    kind = suffix(path)
+    if kind and data.labelled:
+        raise DataError(f"{path}: has columns, of which data.column is the text; set data.labelled to false")
+    read_rows = _READERS[kind] if kind else _plain(data.labelled)
+    path = Path(f"{path}{unit}")
+    decoded = ((number, _decoded(line, path, number, first)) for number, line in lines)
+    for _, text in read_rows(decoded, path, data.column):
+        yield " ".join(text.splitlines()) if kind else text
+
+
+def _decoded(line: bytes, path: Path, number: int, first: int) -> str:
     try:
         # Windows editors put a byte-order mark in front of the first line.
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+        return line.decode("utf-8-sig" if number == first else "utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line; convert the file") from None
 

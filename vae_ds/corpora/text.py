@@ -20,21 +20,28 @@ _LAYOUT = "1"  # of the cached files
 
 
 def load(data: DataConfig) -> Corpus:
-    """The sentences of the three files, in file order.
+    """The sentences of the three files, in file order; without the training file if that is read as a stream.
 
     Raises DataError with file and line: a missing or empty file, and whatever `tables.read` finds.
     """
     files = find(data)
+    if data.streaming:
+        del files["train"]
     hashes = {split: _hash(path) for split, path in files.items()}
     rows = {split: limited(_rows(path, hashes[split], data), data.limit) for split, path in files.items()}
     columns = [fact for path in files.values() for fact in _columns(path, data)]
-    facts = [_LAYOUT, str(data.labelled), str(data.limit), *(hashes[split] for split in SPLITS), *columns]
+    facts = [_LAYOUT, str(data.labelled), str(data.limit), *hashes.values(), *columns]
     return Corpus("text", digest(facts), rows)
 
 
 def check(data: DataConfig) -> None:
-    """Check all three files to their last line; memory does not grow with them. Raises DataError as `load` does."""
-    for path in find(data).values():
+    """Check the files to their last line, but not one that is read as a stream; memory does not grow with them.
+
+    Raises DataError as `load` does.
+    """
+    for split, path in find(data).items():
+        if split == "train" and data.streaming:
+            continue
         for _ in tables.read(path, data):
             pass
 
