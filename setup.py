@@ -48,7 +48,7 @@ setup(
         "packaging>=23",  # launchers: what an environment already has
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
         "dev": ["ruff>=0.9", "mypy>=1.13", "types-PyYAML"],
     },
 )

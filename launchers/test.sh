@@ -10,5 +10,6 @@ install_programs slurmctld=slurm-wlm munged=munge pdsh=pdsh ip=iproute2 nsenter=
   /usr/share/wordnet/data.noun=wordnet-base
 setup test,dev
 cd "$REPO"
+# Two files of tests at a time: most of them wait for processes to start or to end.
 # Only tests are named by default; a run under another directory's settings would miss the timeouts.
-exec "$PY" -m pytest -c "$REPO/pyproject.toml" "$@"
+exec "$PY" -m pytest -c "$REPO/pyproject.toml" -n 2 --dist loadfile --no-loadscope-reorder "$@"

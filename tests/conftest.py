@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+LONGEST = (
+    *("test_slurm", "test_faults", "test_launchers", "test_trainer"),
+    *("test_wheelhouse", "test_multinode", "test_doctor", "test_engine"),
+)
+
 # The ranks of a distributed test share the machine's cores; more threads than cores only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,6 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="vae_ds_cache_")
         os.environ["VAE_DS_CACHE"] = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that two workers end together; the engine's find what CI builds beside them built."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"""
 name: small
 model: {{base: {base}, latent_dim: 8, dropout: 0}}
-data: {{corpus: text, path: {text}, max_tokens: 40, cache_dir: {folder / "cache"}}}
+data: {{corpus: text, path: {text}, max_tokens: 24, cache_dir: {folder / "cache"}}}
 batch: {{global: 32}}
 precision: fp32
 phases:
