@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["vae_ds", "vae_ds.corpora", "vae_ds.ds_configs", "vae_ds.paper"],
+    packages=["vae_ds", "vae_ds.corpora", "vae_ds.ds_configs", "vae_ds.paper", "vae_ds.report"],
     # ds_configs/ stands at the top level, where DeepSpeed users look for it, and inside the package in a wheel.
     package_dir={"vae_ds.ds_configs": "ds_configs"},
     package_data={

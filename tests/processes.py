@@ -77,6 +77,11 @@ def rows(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
+def curve(run: Path) -> list[dict[str, float]]:
+    """The rows that two runs share: without the speed."""
+    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows(run)]
+
+
 def state_of(run: Path) -> str:
     return str(json.loads((run / "status.json").read_text(encoding="utf-8"))["state"])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 from PIL import Image
 
 from tiny import make_base
@@ -18,6 +19,7 @@ from vae_ds.figures import Curve, Point
 from vae_ds.paper import printed_rows
 from vae_ds.report import pareto_front
 from vae_ds.settings import RunConfig
+from vae_ds.yaml_tree import override
 
 RECIPE = """
 name: small
@@ -211,6 +213,41 @@ def test_the_figures_name_the_runs_by_what_differs(report: Path, trained: Path) 
     assert any("iw_ppl" in word for word in words)
 
 
+def test_many_runs_are_drawn_by_what_they_differ_in(trained: Path, tmp_path: Path) -> None:
+    """Fourteen runs: a reference, and others that differ from it in one thing or in more."""
+    changes: dict[str, dict[str, object]] = {"reference": {}}
+    changes |= {f"denoise-{n}": {"phases.1.denoise": n / 10} for n in range(1, 6)}
+    changes |= {f"bits-{n}": {"phases.1.free_bits": {"mode": "total", "nats": n}} for n in range(1, 5)}
+    changes |= {"mean": {"model.pooling": "mean"}, "all": {"model.pool_layers": "all"}}
+    changes |= {"two": {"model.pooling": "mean", "phases.1.denoise": 0.1}, "warm": {"phases.0.denoise": 0.3}}
+    for number, (name, settings) in enumerate(changes.items()):
+        run = tmp_path / "study" / name
+        shutil.copytree(trained / "study" / "plain", run)
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        (run / "config.yaml").write_text(yaml.safe_dump(override(config, words)), encoding="utf-8")
+        found = evaluation(run) | {"mi": 1 + number / 10, "iw_ppl": 99.0 if name == "bits-2" else 50.0 + number}
+        (run / "eval-test.json").write_text(json.dumps(found), encoding="utf-8")
+    folder = tmp_path / "out"
+    assert code_of("report", tmp_path / "study", trained / "yardstick", "--to", folder) == 0
+    # Up to the end of phase 1, what phase 2 has cannot tell runs apart.
+    assert {file.stem for file in folder.glob("*.png")} == {
+        *("phase-1-pooling", "phase-1-denoise", "phase-2-pooling", "phase-2-denoise", "phase-2-free_bits"),
+        *("phase-2-several", "rate-distortion", "perplexity-information"),
+    }
+    page = (folder / "report.md").read_text(encoding="utf-8")
+    assert all(f"({file.name})" in page for file in folder.glob("*.png"))
+    legend = set(texts(folder / "phase-2-free_bits.svg"))
+    assert {f"free_bits.mode=total, free_bits.nats={n}" for n in range(1, 5)} <= legend
+    for name in ("rate-distortion", "perplexity-information"):
+        words = texts(folder / f"{name}.svg")
+        assert {"reference", "pooling", "denoise", "free_bits", "several"} <= set(words)
+        # Each but one has more of both than the one before: these are on the front, by name.
+        assert ("bits-1" in words) == (name == "perplexity-information")
+        assert "bits-2" not in words
+    assert page.partition("On the front, by `iw_ppl` and `mi`: ")[2].splitlines()[0].count(",") == 12
+
+
 def test_many_long_curves_stay_small(tmp_path: Path) -> None:
     curves = [
         Curve(
@@ -273,8 +310,6 @@ def settings_of(*changes: str) -> dict[str, object]:
             {"name": "full", "epochs": 3, "beta": {"schedule": "linear", "over_steps": 5}},
         ]
     }
-    from vae_ds.yaml_tree import override
-
     return runs._settings(RunConfig.model_validate(override(tree, changes)))
 
 

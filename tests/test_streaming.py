@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from launch import launch
+from processes import curve
 from tiny import ENGLISH, make_base, write_splits
 from vae_ds import cli, corpora
 from vae_ds.corpora import LineStream
@@ -139,11 +140,6 @@ def run_jobs(world: int, jobs: list[dict[str, Any]], folder: Path) -> None:
     small = "import runpy, sys; import vae_ds.corpora.stream as s; s.BLOCK_BYTES, s.WINDOW_BLOCKS = 512, 8;"
     code = f"{small} sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     assert "ENDED" in launch(["-c", code, WORKER, listing], processes=world, timeout_s=200).output
-
-
-def curve(run: Path) -> list[dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_s"} for line in lines]
 
 
 def test_a_run_is_the_same_on_any_ranks_and_resumed(recipe: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from launch import launch
+from processes import curve
 from tiny import ENGLISH, make_base, write_splits
 from vae_ds import config as configuration
 from vae_ds.batches import collate, epoch_batches, from_texts
@@ -81,13 +82,8 @@ def job(recipe: Path, run_dir: Path, *overrides: str, stop_at: int | None = None
     return {"recipe": str(recipe), "run_dir": str(run_dir), "overrides": list(overrides), "stop_at": stop_at}
 
 
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_s"} for line in lines]
-
-
 def assert_same_curve(one: Path, other: Path, tolerance: float) -> None:
-    first, second = rows(one), rows(other)
+    first, second = curve(one), curve(other)
     assert [row["step"] for row in first] == [row["step"] for row in second] == list(range(1, 2 * STEPS + 1))
     for a, b in zip(first, second, strict=True):
         for key in ("loss", "rec", "kl", "beta", "lr"):
@@ -199,9 +195,9 @@ def test_phases_freeze_and_hand_over(runs: Path, recipe: Path, stage: int) -> No
 @pytest.mark.parametrize("name", [*ENGINES, "elastic", "boundary"])
 def test_every_engine_is_the_plain_loop(runs: Path, plain: list[dict[str, float]], name: str) -> None:
     """At each ZeRO stage, offloaded, accumulated, checkpointed, resumed on other ranks and stages: the same losses."""
-    curve = rows(runs / name)
-    assert [row["step"] for row in curve] == list(range(1, 2 * STEPS + 1))
-    for step, (found, wanted) in enumerate(zip(curve, plain, strict=True)):
+    steps = curve(runs / name)
+    assert [row["step"] for row in steps] == list(range(1, 2 * STEPS + 1))
+    for step, (found, wanted) in enumerate(zip(steps, plain, strict=True)):
         for key, value in wanted.items():
             assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (step, key, found, wanted)
 
@@ -216,19 +212,19 @@ def test_the_optimisation_does_not_know_the_cluster(runs: Path, mode: str) -> No
 def test_another_injection_at_stage_3(runs: Path) -> None:
     """Weights that hooks hand on are gathered where they are needed."""
     assert_same_curve(runs / "two-injected", runs / "one-injected", 1e-4)
-    assert rows(runs / "one-injected")[-1]["loss"] != rows(runs / "stage0")[-1]["loss"]
+    assert curve(runs / "one-injected")[-1]["loss"] != curve(runs / "stage0")[-1]["loss"]
 
 
 def test_free_bits_matter(runs: Path) -> None:
     """Without this, the comparison above could pass with thresholds that never bind."""
-    last = {mode: rows(runs / f"two-{mode}")[-1]["loss"] for mode in FREE_BITS}
+    last = {mode: curve(runs / f"two-{mode}")[-1]["loss"] for mode in FREE_BITS}
     assert len({round(loss, 4) for loss in last.values()}) == len(FREE_BITS), last
 
 
 @pytest.mark.parametrize("phase", ["warmup", "full"])
 def test_a_resumed_run_is_the_run_never_stopped(runs: Path, phase: str) -> None:
     """Stopped by a signal to one rank and run again, with dropout: the same rows, the same weights."""
-    assert rows(runs / f"stopped-{phase}") == rows(runs / "whole")
+    assert curve(runs / f"stopped-{phase}") == curve(runs / "whole")
     ours, theirs = (load_file(runs / name / "model" / "model.safetensors") for name in (f"stopped-{phase}", "whole"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -236,20 +232,20 @@ def test_a_resumed_run_is_the_run_never_stopped(runs: Path, phase: str) -> None:
 
 
 def test_aggressive_training_is_one_run_on_any_ranks_and_resumed(runs: Path) -> None:
-    curve = rows(runs / "aggressive-two")
+    found = curve(runs / "aggressive-two")
     assert_same_curve(runs / "aggressive-two", runs / "aggressive-one", 1e-4)
-    assert rows(runs / "aggressive-stopped") == curve
-    assert all("aggressive" not in row for row in curve[:STEPS])
-    assert curve[STEPS]["aggressive"] == 1.0
-    assert curve[STEPS]["loss"] == pytest.approx(rows(runs / "stage2")[STEPS]["loss"], rel=1e-4)
-    assert curve[-1]["loss"] != rows(runs / "stage2")[-1]["loss"]
+    assert curve(runs / "aggressive-stopped") == found
+    assert all("aggressive" not in row for row in found[:STEPS])
+    assert found[STEPS]["aggressive"] == 1.0
+    assert found[STEPS]["loss"] == pytest.approx(curve(runs / "stage2")[STEPS]["loss"], rel=1e-4)
+    assert found[-1]["loss"] != curve(runs / "stage2")[-1]["loss"]
 
 
 def test_the_loss_falls_and_is_logged(runs: Path) -> None:
-    curve = rows(runs / "whole")
-    assert sum(row["rec"] for row in curve[-5:]) < 0.97 * sum(row["rec"] for row in curve[:5])
+    found = curve(runs / "whole")
+    assert sum(row["rec"] for row in found[-5:]) < 0.97 * sum(row["rec"] for row in found[:5])
     wanted = {"phase", "step", "epoch", "rec", "kl", "kl_weighted", "beta", "loss", "lr", "grad_norm", "padding"}
-    assert wanted | {"skipped_steps"} <= curve[0].keys()
-    assert [row["phase"] for row in curve] == ["warmup"] * STEPS + ["full"] * STEPS
-    assert curve[0]["beta"] == 0.0
-    assert curve[-1]["beta"] == 1.0
+    assert wanted | {"skipped_steps"} <= found[0].keys()
+    assert [row["phase"] for row in found] == ["warmup"] * STEPS + ["full"] * STEPS
+    assert found[0]["beta"] == 0.0
+    assert found[-1]["beta"] == 1.0

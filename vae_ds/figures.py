@@ -58,11 +58,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Point:
-    """A run in a plane, in the units of its axes."""
+    """A run in a plane, in the units of its axes; those of a `group` look alike and have one entry in the legend."""
 
     label: str
     x: float
     y: float
+    group: str | None = None
 
 
 def phase(folder: Path, name: str, title: str, curves: Sequence[Curve]) -> None:
@@ -98,7 +99,7 @@ def plane(
     marks = [(f"{label}: {nll:.1f} nats", nll, "--") for label, nll in yardsticks.items()]
     if entropy_nats is not None:
         marks.append((f"H(x) of the source: {entropy_nats:.1f} nats", entropy_nats, "-"))
-    with _figure(5.6, 4.2, [*(point.label for point in runs), *(label for label, *_ in marks)]) as figure:
+    with _figure(5.6, 4.2, [*_entries(runs), *(label for label, *_ in marks)]) as figure:
         axes = figure.subplots()
         axes.set(title=title, xlabel="rate: KL (nats per sentence)", ylabel="distortion: rec (nats per sentence)")
         axes.grid(False)
@@ -129,7 +130,7 @@ def front(
     language models, which have no MI, by label.
     """
     lines = [f"{label}: {ppl:.1f}" for label, ppl in yardsticks.items()]
-    with _figure(5.6, 3.8, [*(point.label for point in runs), *lines, "Pareto front", "ceiling of MI"]) as figure:
+    with _figure(5.6, 3.8, [*_entries(runs), *lines, "Pareto front", "ceiling of MI"]) as figure:
         axes = figure.subplots()
         axes.set(title=title, xlabel="MI (nats)", ylabel=ylabel)
         heights = [*(point.y for point in runs), *yardsticks.values()]
@@ -143,6 +144,10 @@ def front(
             [point.x for point in steps], [point.y for point in steps],
             color=GREY, linewidth=1, drawstyle="steps-pre", label="Pareto front",
         )  # fmt: skip
+        for point in steps if any(point.group for point in runs) else ():
+            axes.annotate(
+                point.label, (point.x, point.y), (3, -3), textcoords="offset points", fontsize=6, rotation=-30, va="top"
+            )
         if ceiling_nats is not None:
             axes.axvline(ceiling_nats, color="black", linewidth=1, linestyle=":", label=f"ceiling: {ceiling_nats:.2f}")
         for label, ppl in zip(lines, yardsticks.values(), strict=True):
@@ -162,9 +167,18 @@ def _style(number: int) -> dict[str, str]:
 
 
 def _scatter(axes: Axes, points: Sequence[Point]) -> None:
-    for number, point in enumerate(points):
+    for number, (label, members) in enumerate(_entries(points).items()):
+        xs, ys = [point.x for point in members], [point.y for point in members]
         style = _style(number) | {"linestyle": "none"}
-        axes.plot([point.x], [point.y], label=point.label, clip_on=False, zorder=4, **style)  # type: ignore[arg-type]
+        axes.plot(xs, ys, label=label, clip_on=False, zorder=4, **style)  # type: ignore[arg-type]
+
+
+def _entries(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """What the legend names, with its points."""
+    found: dict[str, list[Point]] = {}
+    for point in points:
+        found.setdefault(point.label if point.group is None else point.group, []).append(point)
+    return found
 
 
 def _equal_sums(axes: Axes) -> None:

@@ -124,6 +124,33 @@ def differing(every: Sequence[Mapping[str, Any]]) -> list[str]:
     return kept
 
 
+def by_topic(every: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Names of runs by the one thing in which their settings differ from the most common ones.
+
+    A topic is a setting, or a section of settings of a phase. "" has the runs that differ in nothing, `phases` those
+    with other phases, and `several` what is left.
+    """
+    keys = differing(list(every.values()))
+    usual: dict[str, str] = {}
+    for key in keys:
+        values = [json.dumps(settings[key], sort_keys=True) for settings in every.values() if key in settings]
+        usual[key] = max(values, key=values.count)
+    found: dict[str, list[str]] = {"": []}
+    for name, settings in every.items():
+        changed = [k for k in keys if k in settings and json.dumps(settings[k], sort_keys=True) != usual[k]]
+        topics = {_topic(key) for key in changed}
+        topic = topics.pop() if len(topics) == 1 else "phases" if "phases" in topics else "several" if topics else ""
+        found.setdefault(topic, []).append(name)
+    return found
+
+
+def _topic(key: str) -> str:
+    """`phases.full.free_bits.nats` is about free_bits, `model.pool_layers` about pooling."""
+    parts = key.split(".")
+    topic = parts[min(len(parts) - 1, 2 if parts[0] == "phases" else 1)]
+    return "pooling" if topic == "pool_layers" else topic
+
+
 def label(settings: Mapping[str, Any], keys: Sequence[str]) -> str:
     """What `settings` has for `keys`, as `denoise=0.15, pooling=mean`; empty if it has none."""
     told = []
