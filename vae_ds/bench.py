@@ -1,7 +1,8 @@
 """Measurements that take longer than a test may, or whose numbers belong into a report.
 
 `soak`: a run on several ranks that is killed again and again. Does it end as if nothing had happened, and is its memory
-flat? Memory is the resident set of a rank, in MB of 10^6 bytes; steps are applied optimizer steps of the whole run.
+flat? Memory is what a rank holds between two steps: the least resident set of some seconds, in MB of 10^6 bytes, while
+glibc gives back at once what is freed. Steps are applied optimizer steps of the whole run.
 """
 
 import json
@@ -24,15 +25,19 @@ from vae_ds import machine, records
 from vae_ds.errors import ConfigError
 
 WARM_STEPS = 300  # of each stretch: allocators and caches fill
-SAMPLE_S = 2.0
+SAMPLE_S = 0.25
+WINDOW = 40  # readings a sample is the least of
 END_S = 90.0
+# By itself glibc keeps what it may need again, tens of MB more or less from one step to the next.
+GIVES_BACK = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
 
 
 @dataclass
 class Stretch:
-    """One life of the ranks, from a start to a kill or the end: (step, MB of each rank) samples."""
+    """One life of the ranks, from a start to a kill or the end: (step, MB of each rank) samples, a window each."""
 
     rank_killed: int | None = None
+    first_step: int | None = None
     last_step: int = 0
     samples: list[tuple[int, list[float]]] = field(default_factory=list)
 
@@ -81,7 +86,7 @@ def soak(
         stretches.append(_stretch(recipe, target, overrides, processes, kill_after_s, draw.randrange(processes)))
         if stretches[-1].rank_killed is None and not _is_done(target):
             raise RuntimeError(f"the ranks ended by themselves; see {run_dir / 'output.log'}")
-    starts = [_first_step(stretch) for stretch in stretches[1:]]
+    starts = [stretch.first_step or 0 for stretch in stretches[1:]]
     result = Soak(
         steps=stretches[-1].last_step,
         processes=processes,
@@ -111,7 +116,7 @@ def memory_slope(stretches: Sequence[Stretch], warm_steps: int = WARM_STEPS) -> 
     steps: list[np.ndarray] = []
     memory: list[np.ndarray] = []
     for stretch in stretches:
-        warm = [(step, mb) for step, mb in stretch.samples if step >= _first_step(stretch) + warm_steps]
+        warm = [(step, mb) for step, mb in stretch.samples if step >= (stretch.first_step or 0) + warm_steps]
         if len(warm) > 1:
             step_N, mb_NR = np.array([step for step, _ in warm], float), np.array([mb for _, mb in warm])
             steps.append(step_N - step_N.mean())
@@ -122,10 +127,6 @@ def memory_slope(stretches: Sequence[Stretch], warm_steps: int = WARM_STEPS) -> 
     return round(float((step_N @ mb_NR / (step_N @ step_N)).max()) * 1000, 3)
 
 
-def _first_step(stretch: Stretch) -> int:
-    return stretch.samples[0][0] if stretch.samples else 0
-
-
 def _stretch(
     recipe: str, run: Path, overrides: Sequence[str], processes: int, kill_after_s: float | None, victim: int
 ) -> Stretch:
@@ -134,15 +135,21 @@ def _stretch(
     ranks = _start(recipe, run, overrides, processes)
     since = time.time()
     advanced_s: float | None = None
+    readings: list[list[float]] = []
     try:
         while all(rank.poll() is None for rank in ranks):
             time.sleep(SAMPLE_S)
             step, memory_mb = _last_step(run, since), _memory_mb(ranks)
             if step is None or memory_mb is None:
                 continue
-            stretch.samples.append((step, memory_mb))
+            if stretch.first_step is None:
+                stretch.first_step = step
+            readings.append(memory_mb)
+            if len(readings) == WINDOW:
+                stretch.samples.append((step, [min(of_rank) for of_rank in zip(*readings, strict=True)]))
+                readings = []
             # A resumed run begins with the rows it had; killed before it adds any it would never get further.
-            if advanced_s is None and step > _first_step(stretch):
+            if advanced_s is None and step > stretch.first_step:
                 advanced_s = time.monotonic()
             lasted_s = 0.0 if advanced_s is None else time.monotonic() - advanced_s
             if kill_after_s is not None and lasted_s > kill_after_s:
@@ -165,7 +172,13 @@ def _start(recipe: str, run: Path, overrides: Sequence[str], processes: int) -> 
     run.parent.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "-m", "vae_ds", "train", recipe, "--run-dir", str(run)]
     words += ["--set", *overrides] if overrides else []
-    common = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
+    common = {
+        **os.environ,
+        **GIVES_BACK,
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "PYTHONUNBUFFERED": "1",
+    }
     common |= {"MASTER_PORT": str(machine.free_port()), "LOCAL_WORLD_SIZE": str(processes)}
     ranks = []
     with (run.parent / "output.log").open("ab") as log:
@@ -176,10 +189,12 @@ def _start(recipe: str, run: Path, overrides: Sequence[str], processes: int) -> 
 
 
 def _memory_mb(ranks: Sequence[subprocess.Popen[bytes]]) -> list[float] | None:
+    """None if one of them has ended; a zombie has no memory."""
     try:
-        return [psutil.Process(rank.pid).memory_info().rss / 1e6 for rank in ranks]
+        memory_mb = [psutil.Process(rank.pid).memory_info().rss / 1e6 for rank in ranks]
     except psutil.Error:
         return None
+    return memory_mb if all(memory_mb) else None
 
 
 def _last_step(run: Path, since: float) -> int | None:
