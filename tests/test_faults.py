@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from safetensors.torch import load_file
 from launch import launch
 from processes import STARTUP_S, kill_all, new_job, processes_of, rows, start, state_of, wait_until
 from tiny import ENGLISH, make_base, write_splits
-from vae_ds import bench, cli, records, runtime
+from vae_ds import bench, cli, records, runtime, trainer
 from vae_ds.errors import ConfigError
 from vae_ds.exits import EXIT_LOST
 from vae_ds.processes import is_alive, launchers_of
 from vae_ds.settings import TimeoutConfig
+from vae_ds.stop import STOP_SIGNALS
 from vae_ds.watch import Board
 
 RANKS_PY = Path(__file__).resolve().parent.parent / "launchers" / "ranks.py"
@@ -217,6 +219,18 @@ def test_a_run_ends_after_a_phase_and_goes_on(recipe: Path, tmp_path: Path, caps
     assert state_of(tmp_path / "run") == "done"
     assert code_of(*run, "--until", "warmup") == 0
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_program_that_trains_has_its_signals_back(recipe: Path, tmp_path: Path) -> None:
+    """In Python, from the main thread and from another, which may not touch them."""
+    short = ["phases.0.steps=1", "phases.1.steps=1"]
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    trainer.train(str(recipe), tmp_path / "one", short)
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(trainer.train, str(recipe), tmp_path / "two", short).result() == tmp_path / "two"
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+    assert state_of(tmp_path / "one") == state_of(tmp_path / "two") == "done"
 
 
 def test_text_that_changed_is_refused_unless_told_otherwise(

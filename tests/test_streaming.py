@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 from launch import launch
 from processes import curve
-from tiny import ENGLISH, make_base, write_splits
-from vae_ds import cli, corpora
+from tiny import ENGLISH, base, make_base, write_splits
+from vae_ds import cli, corpora, feed
 from vae_ds.corpora import LineStream
 from vae_ds.errors import DataError
+from vae_ds.model import load_tokenizer
 from vae_ds.settings import DataConfig
 
 WORKER = Path(__file__).parent / "workers" / "train_jobs.py"
@@ -79,6 +80,19 @@ def test_what_is_wrong_is_named(tmp_path: Path, data: dict[str, Any], train: byt
         epoch(opened(tmp_path, train, **data), 0, 0)
 
 
+def test_the_papers_corpora_in_optimus_layout(tmp_path: Path) -> None:
+    opened(tmp_path, b"3\tgood food\n1\tbad\n")
+    lines = corpora.open_stream(DataConfig(corpus="yelp", path=str(tmp_path), streaming=True))
+    assert lines.window(0, 0, 0) == ["good food", "bad"]
+
+
+def test_what_is_cut_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = opened(tmp_path, b"a book\n" + b" ".join([b"book"] * 20) + b"\n", 1000)
+    tokens, keys = feed.Streamed(lines, load_tokenizer(base()), max_tokens=9).portion(0, seed=0, phase=1, epoch=2)
+    assert (len(tokens), keys) == (2, (1, 2, 0))
+    assert "train.txt, epoch 3, window 1 of 1: 1 of 2 sentences (50.00 %) are longer" in caplog.text
+
+
 def test_what_cannot_be_a_stream_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_splits(tmp_path / "text", ENGLISH[:200], ENGLISH[200:210], ENGLISH[210:220])
     text = ["data.corpus=text", f"data.path={tmp_path / 'text'}", "data.streaming=true"]
@@ -110,13 +124,13 @@ def test_the_fingerprint_follows_the_file(tmp_path: Path) -> None:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """300 sentences in windows of a few blocks."""
     folder = tmp_path_factory.mktemp("streaming")
-    base = make_base(folder / "base", "t5", num_layers=1, num_decoder_layers=1)
+    made = make_base(folder / "base", "t5", num_layers=1, num_decoder_layers=1)
     text = write_splits(folder / "text", ENGLISH[:300], ENGLISH[300:350], ENGLISH[350:400])
     path = folder / "recipe.yaml"
     path.write_text(
         f"""
 name: streamed
-model: {{base: {base}, latent_dim: 4, dropout: 0.1}}
+model: {{base: {made}, latent_dim: 4, dropout: 0.1}}
 data: {{corpus: text, path: {text}, streaming: true, max_tokens: 40, cache_dir: {folder / "cache"}}}
 batch: {{global: 16, bucket_batches: 2}}
 precision: fp32

@@ -16,7 +16,7 @@ from vae_ds.settings import RunConfig, StudyConfig
 
 
 def write(path: Path, **keys: Any) -> str:
-    path.write_text(yaml.safe_dump({"name": "small", "recipe": "demo", **keys}), encoding="utf-8")
+    path.write_text(yaml.safe_dump({"name": "small", "recipe": "demo", **keys}, sort_keys=False), encoding="utf-8")
     return str(path)
 
 
@@ -60,7 +60,7 @@ def test_the_paper_study_has_every_technique() -> None:
 def test_names_lengths_seeds_and_further_rows(tmp_path: Path) -> None:
     path = write(
         tmp_path / "small.yaml",
-        grid={"model.latent_dim": [2, 4], "model.pooling": ["max"]},
+        grid={"model.latent_dim": [2, 4], "model.base": ["google-t5/t5-small"]},
         variants=[
             {"name": "lm", "recipe": "demo-yardstick"},
             {"name": "wide", "recipe": "cyclical", "set": {"model.latent_dim": 64}},
@@ -72,7 +72,14 @@ def test_names_lengths_seeds_and_further_rows(tmp_path: Path) -> None:
     deep = ["deep", "model.base=google-t5/t5-base", "phases.0.steps=7"]
     config = study.load(path, {"model.base": "tiny", "data.corpus": "grammar"}, [deep], length=0.5, seeds=[1, 2])
     every = resolved(config)
-    names = ["latent_dim=2+pooling=max", "latent_dim=4+pooling=max", "lm", "wide", "papers", "deep"]
+    names = [
+        "latent_dim=2+base=google-t5-t5-small",
+        "latent_dim=4+base=google-t5-t5-small",
+        "lm",
+        "wide",
+        "papers",
+        "deep",
+    ]
     assert list(every) == [f"{name}+seed={seed}" for seed in (1, 2) for name in names]
     assert {run.data.corpus for run in every.values()} == {"grammar"}
     assert every["wide+seed=1"].model.latent_dim == 64
@@ -97,6 +104,7 @@ def test_names_lengths_seeds_and_further_rows(tmp_path: Path) -> None:
         ({"variants": [{"name": "a"}]}, [("b", "no-value")], "no-value"),
         ({"variants": [{"name": "a", "recipe": "demmo"}]}, (), "run a: no recipe `demmo`"),
         ({}, (), "neither `grid` nor `variants`"),
+        ({"variants": [{"name": "a"}], "length": 0}, (), "`length`: input should be greater than 0"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, keys: dict[str, Any], further: Any, said: str) -> None:
@@ -130,7 +138,7 @@ def test_a_study_runs_here_and_reports(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["study", path, "--runs", str(runs), "--set", "logging.tensorboard=false"]
     assert cli.run([*words, "--here"]) == 1
     said = capsys.readouterr()
-    assert "1 runs failed: bad" in said.err
+    assert "1 of the runs failed: bad" in said.err
     assert said.out.index("1 of 4: lm") < said.out.index("2 of 4: plain")
     assert {run.name: state_of(run) for run in runs.iterdir() if (run / "status.json").is_file()} == dict.fromkeys(
         ("plain", "aggressive", "lm"), "done"

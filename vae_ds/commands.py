@@ -166,7 +166,7 @@ def study(arguments: argparse.Namespace) -> None:
         if own_rank() == "0":
             _report(root)
         if failed:
-            raise RuntimeError(f"{len(failed)} runs failed: {', '.join(failed)}")
+            raise RuntimeError(f"{len(failed)} of the runs failed: {', '.join(failed)}")
     elif arguments.report:
         _report(root)
     elif left := _listed(studies.states(config, root)):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from vae_ds.batches import TokenSet, epoch_batches, from_texts
 from vae_ds.corpora import LineStream
 from vae_ds.settings import BatchConfig
+from vae_ds.tokens import tell_cut
 
 
 class Whole:
@@ -41,7 +42,10 @@ class Streamed:
     def portion(self, window: int, seed: int, phase: int, epoch: int) -> tuple[TokenSet, tuple[int, ...]]:
         """The sentences, and the keys that name them and their order. Raises DataError for a line that is no text."""
         texts = self._lines.window(window, seed, phase, epoch)
-        return from_texts(texts, self._tokenizer, self._max_tokens), (phase, epoch, window)
+        tokens = from_texts(texts, self._tokenizer, self._max_tokens)
+        name = f"{self._lines.path}, epoch {epoch + 1}, window {window + 1} of {self.windows}"
+        tell_cut(name, tokens, self._max_tokens)
+        return tokens, (phase, epoch, window)
 
 
 Source = Whole | Streamed

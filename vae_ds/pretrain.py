@@ -23,7 +23,7 @@ from vae_ds.pretrain_job import Job, prepare
 from vae_ds.saver import Saver, Wishes
 from vae_ds.schedules import LearningRate
 from vae_ds.settings import PretrainConfig
-from vae_ds.stop import StopFlag
+from vae_ds.stop import StopFlag, heeded
 from vae_ds.watch import Watch
 
 # What a resumed run may set anew: how it is watched and stored, and when it ends.
@@ -63,7 +63,8 @@ def pretrain(
     if records.is_done(directory, config, FREE_ON_RESUME, ENDS, resume, tell=ranks.is_main):
         return directory
     job = prepare(config, directory, ranks)
-    Pretrainer(job, changed_data, stop or StopFlag()).run()
+    with heeded(stop) as flag:
+        Pretrainer(job, changed_data, flag).run()
     return directory
 
 
@@ -74,7 +75,6 @@ class Pretrainer:
         self.job, self.changed_data = job, changed_data
         self.state = PretrainState()
         self.stop = stop
-        self.stop.install()
         logging = job.config.logging
         self.monitor = monitor.Monitor(job.run_dir, job.ranks, logging.tensorboard, logging.progress)
         self.saver = Saver(job.run_dir, job.ranks, job.config.checkpoint, self.monitor)

@@ -1,8 +1,11 @@
 """The flag that signals set: the ranks agree on it at a step boundary, save, and exit with 75."""
 
 import signal
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A scheduler's warning may come while the libraries still load, and would end a process that has not asked for it. The
@@ -16,15 +19,29 @@ class StopFlag:
     def __init__(self) -> None:
         self.raised: str | None = None
 
-    def install(self, signals: Sequence[signal.Signals] = STOP_SIGNALS) -> None:
-        """Take over the signals. Only the main thread of a process may do so."""
-        for number in signals:
-            signal.signal(number, self._note)
+    def install(self, signals: Sequence[signal.Signals] = STOP_SIGNALS) -> dict[signal.Signals, Any]:
+        """Take over the signals; who had them before. Only a main thread may: elsewhere nothing is done."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        return {number: signal.signal(number, self._note) for number in signals}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.raised == "SIGINT":
             raise KeyboardInterrupt
         self.raised = signal.Signals(number).name
+
+
+@contextmanager
+def heeded(stop: StopFlag | None) -> Iterator[StopFlag]:
+    """`stop`, with all signals taken over from here on; without one a new flag, which gives them back at the end."""
+    flag = stop or StopFlag()
+    before = flag.install()
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items() if stop is None else ():
+            # None: of a program that embeds Python.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def listening() -> StopFlag:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ def load(
     tree = configuration.load(StudyConfig, study).model_dump()
     tree["set"] |= settings or {}
     tree["variants"] += [{"name": name, "set": dict(map(split_override, changes))} for name, *changes in further]
-    tree["length"] = length or tree["length"]
+    tree["length"] = tree["length"] if length is None else length
     tree["seeds"] = list(seeds or tree["seeds"])
     return configuration.build(StudyConfig, tree, study)
 
@@ -57,7 +58,8 @@ def rows(study: StudyConfig) -> list[Row]:
         for values in itertools.product(*study.grid.values()):
             point = dict(zip(study.grid, values, strict=True))
             name = "+".join(f"{_short(key, study.grid)}={value}" for key, value in point.items())
-            points.append((name, study.recipe, point))
+            # A base's name may have a slash, a list has brackets and blanks.
+            points.append((re.sub(r"[^\w.+=-]+", "-", name), study.recipe, point))
     points += [(variant.name, variant.recipe or study.recipe, variant.set) for variant in study.variants]
     if not points:
         raise ConfigError(f"study {study.name}: neither `grid` nor `variants` names a run")

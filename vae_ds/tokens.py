@@ -20,7 +20,6 @@ from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch.distributed as dist
 from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
@@ -151,8 +150,9 @@ def tokenise(
     if missing:
         _write(texts, split, tokenizer, max_tokens, missing)
     rows = pa.concat_tables([_read(shard.path) for shard in shards])
-    _tell_cut(f"{corpus.name}, {split}", rows, max_tokens)
-    return TokenSet(rows, lambda index: str(texts[index]["text"]), key)
+    found = TokenSet(rows, lambda index: str(texts[index]["text"]), key)
+    tell_cut(f"{corpus.name}, {split}", found, max_tokens)
+    return found
 
 
 def from_texts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> TokenSet:
@@ -246,16 +246,17 @@ def _publish(temporary: Path, shard: _Shard) -> None:
         left.unlink(missing_ok=True)  # of a process that was killed
 
 
-def _tell_cut(name: str, rows: pa.Table, max_tokens: int) -> None:
-    cut = pc.sum(rows.column("truncated")).as_py() or 0
+def tell_cut(name: str, tokens: TokenSet, max_tokens: int) -> None:
+    """Log how many sentences were cut, on rank 0: a warning if there are any."""
+    cut = int(tokens.truncated_N.sum())
     if dist.is_initialized() and dist.get_rank():
         return
     if cut:
-        share = 100 * cut / rows.num_rows
+        share = 100 * cut / len(tokens)
         told = "%s: %d of %d sentences (%.2f %%) are longer than data.max_tokens %d and were cut"
-        log.warning(told, name, cut, rows.num_rows, share, max_tokens)
+        log.warning(told, name, cut, len(tokens), share, max_tokens)
     else:
-        log.info("%s: none of %d sentences is longer than data.max_tokens %d", name, rows.num_rows, max_tokens)
+        log.info("%s: none of %d sentences is longer than data.max_tokens %d", name, len(tokens), max_tokens)
 
 
 def _readable(shard: _Shard) -> bool:

@@ -25,7 +25,7 @@ from vae_ds.preparation import Job, prepare, write_headers
 from vae_ds.saver import Saver, Wishes
 from vae_ds.schedules import Target
 from vae_ds.settings import RunConfig
-from vae_ds.stop import StopFlag
+from vae_ds.stop import StopFlag, heeded
 from vae_ds.watch import Watch
 
 # What a resumed run may set anew: how it is watched and stored, not what it computes.
@@ -87,7 +87,8 @@ def train(
     if until is not None:
         last = phases.number_of(until, [phase.name for phase in config.phases])
     job = prepare(config, directory, ranks)
-    Trainer(job, changed_data, stop or StopFlag()).run(last)
+    with heeded(stop) as flag:
+        Trainer(job, changed_data, flag).run(last)
     return directory
 
 
@@ -98,7 +99,6 @@ class Trainer:
         self.job, self.changed_data = job, changed_data
         self.state = TrainState()
         self.stop = stop
-        self.stop.install()
         logging = job.config.logging
         self.monitor = monitor.Monitor(job.run_dir, job.ranks, logging.tensorboard, logging.progress)
         self.saver = Saver(job.run_dir, job.ranks, job.config.checkpoint, self.monitor)
