@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from vae_ds import slurm
-from vae_ds.errors import ConfigError, UserError
+from vae_ds.errors import ConfigError, DataError, UserError
 from vae_ds.machine import cores, free_port
 
 Value = TypeVar("Value")
@@ -287,3 +287,8 @@ def cache_dir(configured: str | None = None) -> Path:
     if chosen:
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vae_ds"
+
+
+def cache_error(folder: Path, error: OSError) -> DataError:
+    """What to say when a prepared corpus cannot be kept."""
+    return DataError(f"{folder}: cannot write the cache ({error.strerror}); set data.cache_dir or $VAE_DS_CACHE")

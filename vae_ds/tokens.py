@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from vae_ds.errors import ConfigError, DataError
 from vae_ds.runtime import cache_dir as cache_root
+from vae_ds.runtime import cache_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -218,8 +219,7 @@ def _write(
                         writer.write_table(_rows(part, tokenizer, max_tokens))
                         bar.update(len(part))
     except OSError as error:
-        told = f"cannot write the cache ({error.strerror}); set data.cache_dir or $VAE_DS_CACHE"
-        raise DataError(f"{folder}: {told}") from None
+        raise cache_error(folder, error) from None
 
 
 @contextmanager

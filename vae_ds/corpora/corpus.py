@@ -14,6 +14,7 @@ from datasets import Dataset
 from datasets.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from vae_ds.errors import DataError
+from vae_ds.runtime import cache_error
 
 TEXT = pa.schema([("text", pa.large_string())])
 _ROWS_A_BATCH = 10_000
@@ -83,11 +84,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cache_error(folder, error) from None
-
-
-def cache_error(folder: Path, error: OSError) -> DataError:
-    """What to say when a prepared corpus cannot be kept."""
-    return DataError(f"{folder}: cannot write the cache ({error.strerror}); set data.cache_dir or $VAE_DS_CACHE")
 
 
 @contextmanager

@@ -26,10 +26,10 @@ from datasets import Dataset, load_from_disk
 from tqdm import tqdm
 
 from vae_ds.corpora import english, prose, sources, splits
-from vae_ds.corpora.corpus import Corpus, cache_error, digest, limited, quiet_datasets
+from vae_ds.corpora.corpus import Corpus, digest, limited, quiet_datasets
 from vae_ds.corpora.splits import near_key, split_of_key
 from vae_ds.errors import DataError
-from vae_ds.runtime import cache_dir
+from vae_ds.runtime import cache_dir, cache_error
 from vae_ds.settings import SPLITS, DataConfig
 
 PARAGRAPH_WORDS = 200  # longest pretraining paragraph, in words

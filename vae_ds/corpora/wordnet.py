@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vae_ds.corpora import splits
-from vae_ds.corpora.corpus import Corpus, cache_error, digest, hash_file, limited, read_rows, write_rows
+from vae_ds.corpora.corpus import Corpus, digest, hash_file, limited, read_rows, write_rows
 from vae_ds.errors import DataError
-from vae_ds.runtime import cache_dir
+from vae_ds.runtime import cache_dir, cache_error
 from vae_ds.settings import SPLITS, DataConfig
 
 PLACE = "/usr/share/wordnet"  # of Debian's and Ubuntu's package wordnet-base
