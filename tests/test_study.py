@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launch import launch
 from processes import state_of
 from tiny import demo_settings
 from vae_ds import cli, study
@@ -118,27 +119,48 @@ def test_a_study_that_is_not_there() -> None:
         study.load("papper")
 
 
-def test_a_study_runs_here_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One row of four cannot run; the others do, against the yardstick, which comes first; then nothing is left."""
-    settings = dict(setting.split("=", 1) for setting in demo_settings(tmp_path))
-    path = write(
-        tmp_path / "small.yaml",
+def small_study(folder: Path) -> str:
+    """Four rows, of which one cannot run."""
+    settings = dict(setting.split("=", 1) for setting in demo_settings(folder))
+    return write(
+        folder / "small.yaml",
         set={key: yaml.safe_load(value) for key, value in settings.items()}
         | {"evaluation": {"iw_samples": 2, "iw_sentences": 16, "samples": 16, "bleu_sentences": 16}},
         variants=[
             {"name": "plain", "set": {"phases.0.steps": 3, "phases.1.steps": 3}},
-            {"name": "bad", "set": {"model.base": str(tmp_path / "none")}},
+            {"name": "bad", "set": {"model.base": str(folder / "none")}},
             {"name": "aggressive", "recipe": "aggressive", "set": {"phases.0.aggressive": {"inner_steps": 2}}},
             {"name": "lm", "recipe": "demo-yardstick", "set": {"phases.0.steps": 3}},
         ],
         yardstick="lm",
         length=0.05,
     )
+
+
+def test_a_study_runs_on_two_ranks(tmp_path: Path) -> None:
+    """As on one: the ranks go from row to row together, past one that cannot run."""
+    words = ["study", small_study(tmp_path), "--here", "--set", "logging.tensorboard=false"]
+    finished = launch(["-m", "vae_ds", *words, "--runs", tmp_path / "two"], processes=2, timeout_s=200, check=False)
+    assert finished.codes[0] == 1, finished.report()
+    assert finished.output.count("1 of the runs failed: bad") >= 1
+    assert cli.run([*words, "--runs", str(tmp_path / "one")]) == 1
+    for name in ("lm", "plain", "aggressive"):
+        files = [tmp_path / runs / name / "eval-test.json" for runs in ("two", "one")]
+        two, one = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        assert two["nelbo"] == pytest.approx(one["nelbo"], rel=1e-4)
+        assert (two["lm_gain"] is None) == (name == "lm")
+    assert (tmp_path / "two" / "report" / "report.md").is_file()
+
+
+def test_a_study_runs_here_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One row of four cannot run; the others do, against the yardstick, which comes first; then nothing is left."""
+    path = small_study(tmp_path)
     runs = tmp_path / "runs"
     words = ["study", path, "--runs", str(runs), "--set", "logging.tensorboard=false"]
     assert cli.run([*words, "--here"]) == 1
     said = capsys.readouterr()
-    assert "1 of the runs failed: bad" in said.err
+    assert said.err.splitlines()[-1] == "error: 1 of the runs failed: bad"
+    assert "Traceback" not in said.err
     assert said.out.index("1 of 4: lm") < said.out.index("2 of 4: plain")
     assert {run.name: state_of(run) for run in runs.iterdir() if (run / "status.json").is_file()} == dict.fromkeys(
         ("plain", "aggressive", "lm"), "done"

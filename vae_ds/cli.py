@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vae_ds.arguments import parser
-from vae_ds.errors import Stopped, StorageError, UserError
+from vae_ds.errors import Failed, Stopped, UserError
 from vae_ds.exits import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, note_exit, own_rank
 
 WAIT_FOR_RANK0_S = 10.0
@@ -54,7 +54,7 @@ def run(words: Sequence[str]) -> int:
         _say(str(stop))
         _leave()
         return EXIT_STOPPED
-    except StorageError as error:
+    except Failed as error:
         _say_last(f"error: {error}")
         _note_failure(arguments, error)
         return EXIT_FAULT

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vae_ds.errors import CheckpointError, ConfigError
+from vae_ds.errors import CheckpointError, ConfigError, Failed
 from vae_ds.exits import EXIT_FAULT, EXIT_STOPPED, own_rank
 from vae_ds.stop import listening
 
@@ -166,7 +166,7 @@ def study(arguments: argparse.Namespace) -> None:
         if own_rank() == "0":
             _report(root)
         if failed:
-            raise RuntimeError(f"{len(failed)} of the runs failed: {', '.join(failed)}")
+            raise Failed(f"{len(failed)} of the runs failed: {', '.join(failed)}")
     elif arguments.report:
         _report(root)
     elif left := _listed(studies.states(config, root)):

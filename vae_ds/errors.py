@@ -21,5 +21,9 @@ class Stopped(Exception):  # noqa: N818 - an ending that was asked for, no error
     """A signal asked the run to end; a checkpoint was saved, and the same command resumes. Exit code 75."""
 
 
-class StorageError(Exception):
+class Failed(Exception):  # noqa: N818 - said of what was tried
+    """It was tried and did not come off, for a reason that one line tells: no traceback, exit code 1."""
+
+
+class StorageError(Failed):
     """What had to be on the disk could not be written."""
