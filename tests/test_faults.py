@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -293,16 +294,22 @@ def test_the_soak_kills_resumes_and_compares(recipe: Path, tmp_path: Path) -> No
     assert found.same_weights is True
     assert found.kills >= 1
     assert found.steps == STEPS // 2 + 100
+    stretches = json.loads((tmp_path / "soak" / "stretches.json").read_text(encoding="utf-8"))
+    assert [one["rank_killed"] is not None for one in stretches] == [True] * found.kills + [False]
+    assert stretches[-1]["validated_step"] == found.steps
     assert json.loads((tmp_path / "soak" / "soak.json").read_text(encoding="utf-8"))["kills"] == found.kills
 
 
 def test_the_memorys_slope_is_that_of_the_worst_rank_within_stretches() -> None:
     def stretch(level: float) -> bench.Stretch:
         samples = [(step, [level + 50 * (step < 600), level + 0.002 * step]) for step in range(500, 2000, 50)]
-        return bench.Stretch(first_step=500, last_step=2000, samples=samples)
+        return bench.Stretch(first_step=500, validated_step=540, last_step=2000, samples=samples)
 
     assert bench.memory_slope([stretch(100.0), stretch(500.0)], warm_steps=100) == pytest.approx(2.0)
     assert bench.memory_slope([stretch(100.0)], warm_steps=1400) is None
+    late = replace(stretch(100.0), validated_step=590)
+    assert bench.memory_slope([late], warm_steps=0) == pytest.approx(2.0)
+    assert bench.memory_slope([replace(late, validated_step=None)], warm_steps=0) is None
 
 
 # The watch

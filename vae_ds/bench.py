@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from vae_ds import machine, records
 from vae_ds.errors import ConfigError
 
-WARM_STEPS = 300  # of each stretch: allocators and caches fill
+WARM_STEPS = 300  # of each stretch: allocators and caches fill; and the first validation brings memory of its own
 SAMPLE_S = 0.25
 WINDOW = 40  # readings a sample is the least of
 END_S = 90.0
@@ -34,10 +34,14 @@ GIVES_BACK = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536", 
 
 @dataclass
 class Stretch:
-    """One life of the ranks, from a start to a kill or the end: (step, MB of each rank) samples, a window each."""
+    """One life of the ranks, from a start to a kill or the end: (step, MB of each rank) samples, a window each.
+
+    `validated_step` is where its first validation was seen to be done, None if it had none.
+    """
 
     rank_killed: int | None = None
     first_step: int | None = None
+    validated_step: int | None = None
     last_step: int = 0
     samples: list[tuple[int, list[float]]] = field(default_factory=list)
 
@@ -72,8 +76,8 @@ def soak(
     Between two kills there must be time for a checkpoint, or the run never gets further: mind the recipe's
     `checkpoint.every_steps`. `minutes` ends the soak with the next kill, though the run is not done. With `compare`, a
     run that is done is trained once more, undisturbed, into `run_dir`/quiet, and the weights are compared bit for bit.
-    Writes `run_dir`/soak.json. Raises ConfigError if the directory holds a soak already, RuntimeError if the ranks end
-    by themselves without being done.
+    Writes `run_dir`/soak.json, and stretches.json with the samples. Raises ConfigError if the directory holds a soak
+    already, RuntimeError if the ranks end by themselves without being done.
     """
     if (run_dir / "soak").exists():
         raise ConfigError(f"{run_dir} already holds a soak; choose another --run-dir")
@@ -100,6 +104,7 @@ def soak(
         same_weights=None,
     )
     # At once: the undisturbed run takes long, too.
+    records.write_json(run_dir / "stretches.json", [asdict(stretch) for stretch in stretches])
     records.write_json(run_dir / "soak.json", asdict(result))
     if compare and _is_done(target):
         _stretch(recipe, run_dir / "quiet", overrides, processes, None, 0)
@@ -111,12 +116,16 @@ def soak(
 def memory_slope(stretches: Sequence[Stretch], warm_steps: int = WARM_STEPS) -> float | None:
     """MB a rank grows by in 1000 steps: one slope over all stretches, each with a level of its own; the worst rank.
 
-    The first `warm_steps` of each stretch are left out. None if fewer than 10 samples are left.
+    Left out are the first `warm_steps` of each stretch and what comes before the end of its first validation. None if
+    fewer than 10 samples are left.
     """
     steps: list[np.ndarray] = []
     memory: list[np.ndarray] = []
     for stretch in stretches:
-        warm = [(step, mb) for step, mb in stretch.samples if step >= (stretch.first_step or 0) + warm_steps]
+        if stretch.first_step is None or stretch.validated_step is None:
+            continue
+        begin = max(stretch.first_step + warm_steps, stretch.validated_step + 1)
+        warm = [(step, mb) for step, mb in stretch.samples if step >= begin]
         if len(warm) > 1:
             step_N, mb_NR = np.array([step for step, _ in warm], float), np.array([mb for _, mb in warm])
             steps.append(step_N - step_N.mean())
@@ -135,6 +144,7 @@ def _stretch(
     ranks = _start(recipe, run, overrides, processes)
     since = time.time()
     advanced_s: float | None = None
+    validations = _validations(run)
     readings: list[list[float]] = []
     try:
         while all(rank.poll() is None for rank in ranks):
@@ -144,6 +154,8 @@ def _stretch(
                 continue
             if stretch.first_step is None:
                 stretch.first_step = step
+            if stretch.validated_step is None and _validations(run) > validations:
+                stretch.validated_step = step
             readings.append(memory_mb)
             if len(readings) == WINDOW:
                 stretch.samples.append((step, [min(of_rank) for of_rank in zip(*readings, strict=True)]))
@@ -204,6 +216,11 @@ def _last_step(run: Path, since: float) -> int | None:
         return None
     whole = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     return int(json.loads(whole[-1])["step"]) if whole else None
+
+
+def _validations(run: Path) -> int:
+    file = run / "evaluations.jsonl"
+    return file.read_bytes().count(b"\n") if file.is_file() else 0
 
 
 def _is_done(run: Path) -> bool:
