@@ -1,5 +1,6 @@
 """Start real processes that talk over gloo, as a cluster would, and never wait for them longer than stated."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from processes import no_rank
 from vae_ds.machine import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
+WORKER = ROOT / "tests" / "workers" / "train_jobs.py"
 # A rank that fails leaves the others in a collective; they get this long to say something.
 GRACE_S = 5.0
 
@@ -68,6 +71,22 @@ def launch(
     if check and any(finished.codes):
         raise AssertionError(finished.report())
     return finished
+
+
+def job(recipe: Path, run_dir: Path, *overrides: str, stop_at: int | None = None) -> dict[str, Any]:
+    """A training for `run_jobs`; `stop_at` is the step after which a signal stops it."""
+    return {"recipe": str(recipe), "run_dir": str(run_dir), "overrides": list(overrides), "stop_at": stop_at}
+
+
+def run_jobs(
+    world: int, jobs: list[dict[str, Any]], folder: Path, before: str = "pass", timeout_s: float = 400
+) -> None:
+    """Run jobs on `world` real processes, after a line of Python; `launch` raises with their output if one fails."""
+    listing = folder / f"jobs-{world}.json"
+    listing.write_text(json.dumps(jobs), encoding="utf-8")
+    run = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    finished = launch(["-c", f"{before}\n{run}", WORKER, listing], processes=world, timeout_s=timeout_s)
+    assert "ENDED" in finished.output
 
 
 def clean_environment(private: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from launch import launch
+from launch import job, launch, run_jobs
 from processes import curve
 from tiny import ENGLISH, base, make_base, write_splits
 from vae_ds import cli, corpora, feed
@@ -17,8 +17,6 @@ from vae_ds.corpora import LineStream
 from vae_ds.errors import DataError
 from vae_ds.model import load_tokenizer
 from vae_ds.settings import DataConfig
-
-WORKER = Path(__file__).parent / "workers" / "train_jobs.py"
 
 
 def opened(folder: Path, train: bytes, block_bytes: int = 64, window_blocks: int = 3, **data: Any) -> LineStream:
@@ -148,36 +146,27 @@ export: last
     return path
 
 
-def run_jobs(world: int, jobs: list[dict[str, Any]], folder: Path) -> None:
-    listing = folder / f"jobs-{world}.json"
-    listing.write_text(json.dumps(jobs), encoding="utf-8")
-    small = "import runpy, sys; import vae_ds.corpora.stream as s; s.BLOCK_BYTES, s.WINDOW_BLOCKS = 512, 8;"
-    code = f"{small} sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    assert "ENDED" in launch(["-c", code, WORKER, listing], processes=world, timeout_s=200).output
-
-
 def test_a_run_is_the_same_on_any_ranks_and_resumed(recipe: Path, tmp_path: Path) -> None:
     """More than an epoch, over several windows; stopped in the middle of one."""
 
-    def job(name: str, *settings: str, stop_at: int | None = None) -> dict[str, Any]:
-        return {"recipe": str(recipe), "run_dir": str(tmp_path / name), "overrides": settings, "stop_at": stop_at}
-
-    plain = "model.dropout=0"
-    run_jobs(2, [job("two", plain), job("whole"), job("stopped", stop_at=24), job("stopped")], tmp_path)
-    run_jobs(1, [job("one", plain)], tmp_path)
-    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
-    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("stopped", "whole"))
+    plain, small = "model.dropout=0", "import vae_ds.corpora.stream as s; s.BLOCK_BYTES, s.WINDOW_BLOCKS = 512, 8"
+    two, one, whole, stopped = (tmp_path / name for name in ("two", "one", "whole", "stopped"))
+    jobs = [job(recipe, two, plain), job(recipe, whole), job(recipe, stopped, stop_at=24), job(recipe, stopped)]
+    run_jobs(2, jobs, tmp_path, before=small, timeout_s=200)
+    run_jobs(1, [job(recipe, one, plain)], tmp_path, before=small, timeout_s=200)
+    assert curve(stopped) == curve(whole)
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (stopped, whole))
     assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
-    two, one = curve(tmp_path / "two"), curve(tmp_path / "one")
-    assert [row["step"] for row in two] == list(range(1, 50))
-    for a, b in zip(two, one, strict=True):
+    rows = curve(two)
+    assert [row["step"] for row in rows] == list(range(1, 50))
+    for a, b in zip(rows, curve(one), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-    epochs = [row["epoch"] for row in two if row["phase"] == "full"]
+    epochs = [row["epoch"] for row in rows if row["phase"] == "full"]
     assert epochs == sorted(epochs)
     assert epochs[-1] > 1.5
     # The other splits are as ever; the training split is nowhere whole.
-    assert cli.run(["evaluate", str(tmp_path / "two")]) == 0
-    assert cli.run(["reconstruct", str(tmp_path / "two"), "--from", "train"]) == 2
+    assert cli.run(["evaluate", str(two)]) == 0
+    assert cli.run(["reconstruct", str(two), "--from", "train"]) == 2
 
 
 def test_no_pass_over_the_file_and_no_memory_for_it(recipe: Path, tmp_path: Path) -> None:

@@ -4,13 +4,12 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch import launch
+from launch import job, run_jobs
 from processes import curve
 from tiny import ENGLISH, make_base, write_splits
 from vae_ds import config as configuration
@@ -19,7 +18,6 @@ from vae_ds.model import T5VAE, load_tokenizer
 from vae_ds.phases import freeze, group_of
 from vae_ds.settings import RunConfig
 
-WORKER = Path(__file__).parent / "workers" / "train_jobs.py"
 FREE_BITS = {"per_dim": 1.0, "per_dim_batch": 1.0, "total": 8.0}
 STEPS = 30  # of each of the two phases
 # What must not change the losses: the run's name and its settings.
@@ -68,18 +66,6 @@ export: last
         encoding="utf-8",
     )
     return path
-
-
-def run_jobs(world: int, jobs: list[dict[str, Any]], folder: Path) -> None:
-    """Run jobs on `world` real processes; `launch` raises with their output if one fails."""
-    listing = folder / f"jobs-{world}.json"
-    listing.write_text(json.dumps(jobs), encoding="utf-8")
-    finished = launch([WORKER, listing], processes=world, timeout_s=400)
-    assert "ENDED" in finished.output
-
-
-def job(recipe: Path, run_dir: Path, *overrides: str, stop_at: int | None = None) -> dict[str, Any]:
-    return {"recipe": str(recipe), "run_dir": str(run_dir), "overrides": list(overrides), "stop_at": stop_at}
 
 
 def assert_same_curve(one: Path, other: Path, tolerance: float) -> None:
