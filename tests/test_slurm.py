@@ -266,35 +266,43 @@ def test_a_phase_that_fails_leaves_no_job_waiting(nodes: Cluster, settings: list
 
 @on_slurm
 def test_an_array_of_which_one_fails(nodes: Cluster, settings: list[str], tmp_path: Path) -> None:
+    """The yardstick's array comes first, and the other waits for it: each run has a `lm_gain`."""
     study = tmp_path / "small.yaml"
-    rows_of = {"a": {}, "bad": {"model.base": "/no/such/base"}, "c": {"model.latent_dim": 2}, "d": {"seed": 1}}
+    rows_of = {"a": {}, "bad": {"model.base": "/no/such/base"}, "c": {"model.latent_dim": 2}}
+    yardstick = {"name": "lm", "recipe": "demo-yardstick", "set": {"phases.0.steps": 3}}
+    given = [setting.split("=", 1) for setting in settings if "latent_dim" not in setting]
     tree = {
         "name": "small",
         "recipe": "demo",
-        "set": dict(setting.split("=", 1) for setting in settings if "latent_dim" not in setting),
-        "variants": [{"name": name, "set": changes} for name, changes in rows_of.items()],
+        "set": {key: yaml.safe_load(value) for key, value in given if not key.startswith("phases.1")},
+        "variants": [{"name": name, "set": {"phases.1.steps": 3, **changes}} for name, changes in rows_of.items()],
+        "yardstick": "lm",
     }
-    tree["set"] = {key: yaml.safe_load(value) for key, value in tree["set"].items()}
+    tree["variants"].append(yardstick)
     study.write_text(yaml.safe_dump(tree), encoding="utf-8")
     runs = tmp_path / "runs"
     words = [sys.executable, "-m", "vae_ds", "study", study, "--runs", runs]
+    shown = nodes.run(*words, "--slurm", "--dry-run", env={"PYTHONPATH": str(REPO)})
+    assert re.findall(r"--array=\S+", shown) == ["--array=3%4", "--array=0,1,2%4"]
     said = nodes.run(*words, "--slurm", "--parallel", "2", env={"PYTHONPATH": str(REPO)})
-    array = re.findall(r"^array (\d+):", said, re.M)[0]
-    states = [nodes.wait(f"{array}_{number}") for number in range(4)]
-    assert states == ["COMPLETED", "FAILED", "COMPLETED", "COMPLETED"], nodes.logs()
-    for name, units in (("a", 32), ("c", 2), ("d", 32)):
+    (first, _), (rest, after) = re.findall(r"^array (\d+)(?:, after (\d+))?: ", said, re.M)
+    assert first == after
+    states = [nodes.wait(f"{rest}_{number}") for number in range(3)]
+    assert states == ["COMPLETED", "FAILED", "COMPLETED"], nodes.logs()
+    for name, units in (("a", 32), ("c", 2)):
         found = json.loads((runs / name / "eval-test.json").read_text(encoding="utf-8"))
         assert found["sentences"] == 80
         assert len(found["kl_per_dim"]) == units
+        assert found["lm_gain"] is not None
     assert rows(runs / "a")[0]["rec"] != rows(runs / "c")[0]["rec"]
-    assert "ArrayTaskThrottle=2" in nodes.run("scontrol", "show", "job", array)
-    assert (runs / "logs" / f"slurm-{array}_1.log").is_file()
+    assert "ArrayTaskThrottle=2" in nodes.run("scontrol", "show", "job", rest)
+    assert (runs / "logs" / f"slurm-{rest}_1.log").is_file()
     listed = nodes.run(*words, env={"PYTHONPATH": str(REPO)})
     assert re.findall(r"^ +(\d) (\w+) +(\w+)$", listed, re.M) == [
         ("0", "done", "a"),
         ("1", "missing", "bad"),
         ("2", "done", "c"),
-        ("3", "done", "d"),
+        ("3", "done", "lm"),
     ]
     assert "--array=1%4" in nodes.run(*words, "--slurm", "--dry-run", env={"PYTHONPATH": str(REPO)})
     alone = nodes.submit("--ntasks=1", SLURM / "sweep.sbatch", study)

@@ -175,11 +175,14 @@ def study(arguments: argparse.Namespace) -> None:
         print(f"\nall done; tables and figures: vae-ds {shlex.join(_study_words(arguments, root))} --report")
 
 
-def _listed(states: Sequence[tuple[Any, str]]) -> list[int]:
-    """Print a study's runs; the numbers of those that are not done."""
+def _listed(states: Sequence[tuple[Any, str]]) -> list[list[int]]:
+    """Print a study's runs; the numbers of those that are not done: first what others are measured against."""
+    left: list[list[int]] = [[], []]
     for number, (row, state) in enumerate(states):
         print(f"{number:4} {state:8} {row.name}")
-    return [number for number, (_, state) in enumerate(states) if state != "done"]
+        if state != "done":
+            left[row.yardstick is not None].append(number)
+    return [numbers for numbers in left if numbers]
 
 
 def _report(root: Path) -> None:
@@ -188,8 +191,8 @@ def _report(root: Path) -> None:
     print(f"\n{report.write([root], root / 'report')}")
 
 
-def _submit_study(arguments: argparse.Namespace, name: str, root: Path, left: Sequence[int]) -> None:
-    """Submit the runs that are left, or say how to."""
+def _submit_study(arguments: argparse.Namespace, name: str, root: Path, left: Sequence[Sequence[int]]) -> None:
+    """Submit the runs that are left, an array for each part of them, which waits for the one before; or say how to."""
     from vae_ds import submit as jobs
 
     words = _study_words(arguments, root)
@@ -198,12 +201,15 @@ def _submit_study(arguments: argparse.Namespace, name: str, root: Path, left: Se
         return
     wanted = jobs.Wanted(arguments.nodes, arguments.gpus_per_node, arguments.tasks_per_node, arguments.time)
     place = jobs.site(arguments.site)
-    text = jobs.array_file(name, words, left, root, wanted, place, arguments.parallel, arguments.sbatch)
-    if arguments.dry_run:
-        print(f"\n{text}", end="")
-        return
-    job = jobs.submit(text, root).job
-    print(f"\narray {job}: squeue -j {job}\nlogs in {root / 'logs'}\nsave and end it: scancel {job}")
+    options = wanted, place, arguments.parallel, arguments.sbatch
+    job = None
+    for text in [jobs.array_file(name, words, numbers, root, *options) for numbers in left]:
+        if arguments.dry_run:
+            print(f"\n{text}", end="")
+            continue
+        after, file = (f", after {job}", "submit-rest.sbatch") if job else ("", "submit.sbatch")
+        job = jobs.submit(text, root, file, after=job).job
+        print(f"\narray {job}{after}: squeue -j {job}\nlogs in {root / 'logs'}\nsave and end it: scancel {job}")
 
 
 def _study_words(arguments: argparse.Namespace, root: Path) -> list[str]:

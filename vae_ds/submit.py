@@ -101,14 +101,18 @@ def _text(script: str, arguments: Sequence[str], options: Sequence[str], place: 
     return "\n".join([*lines, *_environment(place), call]) + "\n"
 
 
-def submit(text: str, run_dir: Path) -> Submitted:
-    """Write RUN/submit.sbatch and hand it to sbatch. Raises ConfigError with SLURM's own words if it refuses."""
+def submit(text: str, run_dir: Path, name: str = "submit.sbatch", after: str | None = None) -> Submitted:
+    """Write RUN/`name` and hand it to sbatch, to start when the job `after` has ended, however it did.
+
+    Raises ConfigError with SLURM's own words if it refuses.
+    """
     if shutil.which("sbatch") is None:
         raise ConfigError("no sbatch here; run this on a login node, or look at the file with --dry-run")
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    file = run_dir / "submit.sbatch"
+    file = run_dir / name
     file.write_text(text, encoding="utf-8")
-    done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True, timeout=120)
+    order = [] if after is None else [f"--dependency=afterany:{after}"]
+    done = subprocess.run(["sbatch", "--parsable", *order, str(file)], capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise ConfigError(f"sbatch refused {file}: {done.stderr.strip()}")
     job = done.stdout.split(";")[0].strip()

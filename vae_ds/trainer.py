@@ -39,8 +39,7 @@ class TrainState:
     """Everything that changes in a run but the weights and moments; goes into each checkpoint."""
 
     phase: int = 0
-    position: int = 0  # global batches consumed in this phase, skipped ones too
-    place: list[int] = field(default_factory=lambda: [0, 0, 0])  # of the next one: epoch, window, batch
+    place: list[int] = field(default_factory=lambda: [0, 0, 0])  # of the next global batch: epoch, window, number
     step: int = 0  # applied optimizer steps in this phase
     skipped: int = 0
     skipped_in_row: int = 0
@@ -52,8 +51,8 @@ class TrainState:
     window: dict[str, float] = field(default_factory=dict)  # sums since the last logged row
 
     def begin_phase(self, index: int) -> None:
-        self.phase, self.position, self.step, self.skipped_in_row = index, 0, 0, 0
-        self.place = [0, 0, 0]
+        self.phase, self.place = index, [0, 0, 0]
+        self.step, self.skipped_in_row = 0, 0
         self.beta, self.held_kl, self.aggressive, self.window = None, None, None, {}
 
     def __post_init__(self) -> None:
@@ -139,7 +138,7 @@ class Trainer:
         if self.state.step >= plan.steps and weights is not None:
             return weights
         job = self.job
-        model = self.build(plan, weights if self.state.position or resumed else self._reset(plan, weights))
+        model = self.build(plan, weights if any(self.state.place) or resumed else self._reset(plan, weights))
         trainer_engine = PhaseEngine(
             model,
             optimizer=plan.settings.optimizer,
@@ -234,7 +233,6 @@ class Trainer:
         sums[5:8] = torch.tensor(self.saver.wishes(stop=self.stop.raised is not None))
         totals = runtime.all_sum(sums).cpu()
         wishes = self.saver.agreed(totals[5:8].tolist())
-        state.position += 1
         if outcome is None or not outcome.applied:
             self._skip()
             return wishes
