@@ -129,6 +129,8 @@ def test_the_page_shows_what_the_folder_has(report: Path) -> None:
     page = (report / "report.md").read_text(encoding="utf-8")
     for file in report.iterdir():
         assert file.name == "report.md" or f"({file.name})" in page
+    first_table = next(line for line in page.split("\n") if line.startswith("|"))
+    assert first_table.split(" | ")[1:7] == ["verdict", "rec", "kl", "nelbo", "iw_nll", "ppl"]
     for name, row in rows_of(report / "runs.csv").items():
         if row["rec"]:
             assert any(

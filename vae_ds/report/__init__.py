@@ -18,6 +18,7 @@ __all__ = ["pareto_front", "write"]
 
 # In no table of metrics: paths, long lists, and what has a column of its own.
 NO_METRICS = {"model", "split", "seed", "kl_per_dim", "verdict", "verdict_reason"}
+HEADLINE = ("rec", "kl", "nelbo", "iw_nll", "ppl", "iw_ppl", "mi", "mi_ceiling", "au", "z_gain", "lm_gain")
 METRICS_A_TABLE = 12
 
 
@@ -61,14 +62,15 @@ def _overview(page: Page, every: Sequence[Run]) -> None:
     setting_heads = {f"set:{key}": f"`{runs.short(key, keys)}`" for key in keys}
     metrics = [k for k in dict.fromkeys(k for run in every for k in run.metrics or ()) if k not in NO_METRICS]
     rows = [_run_row(run, keys, metrics) for run in every]
-    first = {"run": "run", "state": "state", "verdict": "verdict"}
-    page.csv("runs", [*first, "verdict_reason", *setting_heads, *metrics], rows)
+    page.csv("runs", ["run", "state", "verdict", "verdict_reason", *setting_heads, *metrics], rows)
     page.say("[runs.csv](runs.csv) has all of this section in one table.")
-    # More of them than a page is wide are in the CSV alone.
-    page.say(markdown(first | (setting_heads if len(keys) <= METRICS_A_TABLE else {}), rows))
     used = [key for key in metrics if any(row.get(key) is not None for row in rows)]
-    for start in range(0, len(used), METRICS_A_TABLE):
-        page.say(markdown({key: key for key in ("run", *used[start : start + METRICS_A_TABLE])}, rows))
+    asked, others = [key for key in HEADLINE if key in used], [key for key in used if key not in HEADLINE]
+    page.say(markdown({key: key for key in ("run", "verdict", *asked)}, rows))
+    # More of them than a page is wide are in the CSV alone.
+    page.say(markdown({"run": "run", "state": "state"} | (setting_heads if len(keys) <= METRICS_A_TABLE else {}), rows))
+    for start in range(0, len(others), METRICS_A_TABLE):
+        page.say(markdown({key: key for key in ("run", *others[start : start + METRICS_A_TABLE])}, rows))
     reasons = [
         f"- {escape(run.name)}: {escape(str(run.metric('verdict_reason')))}"
         for run in evaluated
