@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import re
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -122,6 +123,24 @@ def test_a_run_without_an_evaluation_is_told(trained: Path, report: Path) -> Non
     assert rows_of(report / "runs.csv")["left"]["state"] == "done, not evaluated"
     assert rows_of(report / "runs.csv")["left"]["rec"] == ""
     assert rows_of(report / "table-grammar.csv")["left"]["note"] == "not evaluated (done)"
+
+
+def test_runs_of_several_seeds_have_their_mean(trained: Path, tmp_path: Path) -> None:
+    """Two copies of a run that tell other seeds and other numbers; what stands alone is in no mean."""
+    folders = [trained / "study" / "noisy", tmp_path / "plain+seed=0", tmp_path / "plain+seed=7"]
+    for number, folder in enumerate(folders[1:]):
+        shutil.copytree(trained / "study" / "plain", folder)
+        recipe = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) | {"seed": 7 * number}
+        (folder / "config.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        changed = evaluation(folder) | {"rec": 50.0 + 4 * number}
+        (folder / "eval-test.json").write_text(json.dumps(changed), encoding="utf-8")
+    assert code_of("report", *folders, "--to", tmp_path / "report") == 0
+    (row,) = rows_of(tmp_path / "report" / "seeds.csv").values()
+    assert (row["run"], row["seeds"], row["rec_mean"]) == ("plain", "2", "52.0")
+    assert float(row["rec_sd"]) == pytest.approx(8**0.5)
+    assert (row["kl_mean"], row["kl_sd"]) == (str(evaluation(folders[1])["kl"]), "0.0")
+    page = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert re.search(r"^\| plain \| 2 \| 52\.00 ± 2\.83 \|", page, re.M)
 
 
 def test_the_page_shows_what_the_folder_has(report: Path) -> None:

@@ -19,6 +19,7 @@ from vae_ds.yaml_tree import EXCLUSIVE
 # What changes neither the optimisation nor the text.
 QUIET = ("name", "data.cache_dir", "batch.micro", "logging.", "checkpoint.", "timeouts.", "validation.", "evaluation.")
 NO_LATENT = "none"
+SEED = "seed"
 _BEFORE = {"phases": 2}  # parts of a key that say where it stands and not what it is
 
 
@@ -124,13 +125,23 @@ def differing(every: Sequence[Mapping[str, Any]]) -> list[str]:
     return kept
 
 
+def by_seed(every: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs that were repeated with other seeds, by their common name; those that stand alone are left out."""
+    groups: dict[str, list[Run]] = {}
+    for run in every:
+        told = {key: value for key, value in run.settings.items() if key != SEED and not key.startswith(QUIET)}
+        groups.setdefault(json.dumps(told, sort_keys=True), []).append(run)
+    several = [members for members in groups.values() if len({run.config.seed for run in members}) > 1]
+    return {members[0].name.replace(f"+{SEED}={members[0].config.seed}", ""): members for members in several}
+
+
 def by_topic(every: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Names of runs by the one thing in which their settings differ from the most common ones.
+    """Names of runs by the one thing in which their settings differ from the most common ones, the seed apart.
 
     A topic is a setting, or a section of settings of a phase. "" has the runs that differ in nothing, `phases` those
     with other phases, and `several` what is left.
     """
-    keys = differing(list(every.values()))
+    keys = [key for key in differing(list(every.values())) if key != SEED]
     usual: dict[str, str] = {}
     for key in keys:
         values = [json.dumps(settings[key], sort_keys=True) for settings in every.values() if key in settings]

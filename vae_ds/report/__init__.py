@@ -3,6 +3,7 @@
 The same input gives the same bytes of Markdown and CSV: no date, no path of this machine beyond the given ones.
 """
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from vae_ds import runs
 from vae_ds.errors import ConfigError
 from vae_ds.records import replace_file
 from vae_ds.report.drawn import along_phases, information, pareto_front, rate_distortion
-from vae_ds.report.page import Page, Row, escape, markdown, number
+from vae_ds.report.page import Page, Row, escape, is_number, markdown, number
 from vae_ds.report.printed import paper_tables
 from vae_ds.runs import Run
 
@@ -36,6 +37,7 @@ def write(paths: Sequence[str | Path], folder: Path, split: str = "test") -> Pat
     page = Page(folder, split)
     groups = runs.by_data(every)
     _overview(page, every)
+    _over_seeds(page, every)
     paper_tables(page, every)
     along_phases(page, every)
     for name, members in groups.items():
@@ -78,6 +80,27 @@ def _overview(page: Page, every: Sequence[Run]) -> None:
     ]
     if reasons:
         page.say("Why a verdict is what it is:", "\n".join(reasons))
+
+
+def _over_seeds(page: Page, every: Sequence[Run]) -> None:
+    """The mean and the standard deviation of what was run with several seeds."""
+    told: list[Row] = []
+    numbers: list[Row] = []
+    for name, members in runs.by_seed([run for run in every if run.metrics is not None]).items():
+        told.append({"run": name, "seeds": len(members)})
+        numbers.append({"run": name, "seeds": len(members)})
+        for key in HEADLINE:
+            values = [run.metric(key) for run in members]
+            if all(is_number(value) for value in values):
+                mean, deviation = statistics.mean(values), statistics.stdev(values)
+                told[-1][key] = f"{mean:.2f} ± {deviation:.2f}"
+                numbers[-1] |= {f"{key}_mean": float(mean), f"{key}_sd": float(deviation)}
+    if not told:
+        return
+    page.say("## Over seeds", "Runs that differ in the seed alone: mean ± standard deviation, as of a sample.")
+    page.csv("seeds", ["run", "seeds", *(f"{key}_{what}" for key in HEADLINE for what in ("mean", "sd"))], numbers)
+    used = [key for key in ("run", "seeds", *HEADLINE) if any(key in row for row in told)]
+    page.say(markdown({key: key for key in used}, told), "[seeds.csv](seeds.csv)")
 
 
 def _run_row(run: Run, keys: Sequence[str], metrics: Sequence[str]) -> Row:
