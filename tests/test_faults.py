@@ -303,6 +303,7 @@ def test_the_soak_kills_resumes_and_compares(recipe: Path, tmp_path: Path) -> No
 def test_the_memorys_slope_is_that_of_the_worst_rank_within_stretches() -> None:
     def stretch(level: float) -> bench.Stretch:
         samples = [(step, [level + 50 * (step < 600), level + 0.002 * step]) for step in range(500, 2000, 50)]
+        samples[-2][1][0] += 40  # a sample full of a validation
         return bench.Stretch(first_step=500, validated_step=540, last_step=2000, samples=samples)
 
     assert bench.memory_slope([stretch(100.0), stretch(500.0)], warm_steps=100) == pytest.approx(2.0)

@@ -5,6 +5,7 @@ flat? Memory is what a rank holds between two steps: the least resident set of s
 glibc gives back at once what is freed. Steps are applied optimizer steps of the whole run.
 """
 
+import itertools
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from vae_ds import machine, records
 from vae_ds.errors import ConfigError
 
-WARM_STEPS = 300  # of each stretch: allocators and caches fill; and the first validation brings memory of its own
+WARM_STEPS = 400  # of each stretch: allocators and caches fill; and the first validation brings memory of its own
 SAMPLE_S = 0.25
 WINDOW = 40  # readings a sample is the least of
 END_S = 90.0
@@ -114,26 +115,22 @@ def soak(
 
 
 def memory_slope(stretches: Sequence[Stretch], warm_steps: int = WARM_STEPS) -> float | None:
-    """MB a rank grows by in 1000 steps: one slope over all stretches, each with a level of its own; the worst rank.
+    """MB a rank grows by in 1000 steps, of the worst rank: the median slope between two samples of one stretch.
 
-    Left out are the first `warm_steps` of each stretch and what comes before the end of its first validation. None if
-    fewer than 10 samples are left.
+    A sample that a validation or the copy for a checkpoint filled from end to end stands out; a median is not moved by
+    it (Theil and Sen's estimator). Left out are the first `warm_steps` of each stretch and what comes before the end of
+    its first validation. None if fewer than 20 pairs are left.
     """
-    steps: list[np.ndarray] = []
-    memory: list[np.ndarray] = []
+    slopes: list[list[float]] = []
     for stretch in stretches:
         if stretch.first_step is None or stretch.validated_step is None:
             continue
         begin = max(stretch.first_step + warm_steps, stretch.validated_step + 1)
-        warm = [(step, mb) for step, mb in stretch.samples if step >= begin]
-        if len(warm) > 1:
-            step_N, mb_NR = np.array([step for step, _ in warm], float), np.array([mb for _, mb in warm])
-            steps.append(step_N - step_N.mean())
-            memory.append(mb_NR - mb_NR.mean(0))
-    if sum(map(len, steps)) < 10:
-        return None
-    step_N, mb_NR = np.concatenate(steps), np.concatenate(memory)
-    return round(float((step_N @ mb_NR / (step_N @ step_N)).max()) * 1000, 3)
+        warm = [sample for sample in stretch.samples if sample[0] >= begin]
+        for (before, had), (step, has) in itertools.combinations(warm, 2):
+            if step > before:
+                slopes.append([(new - old) / (step - before) for new, old in zip(has, had, strict=True)])
+    return round(float(np.median(slopes, axis=0).max()) * 1000, 3) if len(slopes) >= 20 else None
 
 
 def _stretch(
