@@ -263,10 +263,11 @@ def test_many_runs_are_drawn_by_what_they_differ_in(trained: Path, tmp_path: Pat
     for name in ("rate-distortion", "perplexity-information"):
         words = texts(folder / f"{name}.svg")
         assert {"reference", "pooling", "denoise", "free_bits", "several"} <= set(words)
-        # Each but one has more of both than the one before: these are on the front, by name.
-        assert ("bits-1" in words) == (name == "perplexity-information")
-        assert "bits-2" not in words
-    assert page.partition("On the front, by `iw_ppl` and `mi`: ")[2].splitlines()[0].count(",") == 12
+        # Each but one has more of both than the one before: these are on the front, by number.
+        assert ("13" in words) == (name == "perplexity-information")
+    front = page.partition("On the front, by `iw_ppl` and `mi`, from the lowest MI on: ")[2].splitlines()[0]
+    assert front.startswith("1 ")
+    assert front.count(", ") == 12
 
 
 def test_many_long_curves_stay_small(tmp_path: Path) -> None:

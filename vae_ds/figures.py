@@ -126,8 +126,8 @@ def front(
 ) -> None:
     """Write perplexity (y, lower is better) against mutual information (x, higher is better), one point a run.
 
-    `best`: the points of the Pareto front. `ceiling_nats`: what MI cannot pass. `yardsticks`: perplexities of plain
-    language models, which have no MI, by label.
+    `best`: the points of the Pareto front from the lowest MI on, numbered where points are in groups. `ceiling_nats`:
+    what MI cannot pass. `yardsticks`: perplexities of plain language models, which have no MI, by label.
     """
     lines = [f"{label}: {ppl:.1f}" for label, ppl in yardsticks.items()]
     with _figure(5.6, 3.8, [*_entries(runs), *lines, "Pareto front", "ceiling of MI"]) as figure:
@@ -139,15 +139,12 @@ def front(
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")
         _scatter(axes, runs)
-        steps = sorted(best, key=lambda point: (point.x, point.y))
         axes.plot(
-            [point.x for point in steps], [point.y for point in steps],
+            [point.x for point in best], [point.y for point in best],
             color=GREY, linewidth=1, drawstyle="steps-pre", label="Pareto front",
         )  # fmt: skip
-        for point in steps if any(point.group for point in runs) else ():
-            axes.annotate(
-                point.label, (point.x, point.y), (3, -3), textcoords="offset points", fontsize=6, rotation=-30, va="top"
-            )
+        for number, point in enumerate(best if any(point.group for point in runs) else (), 1):
+            axes.annotate(f"{number}", (point.x, point.y), (4, -3), textcoords="offset points", fontsize=7, va="top")
         if ceiling_nats is not None:
             axes.axvline(ceiling_nats, color="black", linewidth=1, linestyle=":", label=f"ceiling: {ceiling_nats:.2f}")
         for label, ppl in zip(lines, yardsticks.values(), strict=True):

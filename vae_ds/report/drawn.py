@@ -108,7 +108,9 @@ def information(page: Page, data: str, members: Sequence[Run], alone: bool) -> N
         return
     name, title = _named("perplexity-information", "Perplexity and information", data, alone)
     points = _points(drawn, latent, "mi", key)
-    best = pareto_front(points)
+    # By the point and not by its label, which may be the run's settings.
+    on_front = [(point, run.name) for run, point in zip(drawn, points, strict=True) if point in pareto_front(points)]
+    on_front.sort(key=lambda one: (one[0].x, one[0].y))
     kind = "importance-weighted" if key == "iw_ppl" else "from the -ELBO"
     ceilings = [run.metric("mi_ceiling") for run in drawn if is_number(run.metric("mi_ceiling"))]
     figures.front(
@@ -117,14 +119,14 @@ def information(page: Page, data: str, members: Sequence[Run], alone: bool) -> N
         title,
         f"{key}: perplexity a word, {kind}",
         points,
-        best,
+        [point for point, _ in on_front],
         max(ceilings, default=None),
         {label: run.metric(key) for label, run in _yardstick_labels(yardsticks) if is_number(run.metric(key))},
     )
-    on_front = [run.name for run, point in zip(drawn, points, strict=True) if point in best]
     page.section("Perplexity and information", WHAT_THE_FRONT_SAYS)
     page.figure(name, title)
-    page.say(f"On the front, by `{key}` and `mi`: {listed(on_front)}.")
+    names = listed(f"{number} {name}" for number, (_, name) in enumerate(on_front, 1))
+    page.say(f"On the front, by `{key}` and `mi`, from the lowest MI on: {names}.")
     _tell_left_out(page, latent, drawn)
 
 
