@@ -125,14 +125,14 @@ def differing(every: Sequence[Mapping[str, Any]]) -> list[str]:
     return kept
 
 
-def by_seed(every: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs that were repeated with other seeds, by their common name; those that stand alone are left out."""
+def by_seed(every: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """The runs that were repeated with other seeds, with their common name; those that stand alone are left out."""
     groups: dict[str, list[Run]] = {}
     for run in every:
         told = {key: value for key, value in run.settings.items() if key != SEED and not key.startswith(QUIET)}
         groups.setdefault(json.dumps(told, sort_keys=True), []).append(run)
     several = [members for members in groups.values() if len({run.config.seed for run in members}) > 1]
-    return {members[0].name.replace(f"+{SEED}={members[0].config.seed}", ""): members for members in several}
+    return [(members[0].name.replace(f"+{SEED}={members[0].config.seed}", ""), members) for members in several]
 
 
 def by_topic(every: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

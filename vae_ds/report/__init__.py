@@ -84,23 +84,21 @@ def _overview(page: Page, every: Sequence[Run]) -> None:
 
 def _over_seeds(page: Page, every: Sequence[Run]) -> None:
     """The mean and the standard deviation of what was run with several seeds."""
-    told: list[Row] = []
-    numbers: list[Row] = []
-    for name, members in runs.by_seed([run for run in every if run.metrics is not None]).items():
-        told.append({"run": name, "seeds": len(members)})
-        numbers.append({"run": name, "seeds": len(members)})
+    rows: list[Row] = []
+    for name, members in runs.by_seed([run for run in every if run.metrics is not None]):
+        row: Row = {"run": name, "seeds": len(members)}
         for key in HEADLINE:
             values = [run.metric(key) for run in members]
             if all(is_number(value) for value in values):
-                mean, deviation = statistics.mean(values), statistics.stdev(values)
-                told[-1][key] = f"{mean:.2f} ± {deviation:.2f}"
-                numbers[-1] |= {f"{key}_mean": float(mean), f"{key}_sd": float(deviation)}
-    if not told:
+                mean, deviation = float(statistics.mean(values)), float(statistics.stdev(values))
+                row |= {key: f"{mean:.2f} ± {deviation:.2f}", f"{key}_mean": mean, f"{key}_sd": deviation}
+        rows.append(row)
+    if not rows:
         return
     page.say("## Over seeds", "Runs that differ in the seed alone: mean ± standard deviation, as of a sample.")
-    page.csv("seeds", ["run", "seeds", *(f"{key}_{what}" for key in HEADLINE for what in ("mean", "sd"))], numbers)
-    used = [key for key in ("run", "seeds", *HEADLINE) if any(key in row for row in told)]
-    page.say(markdown({key: key for key in used}, told), "[seeds.csv](seeds.csv)")
+    page.csv("seeds", ["run", "seeds", *(f"{key}_{what}" for key in HEADLINE for what in ("mean", "sd"))], rows)
+    used = [key for key in ("run", "seeds", *HEADLINE) if any(key in row for row in rows)]
+    page.say(markdown({key: key for key in used}, rows), "[seeds.csv](seeds.csv)")
 
 
 def _run_row(run: Run, keys: Sequence[str], metrics: Sequence[str]) -> Row:

@@ -108,8 +108,9 @@ def information(page: Page, data: str, members: Sequence[Run], alone: bool) -> N
         return
     name, title = _named("perplexity-information", "Perplexity and information", data, alone)
     points = _points(drawn, latent, "mi", key)
+    best = pareto_front(points)
     # By the point and not by its label, which may be the run's settings.
-    on_front = [(point, run.name) for run, point in zip(drawn, points, strict=True) if point in pareto_front(points)]
+    on_front = [(point, run.name) for run, point in zip(drawn, points, strict=True) if point in best]
     on_front.sort(key=lambda one: (one[0].x, one[0].y))
     kind = "importance-weighted" if key == "iw_ppl" else "from the -ELBO"
     ceilings = [run.metric("mi_ceiling") for run in drawn if is_number(run.metric("mi_ceiling"))]
