@@ -300,6 +300,12 @@ def test_the_soak_kills_resumes_and_compares(recipe: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "soak" / "soak.json").read_text(encoding="utf-8"))["kills"] == found.kills
 
 
+def test_a_soak_of_no_recipe_starts_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no recipe `demmo` \(did you mean `demo`\?\)"):
+        bench.soak("demmo", tmp_path / "soak")
+    assert not (tmp_path / "soak").exists()
+
+
 def test_the_memorys_slope_is_that_of_the_worst_rank_within_stretches() -> None:
     def stretch(level: float) -> bench.Stretch:
         samples = [(step, [level + 50 * (step < 600), level + 0.002 * step]) for step in range(500, 2000, 50)]

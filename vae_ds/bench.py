@@ -22,8 +22,10 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from vae_ds import config as configuration
 from vae_ds import machine, records
 from vae_ds.errors import ConfigError
+from vae_ds.settings import RunConfig
 
 WARM_STEPS = 400  # of each stretch: allocators and caches fill; and the first validation brings memory of its own
 SAMPLE_S = 0.25
@@ -78,8 +80,9 @@ def soak(
     `checkpoint.every_steps`. `minutes` ends the soak with the next kill, though the run is not done. With `compare`, a
     run that is done is trained once more, undisturbed, into `run_dir`/quiet, and the weights are compared bit for bit.
     Writes `run_dir`/soak.json, and stretches.json with the samples. Raises ConfigError if the directory holds a soak
-    already, RuntimeError if the ranks end by themselves without being done.
+    already or the recipe is wrong, RuntimeError if the ranks end by themselves without being done.
     """
+    configuration.load(RunConfig, recipe, overrides)  # before ranks do, whose word is in their log
     if (run_dir / "soak").exists():
         raise ConfigError(f"{run_dir} already holds a soak; choose another --run-dir")
     draw = random.Random(seed)
