@@ -23,7 +23,7 @@ from launch import launch
 from processes import STARTUP_S, kill_all, new_job, processes_of, rows, start, state_of, wait_until
 from tiny import ENGLISH, make_base, write_splits
 from vae_ds import bench, cli, records, runtime, trainer
-from vae_ds.errors import ConfigError
+from vae_ds.errors import ConfigError, Failed
 from vae_ds.exits import EXIT_LOST
 from vae_ds.processes import is_alive, launchers_of
 from vae_ds.settings import TimeoutConfig
@@ -304,6 +304,13 @@ def test_a_soak_of_no_recipe_starts_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no recipe `demmo` \(did you mean `demo`\?\)"):
         bench.soak("demmo", tmp_path / "soak")
     assert not (tmp_path / "soak").exists()
+
+
+def test_a_soak_whose_ranks_fail_says_where_to_read_why(recipe: Path, tmp_path: Path) -> None:
+    settings = ["data.corpus=text", f"data.path={tmp_path / 'nothing'}"]
+    with pytest.raises(Failed, match=r"the ranks ended by themselves; see .*output\.log"):
+        bench.soak(str(recipe), tmp_path / "soak", overrides=settings)
+    assert "nothing" in (tmp_path / "soak" / "output.log").read_text(encoding="utf-8")
 
 
 def test_the_memorys_slope_is_that_of_the_worst_rank_within_stretches() -> None:

@@ -57,6 +57,17 @@ def test_the_paper_study_has_every_technique() -> None:
     assert any(run.phases[0].aggressive for run in every.values())
     assert {"optimus", "encoder-pretraining", "aggressive", "cyclical", "denoising", "language-model"} <= set(every)
 
+def test_the_recommended_recipe_is_measured_against_a_language_model_of_its_budget() -> None:
+    config = study.load("recommended", {"data.corpus": "wordnet"})
+    every = resolved(config)
+    assert set(every) == {f"{name}+seed={seed}" for name in ("language-model", "recommended") for seed in (0, 1, 2)}
+    assert {row.yardstick for row in study.rows(config)} == {None, *(f"language-model+seed={seed}" for seed in range(3))}
+    budgets = {run.batch.global_size * sum(phase.steps or 0 for phase in run.phases) for run in every.values()}
+    same = {(run.model.base, run.data, run.evaluation, run.phases[-1].optimizer) for run in every.values()}
+    assert len(budgets) == len(same) == 1
+    assert all((run.model.injection == "none") == ("language" in name) for name, run in every.items())
+    assert {phase.beta.max for name, run in every.items() if "language" not in name for phase in run.phases[-1:]} == {1}
+
 
 def test_names_lengths_seeds_and_further_rows(tmp_path: Path) -> None:
     path = write(

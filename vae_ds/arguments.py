@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--unit", type=int, default=0)
 
     one = _command(subparsers, "study", commands.study, "many runs of one recipe: list them, train them, report")
-    one.add_argument("study", metavar="STUDY", help="`paper`, or a YAML file: recipe, set, grid, variants, seeds")
+    one.add_argument("study", metavar="STUDY", help="`paper`, `recommended`, or a YAML file: recipe, set, grid, ...")
     one.add_argument("--corpus", metavar="NAME", help="the data of every run, as in `data.corpus`")
     one.add_argument("--path", metavar="PATH", help="where that is, as in `data.path`")
     one.add_argument("--base", metavar="MODEL", help="the pretrained T5 of every run, as in `model.base`")

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from vae_ds import config as configuration
 from vae_ds import machine, records
-from vae_ds.errors import ConfigError
+from vae_ds.errors import ConfigError, Failed
 from vae_ds.settings import RunConfig
 
 WARM_STEPS = 400  # of each stretch: allocators and caches fill; and the first validation brings memory of its own
@@ -80,7 +80,7 @@ def soak(
     `checkpoint.every_steps`. `minutes` ends the soak with the next kill, though the run is not done. With `compare`, a
     run that is done is trained once more, undisturbed, into `run_dir`/quiet, and the weights are compared bit for bit.
     Writes `run_dir`/soak.json, and stretches.json with the samples. Raises ConfigError if the directory holds a soak
-    already or the recipe is wrong, RuntimeError if the ranks end by themselves without being done.
+    already or the recipe is wrong, Failed if the ranks end by themselves without being done.
     """
     configuration.load(RunConfig, recipe, overrides)  # before ranks do, whose word is in their log
     if (run_dir / "soak").exists():
@@ -93,7 +93,7 @@ def soak(
         kill_after_s = kill_every_s * draw.uniform(0.5, 1.5)
         stretches.append(_stretch(recipe, target, overrides, processes, kill_after_s, draw.randrange(processes)))
         if stretches[-1].rank_killed is None and not _is_done(target):
-            raise RuntimeError(f"the ranks ended by themselves; see {run_dir / 'output.log'}")
+            raise Failed(f"the ranks ended by themselves; see {run_dir / 'output.log'}")
     starts = [stretch.first_step or 0 for stretch in stretches[1:]]
     result = Soak(
         steps=stretches[-1].last_step,
