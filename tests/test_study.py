@@ -57,6 +57,7 @@ def test_the_paper_study_has_every_technique() -> None:
     assert any(run.phases[0].aggressive for run in every.values())
     assert {"optimus", "encoder-pretraining", "aggressive", "cyclical", "denoising", "language-model"} <= set(every)
 
+
 def test_the_recommended_recipe_is_measured_against_a_language_model_of_its_budget() -> None:
     config = study.load("recommended", {"data.corpus": "wordnet"})
     pairs = [row for row in study.rows(config) if row.yardstick]
