@@ -176,6 +176,9 @@ def _stretch(
             rank.kill()
             rank.wait()
     stretch.last_step = _last_step(run, since) or 0
+    # The last validation of a run may end between the last sample and the exit.
+    if stretch.validated_step is None and _validations(run) > validations:
+        stretch.validated_step = stretch.last_step
     return stretch
 
 
