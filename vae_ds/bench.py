@@ -7,6 +7,7 @@ glibc gives back at once what is freed. Steps are applied optimizer steps of the
 
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -164,7 +165,9 @@ def _stretch(
             if advanced_s is None and step > stretch.first_step:
                 advanced_s = time.monotonic()
             lasted_s = 0.0 if advanced_s is None else time.monotonic() - advanced_s
-            if kill_after_s is not None and lasted_s > kill_after_s:
+            # After its last step a run only writes and validates: whoever resumes it would have nothing to train.
+            over = step >= (records.read_status(run) or {}).get("total_steps", math.inf)
+            if kill_after_s is not None and lasted_s > kill_after_s and not over:
                 stretch.rank_killed = victim
                 ranks[victim].send_signal(signal.SIGKILL)
                 break
