@@ -77,9 +77,10 @@ def soak(
 ) -> Soak:
     """Train `recipe` into `run_dir`/soak, killing a random rank (SIGKILL) every `kill_every_s` seconds or so.
 
-    Between two kills there must be time for a checkpoint, or the run never gets further: mind the recipe's
-    `checkpoint.every_steps`. `minutes` ends the soak with the next kill, though the run is not done. With `compare`, a
-    run that is done is trained once more, undisturbed, into `run_dir`/quiet, and the weights are compared bit for bit.
+    None is killed after the last step. Between two kills there must be time for a checkpoint, or the run never gets
+    further: mind the recipe's `checkpoint.every_steps`. `minutes` ends the soak with the next kill, though the run is
+    not done. With `compare`, a run that is done is trained once more, undisturbed, into `run_dir`/quiet, and the
+    weights are compared bit for bit.
     Writes `run_dir`/soak.json, and stretches.json with the samples. Raises ConfigError if the directory holds a soak
     already or the recipe is wrong, Failed if the ranks end by themselves without being done.
     """
@@ -147,6 +148,11 @@ def _stretch(
     advanced_s: float | None = None
     validations = _validations(run)
     readings: list[list[float]] = []
+
+    def note_validation(step: int) -> None:
+        if stretch.validated_step is None and _validations(run) > validations:
+            stretch.validated_step = step
+
     try:
         while all(rank.poll() is None for rank in ranks):
             time.sleep(SAMPLE_S)
@@ -155,8 +161,7 @@ def _stretch(
                 continue
             if stretch.first_step is None:
                 stretch.first_step = step
-            if stretch.validated_step is None and _validations(run) > validations:
-                stretch.validated_step = step
+            note_validation(step)
             readings.append(memory_mb)
             if len(readings) == WINDOW:
                 stretch.samples.append((step, [min(of_rank) for of_rank in zip(*readings, strict=True)]))
@@ -165,9 +170,9 @@ def _stretch(
             if advanced_s is None and step > stretch.first_step:
                 advanced_s = time.monotonic()
             lasted_s = 0.0 if advanced_s is None else time.monotonic() - advanced_s
+            due = kill_after_s is not None and lasted_s > kill_after_s
             # After its last step a run only writes and validates: whoever resumes it would have nothing to train.
-            over = step >= (records.read_status(run) or {}).get("total_steps", math.inf)
-            if kill_after_s is not None and lasted_s > kill_after_s and not over:
+            if due and step < (records.read_status(run) or {}).get("total_steps", math.inf):
                 stretch.rank_killed = victim
                 ranks[victim].send_signal(signal.SIGKILL)
                 break
@@ -179,9 +184,7 @@ def _stretch(
             rank.kill()
             rank.wait()
     stretch.last_step = _last_step(run, since) or 0
-    # The last validation of a run may end between the last sample and the exit.
-    if stretch.validated_step is None and _validations(run) > validations:
-        stretch.validated_step = stretch.last_step
+    note_validation(stretch.last_step)  # a run's last one may end between the last sample and the exit
     return stretch
 
 
