@@ -2,32 +2,33 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 README = Path(__file__).parent / "README.md"
 
 setup(
     name="vae_ds",
-    version="0.1.0",
+    version="0.2.0",
     description="Turn a pretrained T5 into a text VAE by finetuning alone, on DeepSpeed",
     long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["vae_ds", "vae_ds.corpora", "vae_ds.ds_configs", "vae_ds.paper", "vae_ds.report"],
+    packages=[*find_packages(include=["vae_ds", "vae_ds.*"]), "vae_ds.ds_configs"],
     # ds_configs/ stands at the top level, where DeepSpeed users look for it, and inside the package in a wheel.
     package_dir={"vae_ds.ds_configs": "ds_configs"},
     package_data={
-        "vae_ds": ["recipes/*.yaml", "studies/*.yaml", "tiny/*"],
+        "vae_ds": ["tiny/*"],
+        "vae_ds.config": ["recipes/*.yaml", "studies/*.yaml"],
         "vae_ds.ds_configs": ["*.json"],
-        "vae_ds.paper": ["*.csv"],  # the rows that the paper printed
+        "vae_ds.studies.paper": ["*.csv"],  # the rows that the paper printed
     },
     entry_points={"console_scripts": ["vae-ds = vae_ds.cli:main"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17,<6",  # the T5 that is finetuned
-        "deepspeed>=0.19.8,<0.20",  # a minor release moves what engine.py relies on
+        "deepspeed>=0.19.8,<0.20",  # a minor release moves what the engine relies on
         "datasets>=4",  # Arrow caches of token ids; hub and local data sets
         "tensorboard>=2.15",
         "sentencepiece>=0.2",  # T5 tokenizers: trained and read as SentencePiece models
@@ -50,5 +51,6 @@ setup(
     extras_require={
         "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
         "dev": ["ruff>=0.9", "mypy>=1.13", "types-PyYAML"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2", "ruff>=0.9"],
     },
 )

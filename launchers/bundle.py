@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vae_ds.settings import DataConfig, RunConfig
+    from vae_ds.config.settings import DataConfig, RunConfig
 
 # What a base is loaded from; the hub's directories hold other frameworks' weights, too.
 PLAIN = ("*.json", "spiece.model", "tokenizer*", "*.jinja")
@@ -24,8 +24,9 @@ def take_base(base: str, to: Path) -> list[str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from vae_ds import bases, hub
+    from vae_ds.config import hub
     from vae_ds.errors import ConfigError
+    from vae_ds.model import bases
 
     shutil.rmtree(to, ignore_errors=True)
     bases.check_base(base)
@@ -55,8 +56,8 @@ def take_text(data: "DataConfig", to: Path) -> list[str]:
     """Copy a corpus: its files, or a saved data set where it has none of its own. Returns the settings that name it."""
     from datasets import DatasetDict
 
-    from vae_ds import corpora
-    from vae_ds.corpora import layouts, text, wordnet
+    from vae_ds.data import corpora
+    from vae_ds.data.corpora import layouts, text, wordnet
 
     shutil.rmtree(to, ignore_errors=True)
     corpora.check(data)
@@ -86,7 +87,8 @@ def take_text(data: "DataConfig", to: Path) -> list[str]:
 
 def tokenise(config: "RunConfig", cache: Path) -> None:
     """Fill DIR/cache with the token ids of all splits, as a training and an evaluation look for them."""
-    from vae_ds import bases, corpora, tokens
+    from vae_ds.data import corpora, tokens
+    from vae_ds.model import bases
 
     shutil.rmtree(cache, ignore_errors=True)
     tokenizer = bases.load_tokenizer(config.model.base)
@@ -102,9 +104,9 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
     from vae_ds import config as configuration
-    from vae_ds.corpora.corpus import quiet_datasets
+    from vae_ds.config.settings import RunConfig
+    from vae_ds.data.corpora.corpus import quiet_datasets
     from vae_ds.errors import UserError
-    from vae_ds.settings import RunConfig
 
     here: Path = given.directory.resolve()
     try:

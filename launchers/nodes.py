@@ -20,7 +20,7 @@ if IN_CHECKOUT:
     # This checkout's package, installed or not; a wheelhouse's scripts have theirs installed.
     sys.path.insert(0, str(REPOSITORY))
 
-from vae_ds.exits import EXIT_USER  # noqa: E402
+from vae_ds.runtime import EXIT_USER  # noqa: E402
 
 # Without a launcher in common the nodes cannot agree on a free port.
 PORT = 29500

@@ -57,7 +57,7 @@ install_offline() {
   PIP_CONFIG_FILE=/dev/null "$venv/bin/python" -m pip --isolated --disable-pip-version-check --quiet install \
     --no-compile --no-index --find-links "$here/wheels" vae_ds || die "the installation failed; see above"
   # Proves that it works here, and compiles what is used for all ranks; everything would take three times as long.
-  said=$("$venv/bin/python" -c 'import vae_ds.trainer' 2>&1) || {
+  said=$("$venv/bin/python" -c 'import vae_ds.training' 2>&1) || {
     printf '%s\n' "$said" >&2
     die "what is installed does not run here; see above"
   }

@@ -28,8 +28,7 @@ from typing import NoReturn
 import psutil
 from nodes import IN_CHECKOUT, REPOSITORY, Nodes, check_no_ssh, launcher, no_ssh_options, read_hostfile, wrong
 
-from vae_ds.exits import EXIT_FAULT, EXIT_LOST, EXIT_STOPPED, EXIT_USER
-from vae_ds.machine import cores, free_port
+from vae_ds.runtime import EXIT_FAULT, EXIT_LOST, EXIT_STOPPED, EXIT_USER, cores, free_port
 
 GRACE_S = 120.0
 POLL_S = 0.2

@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 6 MB."""
-    from processes import small_disk_at
+    from support.processes import small_disk_at
 
     with small_disk_at(tmp_path / "disk", "6m") as place:
         yield place

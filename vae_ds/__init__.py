@@ -6,11 +6,11 @@
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["T5VAE", "__version__", "train"]
 
 # Loaded on first use: torch and transformers take seconds, and `vae-ds --help` needs neither.
-_HOMES = {"T5VAE": "vae_ds.model", "train": "vae_ds.trainer"}
+_HOMES = {"T5VAE": "vae_ds.model", "train": "vae_ds.training"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,194 @@
+"""A training file read as a stream: every line once an epoch, no full pass, one run on any ranks and resumed."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from support.launch import job, launch, run_jobs
+from support.processes import curve
+from support.tiny import ENGLISH, base, make_base, write_splits
+from vae_ds import cli
+from vae_ds.config.settings import DataConfig
+from vae_ds.data import corpora, feed
+from vae_ds.data.corpora import LineStream
+from vae_ds.errors import DataError
+from vae_ds.model.t5vae import load_tokenizer
+
+
+def opened(folder: Path, train: bytes, block_bytes: int = 64, window_blocks: int = 3, **data: Any) -> LineStream:
+    """A stream of small blocks over a file with these bytes."""
+    folder.mkdir(exist_ok=True)
+    name = data.pop("name", "train.txt")
+    for split in ("valid.txt", "test.txt"):
+        (folder / split).write_text("a line\n", encoding="utf-8")
+    (folder / name).write_bytes(train)
+    made = corpora.open_stream(DataConfig(corpus="text", path=str(folder), streaming=True, **data))
+    return replace(made, block_bytes=block_bytes, window_blocks=window_blocks)
+
+
+def epoch(lines: LineStream, *keys: int) -> list[list[str]]:
+    return [lines.window(number, 0, *keys) for number in range(lines.windows)]
+
+
+@pytest.mark.parametrize("block_bytes", [1, 7, 64, 1000, 1 << 20])
+@pytest.mark.parametrize("end", [b"\n", b"", b"\r\n"])
+def test_every_line_is_in_one_window(tmp_path: Path, block_bytes: int, end: bytes) -> None:
+    """Lines that end where a block does, that are longer than blocks, and of many bytes a character."""
+    lines = [*ENGLISH[:40], "é" * 90, "x", "ü", "y" * 63, "z" * 64, "last"]
+    split = b"\r\n" if end == b"\r\n" else b"\n"
+    stream = opened(tmp_path, split.join(line.encode() for line in lines) + end, block_bytes)
+    assert sorted(line for window in epoch(stream, 0, 0) for line in window) == sorted(lines)
+
+
+def test_an_epoch_is_shuffled_by_its_keys_alone(tmp_path: Path) -> None:
+    stream = opened(tmp_path, "\n".join(ENGLISH).encode())
+    assert stream.windows > 10
+    one = epoch(stream, 0, 0)
+    assert one == epoch(stream, 0, 0)
+    orders = [one, epoch(stream, 0, 1), epoch(stream, 1, 0)]
+    assert all(a != b for a, b in zip(orders, [*orders[1:], orders[0]], strict=True))
+    # Of a window, lines come from all over the file.
+    places = sorted(ENGLISH.index(line) for line in one[0])
+    assert places[-1] - places[0] > len(ENGLISH) / 4
+
+
+def test_a_byte_order_mark_labels_and_json_lines(tmp_path: Path) -> None:
+    marked = opened(tmp_path / "a", b"\xef\xbb\xbf1\tone\n2\ttwo\n", labelled=True)
+    assert epoch(marked, 0, 0) == [["one", "two"]]
+    rows = "".join(json.dumps({"said": text, "more": 1}) + "\n" for text in ENGLISH[:9])
+    (window,) = epoch(opened(tmp_path / "b", rows.encode(), 999, name="train.jsonl", column="said"), 0)
+    assert sorted(window) == sorted(ENGLISH[:9])
+
+
+@pytest.mark.parametrize(
+    ("data", "train", "said"),
+    [
+        ({}, b"fine\nb\xffd\n", r"train\.txt, from byte:5: not UTF-8 at byte 2"),
+        ({"labelled": True}, b"1\tone\ntwo\n", r"train\.txt, from byte:6: no tab"),
+        ({}, b"", r"train\.txt: empty"),
+        ({"name": "train.csv", "column": "text"}, b"text\na\n", r"train\.csv: data\.streaming reads plain text"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, data: dict[str, Any], train: bytes, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        epoch(opened(tmp_path, train, **data), 0, 0)
+
+
+def test_the_papers_corpora_in_optimus_layout(tmp_path: Path) -> None:
+    opened(tmp_path, b"3\tgood food\n1\tbad\n")
+    lines = corpora.open_stream(DataConfig(corpus="yelp", path=str(tmp_path), streaming=True))
+    assert lines.window(0, 0, 0) == ["good food", "bad"]
+
+
+def test_what_is_cut_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = opened(tmp_path, b"a book\n" + b" ".join([b"book"] * 20) + b"\n", 1000)
+    tokens, keys = feed.Streamed(lines, load_tokenizer(base()), max_tokens=9).portion(0, seed=0, phase=1, epoch=2)
+    assert (len(tokens), keys) == (2, (1, 2, 0))
+    assert "train.txt, epoch 3, window 1 of 1: 1 of 2 sentences (50.00 %) are longer" in caplog.text
+
+
+def test_what_cannot_be_a_stream_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_splits(tmp_path / "text", ENGLISH[:200], ENGLISH[200:210], ENGLISH[210:220])
+    text = ["data.corpus=text", f"data.path={tmp_path / 'text'}", "data.streaming=true"]
+    for settings, said in (
+        (["data.corpus=grammar", "data.streaming=true"], "data.streaming reads files of text; grammar is not one"),
+        ([*text, "data.limit=5"], "`limit` counts sentences"),
+        ([*text, "phases.1={name: full, epochs: 1}"], "phases.1.epochs: data.streaming does not count the text"),
+        (
+            [*text, "phases.1.beta={schedule: linear, over_epochs: 2}"],
+            "phases.1.beta.over_epochs: data.streaming does not count",
+        ),
+        ([*text, "batch.global=256", "phases.0.steps=1"], "batch.global is 256 but"),
+    ):
+        assert cli.run(["train", "demo", "--run-dir", str(tmp_path / "run"), "--set", *settings]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_fingerprint_follows_the_file(tmp_path: Path) -> None:
+    text = "\n".join(ENGLISH).encode()
+    found = {
+        opened(tmp_path, changed).fingerprint for changed in (text, text + b"\nmore", text.replace(b"the", b"teh"))
+    }
+    assert len(found) == 3
+    assert opened(tmp_path, text).fingerprint in found
+    assert opened(tmp_path, text, labelled=True).fingerprint not in found
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 sentences in windows of a few blocks."""
+    folder = tmp_path_factory.mktemp("streaming")
+    made = make_base(folder / "base", "t5", num_layers=1, num_decoder_layers=1)
+    text = write_splits(folder / "text", ENGLISH[:300], ENGLISH[300:350], ENGLISH[350:400])
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"""
+name: streamed
+model: {{base: {made}, latent_dim: 4, dropout: 0.1}}
+data: {{corpus: text, path: {text}, streaming: true, max_tokens: 40, cache_dir: {folder / "cache"}}}
+batch: {{global: 16, bucket_batches: 2}}
+precision: fp32
+phases:
+  - {{name: warmup, steps: 9, freeze: [decoder], beta: {{schedule: constant, value: 0}}, denoise: 0.1}}
+  - {{name: full, steps: 40, beta: {{schedule: linear, over_fraction: 0.5}}}}
+validation: {{every_steps: 20, sentences: 20}}
+checkpoint: {{every_steps: 1000, keep: 1}}
+logging: {{every: 1, tensorboard: false, progress: false}}
+evaluation: {{iw_samples: 2, samples: 0, bleu_sentences: 0}}
+export: last
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_a_run_is_the_same_on_any_ranks_and_resumed(recipe: Path, tmp_path: Path) -> None:
+    """More than an epoch, over several windows; stopped in the middle of one."""
+
+    plain, small = "model.dropout=0", "import vae_ds.data.corpora.stream as s; s.BLOCK_BYTES, s.WINDOW_BLOCKS = 512, 8"
+    two, one, whole, stopped = (tmp_path / name for name in ("two", "one", "whole", "stopped"))
+    jobs = [job(recipe, two, plain), job(recipe, whole), job(recipe, stopped, stop_at=24), job(recipe, stopped)]
+    run_jobs(2, jobs, tmp_path, before=small, timeout_s=200)
+    run_jobs(1, [job(recipe, one, plain)], tmp_path, before=small, timeout_s=200)
+    assert curve(stopped) == curve(whole)
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (stopped, whole))
+    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+    rows = curve(two)
+    assert [row["step"] for row in rows] == list(range(1, 50))
+    for a, b in zip(rows, curve(one), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    epochs = [row["epoch"] for row in rows if row["phase"] == "full"]
+    assert epochs == sorted(epochs)
+    assert epochs[-1] > 1.5
+    # The other splits are as ever; the training split is nowhere whole.
+    assert cli.run(["evaluate", str(two)]) == 0
+    assert cli.run(["reconstruct", str(two), "--from", "train"]) == 2
+
+
+def test_no_pass_over_the_file_and_no_memory_for_it(recipe: Path, tmp_path: Path) -> None:
+    """A file of 4 GB, of which the first block is text and the rest one line that nobody reads."""
+    text = write_splits(tmp_path / "text", ENGLISH[:300], ENGLISH[300:350], ENGLISH[350:400])
+    block, lines = 1 << 16, "".join(f"{line}\n" for line in ENGLISH).encode()
+    with (text / "train.txt").open("wb") as file:
+        file.write((lines * 9)[: block - 1] + b"\n")
+        file.truncate(4 << 30)
+    code = f"""
+import resource
+import numpy as np
+from vae_ds.data.corpora import stream
+from vae_ds.training import trainer
+assert stream.BLOCK_BYTES == {block}
+stream.WINDOW_BLOCKS = 1
+stream.LineStream._order = lambda self, seed, *keys: np.arange(self.blocks)
+trainer.train({str(recipe)!r}, {str(tmp_path / "run")!r}, ["data.path={text}"])
+print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    finished = launch(["-c", code], processes=1, timeout_s=200)
+    (peak_mb,) = re.findall(r"PEAK (\d+)", finished.output)
+    assert int(peak_mb) < 2000
+    assert len(curve(tmp_path / "run")) == 49

@@ -1,0 +1,558 @@
+"""The metrics against closed forms and a plain loop, the same on one process and on two."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Independent, MultivariateNormal, Normal
+
+from support import ROOT, tiny
+from support.launch import launch
+from vae_ds import distributed
+from vae_ds.config.settings import EvaluationConfig, ModelConfig, OptimizerConfig
+from vae_ds.data.batches import collate, from_texts
+from vae_ds.errors import DataError
+from vae_ds.evaluation import metrics as evaluation
+from vae_ds.evaluation.metrics import derangement, evaluate, importance_nll, log_weights
+from vae_ds.evaluation.verdict import verdict
+from vae_ds.model.t5vae import T5VAE, load_tokenizer
+from vae_ds.studies.metric_tables import print_metrics
+
+ALONE = distributed.Ranks(0, 0, 1, torch.device("cpu"))
+SEED = 3
+LATENT = 6
+# 17 sentences in batches of 4: two ranks need a filler, for the last batch and for the last sentence's samples.
+TEXTS = [*tiny.ENGLISH[:15], "a ~ sentence with unknown % signs", tiny.ENGLISH[0]]
+SETTINGS = EvaluationConfig(iw_samples=7, iw_sentences=5, batch=4)
+KEYS = {
+    *("sentences", "tokens", "words", "truncated", "unk", "rec", "kl", "nelbo", "paper_nelbo", "ppl", "ppl_subword"),
+    *("kl_per_dim", "mi", "mi_ceiling", "au", "z_gain", "lm_gain", "iw_nll", "iw_ppl", "iw_sentences", "iw_samples"),
+    *("verdict", "verdict_reason"),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(tiny.make_base(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture(scope="module")
+def tokens(base):
+    return from_texts(TEXTS, load_tokenizer(base), 24)
+
+
+def build(base, **settings):
+    """A random model whose posteriors are neither the prior nor all the same."""
+    model = T5VAE.from_base(ModelConfig(base=base, latent_dim=LATENT, mu_std=0.6, logvar_std=0.3, **settings))
+    with torch.no_grad():  # max pooling leaves a mean that all sentences share: half of the units say little
+        if model.bottleneck is not None:
+            model.bottleneck.mu.weight[: LATENT // 2] *= 0.02
+    return model
+
+
+def measure(model, tokens, settings=SETTINGS, **options):
+    return evaluate(model, tokens, ALONE, settings, seed=SEED, pad_id=0, **options)
+
+
+# The estimators
+
+
+class LinearGaussian:
+    """x | z ~ N(W z, s^2 I), z ~ N(0, I): p(x) is known, and with orthogonal columns so is a diagonal posterior."""
+
+    def __init__(self, sentences: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        orthogonal = torch.linalg.qr(torch.randn(7, 3, generator=generator, dtype=torch.float64))[0]
+        self.w_XL = orthogonal * torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
+        self.s = 0.7
+        marginal = MultivariateNormal(
+            torch.zeros(7, dtype=torch.float64), self.w_XL @ self.w_XL.T + self.s**2 * torch.eye(7, dtype=torch.float64)
+        )
+        z_SL = torch.randn(sentences, 3, generator=generator, dtype=torch.float64)
+        self.x_SX = z_SL @ self.w_XL.T + self.s * torch.randn(sentences, 7, generator=generator, dtype=torch.float64)
+        self.nll_S = -marginal.log_prob(self.x_SX)
+        precision_L = 1 + (self.w_XL**2).sum(0) / self.s**2
+        self.mu_SL = self.x_SX @ self.w_XL / self.s**2 / precision_L
+        self.logvar_SL = -precision_L.log().expand_as(self.mu_SL)
+
+    def estimate(self, mu_SL, logvar_SL, samples, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        eps_SKL = torch.randn(len(mu_SL), samples, 3, generator=generator, dtype=torch.float64)
+        z_SKL = mu_SL[:, None] + torch.exp(logvar_SL / 2)[:, None] * eps_SKL
+        rec_SK = -Independent(Normal(z_SKL @ self.w_XL.T, self.s), 1).log_prob(self.x_SX[:, None])
+        return importance_nll(log_weights(rec_SK, z_SKL, mu_SL[:, None], logvar_SL[:, None]))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 50])
+def test_the_exact_posterior_gives_the_exact_likelihood_for_any_k(samples):
+    world = LinearGaussian(20)
+    for seed in range(3):
+        estimate = world.estimate(world.mu_SL, world.logvar_SL, samples, seed)
+        torch.testing.assert_close(estimate, world.nll_S, rtol=1e-10, atol=1e-10)
+
+
+def test_a_wrong_posterior_gives_a_bound_that_tightens_with_k():
+    world = LinearGaussian(200)
+    mu_SL, logvar_SL = world.mu_SL + 0.3, world.logvar_SL + 0.5
+    gaps = [float((world.estimate(mu_SL, logvar_SL, k) - world.nll_S).mean()) for k in (1, 5, 50)]
+    assert gaps[0] > 2 * gaps[1] > 0
+    assert abs(gaps[2]) < gaps[1] / 4
+    # With one sample the bound is the negative ELBO, whose gap is the divergence to the true posterior.
+    q, p = Normal(mu_SL, torch.exp(logvar_SL / 2)), Normal(world.mu_SL, torch.exp(world.logvar_SL / 2))
+    divergence = torch.distributions.kl_divergence(q, p).sum(1).mean()
+    many = torch.stack([world.estimate(mu_SL, logvar_SL, 1, seed) for seed in range(50)]).mean()
+    assert float(many - world.nll_S.mean()) == pytest.approx(float(divergence), rel=0.05)
+    torch.testing.assert_close(world.estimate(mu_SL, logvar_SL, 2_000), world.nll_S, rtol=0, atol=0.15)
+
+
+def test_the_estimator_survives_likelihoods_of_long_sentences():
+    log_weights_SK = torch.tensor([[-5000.0, -5000.0], [-5000.0, -6000.0]], dtype=torch.float64)
+    expected = torch.tensor([5000.0, 5000.0 + math.log(2)], dtype=torch.float64)
+    torch.testing.assert_close(importance_nll(log_weights_SK), expected)
+
+
+class Solvable(nn.Module):
+    """The linear Gaussian in a model's place: sentence i of a token set is x_i, its posterior off by a shift."""
+
+    def __init__(self, world, tokens, shift):
+        super().__init__()
+        self.world, self.shift = world, shift
+        self.bottleneck, self.latent_dim = nn.Identity(), 3
+        self.row_of = {tuple(tokens[i]): i for i in range(len(tokens))}
+        self.pairs = []
+
+    def encode(self, ids_BT, mask_BT):
+        rows = [self.row_of[tuple(ids_T[mask_T > 0].tolist())] for ids_T, mask_T in zip(ids_BT, mask_BT, strict=True)]
+        return self.world.mu_SL[rows] + self.shift, self.world.logvar_SL[rows] + self.shift
+
+    def reconstruction(self, z_BL, labels_BT):
+        self.pairs.append(len(labels_BT))
+        x_BX = self.world.x_SX[[self.row_of[tuple(labels_T[labels_T >= 0].tolist())] for labels_T in labels_BT]]
+        return -Independent(Normal(z_BL.double() @ self.world.w_XL.T, self.world.s), 1).log_prob(x_BX)
+
+
+def test_500_samples_a_sentence_in_any_chunks_find_the_exact_likelihood(base, monkeypatch):
+    texts = list(dict.fromkeys(tiny.ENGLISH))[:8]
+    tokens = from_texts(texts, load_tokenizer(base), 64)
+    world = LinearGaussian(len(texts))
+    exact = float(world.nll_S.mean())
+
+    def found(shift, samples, batch):
+        model = Solvable(world, tokens, shift)
+        settings = EvaluationConfig(iw_samples=samples, batch=batch)
+        nll = measure(model, tokens, settings)["iw_nll"]
+        assert max(model.pairs) <= batch
+        return nll
+
+    for samples, batch in ((1, 128), (500, 128)):
+        assert found(0.0, samples, batch) == pytest.approx(exact, abs=1e-4)
+    whole = found(0.2, 500, 4000)
+    assert whole == pytest.approx(exact, abs=0.05)
+    assert abs(whole - exact) > 1e-4  # else the next lines would hold without any samples
+    for batch in (7, 500, 501):
+        assert found(0.2, 500, batch) == pytest.approx(whole, abs=1e-4)
+    monkeypatch.setattr(evaluation, "WINDOW", 3)
+    assert found(0.2, 500, 128) == pytest.approx(whole, abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 501])
+def test_a_derangement_uses_each_sentence_once_and_none_for_itself(count):
+    mate_N = derangement(count, 0)
+    assert sorted(mate_N) == list(range(count))
+    assert not (mate_N == np.arange(count)).any()
+    assert np.array_equal(mate_N, derangement(count, 0))
+    assert count < 10 or not np.array_equal(mate_N, derangement(count, 1))
+
+
+# The metrics
+
+
+def loop(model, tokens, settings):
+    """Every metric, a sentence at a time, by torch.distributions and the stock loss; no batching, nothing shared."""
+    posteriors, z_L_of, labels_of, rec_of = [], [], [], []
+
+    def nll(z_L, labels_T):
+        output = model.t5(encoder_outputs=(z_L.float()[None, None],), labels=labels_T[None])
+        return float(output.loss.double()) * len(labels_T)
+
+    with torch.no_grad():
+        for i in range(len(tokens)):
+            ids = torch.as_tensor(tokens[i])
+            mu_1L, logvar_1L = model.encode(ids[None], torch.ones_like(ids)[None])
+            q = Independent(Normal(mu_1L[0].double(), torch.exp(logvar_1L[0].double() / 2)), 1)
+            eps = collate(tokens, np.array([i]), pad_id=0, latent_dim=LATENT, seed=SEED, keys=(), eval=True).eps_BL[0]
+            posteriors.append(q)
+            z_L_of.append(q.mean + q.stddev * eps)
+            labels_of.append(ids)
+            rec_of.append(nll(z_L_of[i], ids))
+        prior = Independent(Normal(torch.zeros(LATENT).double(), torch.ones(LATENT).double()), 1)
+        kl = np.stack([torch.distributions.kl_divergence(q.base_dist, prior.base_dist).numpy() for q in posteriors])
+        ratios = [
+            float(posteriors[i].log_prob(z))
+            - float(torch.logsumexp(torch.stack([q.log_prob(z) for q in posteriors]), 0))
+            + math.log(len(tokens))
+            for i, z in enumerate(z_L_of)
+        ]
+        mates = derangement(len(tokens), SEED)
+        swapped = [nll(z_L_of[mates[i]], labels_of[i]) for i in range(len(tokens))]
+        iw = []
+        for i in range(settings.iw_sentences):
+            noise = distributed.stream(SEED, "iw", i).standard_normal((settings.iw_samples, LATENT))
+            q = posteriors[i]
+            zs = [q.mean + q.stddev * torch.from_numpy(eps) for eps in noise]
+            logs = [-nll(z, labels_of[i]) + float(prior.log_prob(z) - q.log_prob(z)) for z in zs]
+            iw.append(-float(torch.logsumexp(torch.tensor(logs).double(), 0)) + math.log(settings.iw_samples))
+    mu_NL = torch.stack([q.mean for q in posteriors])
+    words = [len(tokens.text(i).split()) + 1 for i in range(len(tokens))]
+    return {
+        "rec": np.mean(rec_of),
+        "kl": kl.sum(1).mean(),
+        "kl_per_dim": list(kl.mean(0)),
+        "nelbo": np.mean(rec_of) + kl.sum(1).mean(),
+        "paper_nelbo": np.mean(rec_of) - kl.sum(1).mean(),
+        "ppl": math.exp((sum(rec_of) + kl.sum()) / sum(words)),
+        "ppl_subword": math.exp((sum(rec_of) + kl.sum()) / sum(map(len, labels_of))),
+        "mi": np.mean(ratios),
+        "mi_ceiling": math.log(len(tokens)),
+        "au": sum(float(mu_NL[:, unit].var(correction=0)) > 0.01 for unit in range(LATENT)),
+        "z_gain": np.mean(swapped) - np.mean(rec_of),
+        "iw_nll": np.mean(iw),
+        "iw_ppl": math.exp(sum(iw) / sum(words[: settings.iw_sentences])),
+        "sentences": len(tokens),
+        "tokens": sum(map(len, labels_of)),
+        "words": sum(words),
+        "iw_sentences": settings.iw_sentences,
+        "iw_samples": settings.iw_samples,
+    }
+
+
+def test_metrics_equal_a_plain_loop(base):
+    whole = from_texts(TEXTS, load_tokenizer(base), 64)  # nothing is cut, so words are those of the texts
+    model = build(base)
+    model.train()  # dropout 0.1: evaluation must not see it
+    model.t5.decoder.eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.random.get_rng_state()
+    found = measure(model, whole, yardstick=100.0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert found == measure(model, whole, yardstick=100.0)
+    expected = loop(model.eval(), whole, SETTINGS)
+    assert 0 < expected["au"] < LATENT  # else the threshold is not tested
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-4), key
+    assert found["lm_gain"] == pytest.approx(100.0 - expected["rec"], abs=1e-3)
+    assert found["mi"] <= found["mi_ceiling"]
+    assert set(found) == KEYS
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_cut_sentences_and_unknown_subwords_are_shares(base, tokens):
+    found = measure(build(base), tokens, full=False)
+    tokenizer = load_tokenizer(base)
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    assert found["truncated"] == pytest.approx(np.mean([len(row) > 24 for row in ids]))
+    assert 0 < found["truncated"] < 1
+    kept = [[*row[:-1][:23], row[-1]] for row in ids]
+    unknown = sum(row.count(tokenizer.unk_token_id) for row in kept)
+    assert unknown > 0
+    assert found["unk"] == pytest.approx(unknown / sum(map(len, kept)))
+    assert found["tokens"] == sum(map(len, kept))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_the_batch_size_changes_nothing(base, tokens, batch):
+    model = build(base)
+    expected = measure(model, tokens)
+    found = measure(model, tokens, SETTINGS.model_copy(update={"batch": batch}))
+    assert dict(logs(found)) == close_to(expected)
+
+
+def test_no_forward_pass_holds_more_than_a_batch(base, tokens):
+    model = build(base)
+    sizes = []
+    model.t5.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    encoded = []
+    model.t5.encoder.register_forward_pre_hook(lambda module, args, kwargs: encoded.append(1), with_kwargs=True)
+    measure(model, tokens, EvaluationConfig(iw_samples=50, batch=8))
+    assert max(sizes) == 8
+    assert sum(sizes) == 17 * (2 + 50)
+    assert len(encoded) == 3  # 17 sentences in batches of 8: each is encoded once, whatever K is
+
+
+def test_the_first_sentences_are_the_subset(base, tokens):
+    model = build(base)
+    part, whole = measure(model, tokens.first(5)), measure(model, tokens)
+    assert whole["iw_nll"] == pytest.approx(part["iw_nll"], rel=1e-6)
+    assert whole["iw_ppl"] == pytest.approx(part["iw_ppl"], rel=1e-6)
+    assert measure(model, tokens, EvaluationConfig(iw_samples=2))["iw_sentences"] == len(tokens)
+    assert measure(model, tokens, EvaluationConfig(iw_samples=2, iw_sentences=99))["iw_sentences"] == len(tokens)
+
+
+def test_during_training_there_is_no_importance_sampling(base, tokens):
+    model = build(base)
+    full, quick = measure(model, tokens), measure(model, tokens, full=False)
+    left_out = {"iw_nll", "iw_ppl", "iw_sentences", "iw_samples"}
+    assert {key for key, value in quick.items() if value is None} == left_out | {"lm_gain"}
+    assert {key: full[key] for key in KEYS - left_out} == {key: quick[key] for key in KEYS - left_out}
+
+
+def test_the_seed_decides_the_samples(base, tokens):
+    model = build(base)
+    first = measure(model, tokens)
+    other = evaluate(model, tokens, ALONE, SETTINGS, seed=SEED + 1, pad_id=0)
+    for key in ("rec", "mi", "z_gain", "iw_nll"):
+        assert first[key] != other[key]
+    assert first["kl"] == other["kl"]
+
+
+def test_a_decoder_that_ignores_z_has_no_gain(base, tokens):
+    model = build(base)
+    with torch.no_grad():
+        memories = [weight for name, weight in model.named_parameters() if ".memory." in name]
+        for weight in memories:
+            weight.zero_()
+    assert memories
+    found = measure(model, tokens)
+    assert found["z_gain"] == pytest.approx(0.0, abs=1e-9)
+    assert found["kl"] > 1  # the KL alone does not tell
+    assert found["verdict"] == verdict(found, beta=0.0).word == "unused KL"
+
+
+def test_a_decoder_that_uses_z_gains(base, tokens):
+    model = build(base, dropout=0.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    before = measure(model, tokens, full=False)
+    for step in range(60):
+        batch = collate(tokens, np.arange(len(tokens)), pad_id=0, latent_dim=LATENT, seed=0, keys=(step,))
+        optimizer.zero_grad()
+        model(**batch.arguments()).rec_B.mean().backward()
+        optimizer.step()
+    after = measure(model, tokens, full=False)
+    assert after["rec"] < before["rec"] / 2
+    assert after["z_gain"] > 5
+    assert before["verdict"] == "unused KL"
+    assert after["verdict"] == "healthy"
+    assert f"{after['kl']:.2f}" in after["verdict_reason"]
+    assert f"{after['z_gain']:.2f}" in after["verdict_reason"]
+
+
+def test_what_a_verdict_looks_at(base, tokens):
+    """Each threshold in turn, on a model's own numbers with one of them changed."""
+    own = measure(build(base), tokens, full=False) | {"kl": 12.0, "mi": 2.0, "z_gain": 8.0}
+    assert own["mi_ceiling"] > 2
+    for changes, beta, word in (
+        ({}, None, "healthy"),
+        ({"kl": 0.99}, None, "collapsed"),
+        ({"kl": math.nan}, None, "collapsed"),
+        ({"mi": 0.99}, None, "unused KL"),
+        ({"z_gain": 5.9}, None, "unused KL"),
+        ({"z_gain": math.nan}, None, "unused KL"),
+        ({"z_gain": 5.9}, 0.9, "healthy"),  # half of what is paid for is 5.4
+        ({"z_gain": 5.9}, 7.0, "unused KL"),
+        ({"z_gain": 1.1}, 0.0, "healthy"),
+        ({"z_gain": 0.9}, 0.0, "unused KL"),
+        ({"kl": 1.2, "z_gain": 0.9}, None, "unused KL"),
+        ({"kl": 1.2, "z_gain": 1.1, "mi": 0.4, "mi_ceiling": math.log(2)}, None, "healthy"),
+        ({"kl": 1.2, "z_gain": 1.1, "mi": 0.3, "mi_ceiling": math.log(2)}, None, "unused KL"),
+        ({"kl": None}, None, "language model"),
+    ):
+        assert verdict(own | changes, beta).word == word, changes
+    assert verdict(own | {"z_gain": None}) is None
+
+
+def test_a_collapsed_posterior(base, tokens):
+    model = build(base)
+    with torch.no_grad():
+        for weight in (model.bottleneck.mu.weight, model.bottleneck.logvar.weight):
+            weight.zero_()
+    found = measure(model, tokens)
+    assert (found["kl"], found["au"]) == (0.0, 0)
+    assert found["mi"] == pytest.approx(0.0, abs=1e-12)
+    assert found["nelbo"] == found["rec"]
+    assert found["kl_per_dim"] == [0.0] * LATENT
+    assert found["verdict"] == "collapsed"
+
+
+def test_a_plain_language_model_has_an_exact_likelihood_and_nulls(base, tokens):
+    model = T5VAE.from_base(ModelConfig(base=base, injection="none"))
+    found = measure(model, tokens, yardstick=1.0)
+    null = {"kl", "paper_nelbo", "kl_per_dim", "mi", "mi_ceiling", "au", "z_gain", "lm_gain", "iw_samples"}
+    assert {key for key, value in found.items() if value is None} == null
+    assert set(found) == KEYS
+    with torch.no_grad():
+        nll = [float(model.reconstruction(None, torch.as_tensor(tokens[i])[None])) for i in range(len(tokens))]
+    assert found["rec"] == pytest.approx(np.mean(nll), rel=1e-6)
+    assert found["nelbo"] == found["rec"]
+    assert found["ppl"] == pytest.approx(math.exp(sum(nll) / tokens.words_N.sum()), rel=1e-5)
+    assert found["iw_nll"] == pytest.approx(np.mean(nll[:5]), rel=1e-6)
+    assert found["iw_ppl"] == pytest.approx(math.exp(sum(nll[:5]) / tokens.words_N[:5].sum()), rel=1e-5)
+    assert found["iw_sentences"] == 5
+    assert found["verdict"] == "language model"
+
+
+def test_one_sentence_has_no_mate_and_none_at_all_is_an_error(base, tokens):
+    found = measure(build(base), tokens.first(1))
+    assert (found["z_gain"], found["au"], found["mi_ceiling"], found["verdict"]) == (None, 0, 0.0, None)
+    assert found["mi"] == pytest.approx(0.0, abs=1e-12)
+    with pytest.raises(DataError, match="no sentences"):
+        measure(build(base), tokens.first(0))
+
+
+def test_a_perplexity_past_the_largest_float_is_infinite(base):
+    model = build(base)
+    with torch.no_grad():
+        model.t5.shared.weight.mul_(100)
+    one_long_word = from_texts(["ab" * 60], load_tokenizer(base), 128)
+    assert measure(model, one_long_word, full=False)["ppl"] == math.inf
+
+
+RECIPE = """
+model: {{base: {base}, latent_dim: 6, mu_std: 0.1}}
+data: {{corpus: text, path: {text}, max_tokens: 40, cache_dir: {cache}}}
+batch: {{global: 16}}
+precision: fp32
+phases:
+  - {{name: only, steps: 30, beta: {{schedule: constant, value: 1000}}, optimizer: {{lr: 1.0e-2, clip: 10000}}}}
+validation: {{every_steps: 15, sentences: 20}}
+evaluation: {{iw_samples: 2, iw_sentences: 4, bleu_sentences: 0, samples: 0}}
+"""
+
+
+@pytest.mark.timeout(180)
+def test_a_run_whose_kl_costs_too_much_collapses_and_says_so_everywhere(base, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lines = tiny.ENGLISH
+    text = tiny.write_splits(tmp_path / "text", lines[:60], lines[60:80], lines[80:100])
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(RECIPE.format(base=base, text=text, cache=tmp_path / "cache"), encoding="utf-8")
+    trained = launch(["-m", "vae_ds", "train", recipe, "--run-dir", run], processes=1)
+    evaluated = launch(["-m", "vae_ds", "evaluate", run], processes=1)
+
+    rows = [json.loads(row) for row in (run / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = rows[-1]
+    assert last["verdict"] == "collapsed"
+    assert f"{last['kl']:.2f} nats, below 1" in last["verdict_reason"]
+    (told,) = [line for line in trained.output.splitlines() if line.startswith("valid at step 30:")]
+    assert told.endswith("  collapsed")
+    shown = EventAccumulator(str(run / "tensorboard")).Reload()
+    (tag,) = [tag for tag in shown.Tags()["tensors"] if tag.startswith("valid/verdict")]
+    texts = [b"".join(point.tensor_proto.string_val).decode() for point in shown.Tensors(tag)]
+    assert [words.split("**")[1] for words in texts] == [row["verdict"] for row in rows]
+
+    found = json.loads((run / "eval-test.json").read_text(encoding="utf-8"))
+    assert found["verdict"] == "collapsed"
+    assert found["kl"] < 0.5
+    line = f"run: collapsed: {found['verdict_reason']}"
+    assert line in evaluated.output
+    assert "run: KL of each unit, the largest first:" in evaluated.output
+    print_metrics([run])
+    assert line in capsys.readouterr().out
+
+
+# More than one process
+
+
+@pytest.mark.timeout(280)
+def test_two_processes_find_what_one_finds(base):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, base],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,  # read only at the end: a worker writes little
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=250)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0]
+    first, second = (json.loads(output.splitlines()[-1]) for output in outputs)
+    assert first == second  # the calls too: ZeRO 3 hangs on a rank that makes one fewer
+    partitioned = first.pop("partitioned")
+    expected = report(base, ALONE)
+    for injection, alone in expected.items():
+        assert dict(logs(first[injection]["metrics"])) == close_to(alone["metrics"])
+        assert first[injection]["calls"] < alone["calls"]
+    before, after = partitioned
+    assert dict(logs(before)) == close_to(expected["cross_attention"]["metrics"])
+    assert after["rec"] != before["rec"]
+
+
+def close_to(metrics):
+    """What float32 leaves equal when sentences are batched otherwise; perplexities by their logarithm."""
+    exact = (str, type(None))
+    return {
+        key: value if isinstance(value, exact) else pytest.approx(value, rel=1e-6, abs=5e-6)
+        for key, value in logs(metrics)
+    }
+
+
+def logs(metrics):
+    return [(key, math.log(value) if value and "ppl" in key else value) for key, value in metrics.items()]
+
+
+def report(base, ranks):
+    """Metrics and forward calls of a model with and of one without a latent."""
+    tokens = from_texts(TEXTS, load_tokenizer(base), 24)
+    found = {}
+    for injection in ("cross_attention", "none"):
+        model = build(base, injection=injection)
+        calls = []
+        model.t5.decoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        if model.bottleneck is not None:
+            model.bottleneck.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        metrics = evaluate(model, tokens, ranks, SETTINGS, seed=SEED, pad_id=0, yardstick=100.0)
+        found[injection] = {"metrics": metrics, "calls": len(calls)}
+    return found
+
+
+def inside_engine(base, ranks):
+    """Metrics within a ZeRO 3 engine, and once more after a step: an evaluation must leave it able to train."""
+    from vae_ds.engine.phase_engine import PhaseEngine, resolve
+
+    tokens = from_texts(TEXTS, load_tokenizer(base), 24)
+    engine = PhaseEngine(
+        build(base).train(),
+        optimizer=OptimizerConfig(),
+        micro=4,
+        accumulation=1,
+        ranks=ranks,
+        precision="fp32",
+        ds_config=resolve("zero3", "fp32"),
+    )
+
+    def measured():
+        return evaluate(engine.module, tokens, ranks, SETTINGS, seed=SEED, pad_id=0, yardstick=100.0)
+
+    before = measured()
+    batch = collate(tokens, np.arange(4), pad_id=0, latent_dim=LATENT, seed=0, keys=())
+    engine.backward(engine.forward(**batch.arguments()).rec_B.mean())
+    assert engine.step(1e-3).applied
+    return before, measured()
+
+
+if __name__ == "__main__":
+    this = distributed.start()
+    line = json.dumps({**report(sys.argv[1], this), "partitioned": inside_engine(sys.argv[1], this)})
+    sys.stderr.flush()
+    os.write(1, f"\n{line}\n".encode())
+    distributed.finish()
+    os._exit(0)  # as DeepSpeed may abort while the interpreter ends

@@ -1,0 +1,214 @@
+"""Metrics of written texts: against sacrebleu, a plain count and a trigram worked by hand; the same on two ranks."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+
+from support import tiny
+from support.launch import launch
+from vae_ds import distributed
+from vae_ds.cli import run as command
+from vae_ds.config.settings import EvaluationConfig, ModelConfig
+from vae_ds.data.batches import collate, from_texts
+from vae_ds.evaluation.metrics import evaluate
+from vae_ds.evaluation.text_metrics import Trigram, distinct, ngrams, self_bleu, text_metrics
+from vae_ds.latents import generate
+from vae_ds.model.t5vae import T5VAE, load_tokenizer
+from vae_ds.runtime.records import write_json
+
+ALONE = distributed.Ranks(0, 0, 1, torch.device("cpu"))
+TEXTS = list(dict.fromkeys(tiny.ENGLISH))[:20]
+SETTINGS = EvaluationConfig(iw_samples=2, iw_sentences=3, bleu_sentences=18, samples=35)
+ODD = ["", "a a a a b", "a b a b a b", "one word", "Well, it's 3.5% (or so).", "a b"]
+
+
+@pytest.fixture(scope="module")
+def base() -> str:
+    return tiny.base()
+
+
+@pytest.fixture(scope="module")
+def trained(base: str) -> T5VAE:
+    """A small VAE that has learned most of TEXTS, with the sampled objective at beta 0."""
+    model = T5VAE.from_base(ModelConfig(base=base, latent_dim=6, mu_std=0.6, logvar_std=0.3, dropout=0.0))
+    tokens = from_texts(TEXTS, load_tokenizer(base), 24)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for step in range(60):
+        batch = collate(tokens, np.arange(len(tokens)), pad_id=0, latent_dim=6, seed=0, keys=(step,))
+        optimizer.zero_grad()
+        model(**batch.arguments()).rec_B.mean().backward()
+        optimizer.step()
+    return model
+
+
+def measure(model: T5VAE, base: str, settings: EvaluationConfig = SETTINGS, **options: Any) -> dict[str, Any]:
+    tokenizer = load_tokenizer(base)
+    tokens = from_texts(TEXTS, tokenizer, 24)
+    return text_metrics(model, tokenizer, tokens, ALONE, settings, seed=3, max_tokens=24, **options)
+
+
+def test_self_bleu_is_sacrebleus_sentence_bleu_against_all_others() -> None:
+    texts = [*TEXTS[:12], TEXTS[0], *ODD]
+    expected = [
+        sacrebleu.sentence_bleu(text, [*texts[:row], *texts[row + 1 :]]).score for row, text in enumerate(texts)
+    ]
+    assert self_bleu([ngrams(text) for text in texts], ALONE) == pytest.approx(np.mean(expected), rel=1e-12)
+    assert 5 < np.mean(expected) < 95
+    assert self_bleu([ngrams(text) for text in ["the same words here"] * 2], ALONE) == pytest.approx(100)
+    assert self_bleu([ngrams("alone")], ALONE) is None
+
+
+def test_distinct_counts_different_ngrams() -> None:
+    grams = [ngrams(text) for text in ("a b a b", "a b", "")]
+    assert distinct(grams, 1) == 2 / 6
+    assert distinct(grams, 2) == 2 / 4  # a b, b a, a b and a b
+    assert distinct(grams, 4) == 1
+    assert distinct([ngrams("a b")], 3) is None
+
+
+def test_a_trigram_model_sums_to_one_and_is_wittens_and_bells() -> None:
+    vocabulary = 7
+    model = Trigram([[3, 4, 1], [3, 4, 4, 1], [5, 1]], vocabulary)
+    for history in [(-1, -1), (-1, 3), (3, 4), (4, 4), (6, 6), (6, 4), (0, 2)]:
+        assert math.fsum(model.probability(token, history) for token in range(vocabulary)) == pytest.approx(1)
+    # Unigrams: 1 three times, 4 three times, 3 twice, 5 once: 9 tokens of 4 kinds.
+    one_of_4 = (3 + 4 / 7) / (9 + 4)
+    # After 4: 1 twice, 4 once. After 3 4: 1 and 4 once each.
+    after_4 = (1 + 2 * one_of_4) / (3 + 2)
+    assert model.probability(4, (3, 4)) == pytest.approx((1 + 2 * after_4) / (2 + 2))
+    assert model.probability(4, (6, 4)) == pytest.approx(after_4)
+    assert model.probability(4, (6, 6)) == pytest.approx(one_of_4)
+    assert model.probability(6, (6, 6)) == pytest.approx(4 / 7 / 13)
+    first, second, third = (model.probability(*at) for at in ((3, (-1, -1)), (4, (-1, 3)), (1, (3, 4))))
+    assert model.nll([3, 4, 1]) == pytest.approx(-math.log(first * second * third))
+
+
+def test_a_trigram_of_text_finds_like_text_more_likely(base: str) -> None:
+    tokenizer = load_tokenizer(base)
+    lines = list(dict.fromkeys(tiny.ENGLISH))
+    held = [tokenizer(text)["input_ids"] for text in lines[300:320]]
+    nll = {}
+    for name, texts in {"few": lines[:20], "many": lines[:300], "other": ["zebra xylophone"] * 300}.items():
+        model = Trigram((tokenizer(text)["input_ids"] for text in texts), len(tokenizer))
+        nll[name] = sum(map(model.nll, held)) / len(held)
+    assert nll["many"] < nll["few"] - 3 < nll["other"] - 10
+    assert math.isfinite(nll["other"])
+
+
+@pytest.mark.timeout(120)
+def test_each_metric_is_what_it_says(base: str, trained: T5VAE) -> None:
+    yardstick = T5VAE.from_base(ModelConfig(base=base, injection="none")), load_tokenizer(base)
+    state = torch.random.get_rng_state()
+    found = measure(trained, base, yardstick=yardstick)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert found == measure(trained, base, yardstick=yardstick)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert None not in found.values()
+
+    tokenizer = load_tokenizer(base)
+    again = generate.reconstruct(trained, tokenizer, TEXTS[:18], max_new_tokens=24)
+    kept = from_texts(TEXTS, tokenizer, 24)
+    assert not kept.truncated_N.any()
+    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(again, [TEXTS[:18]]).score, abs=1e-6)
+    assert 20 < found["bleu"] <= 100
+    assert (found["bleu_sentences"], found["samples"], found["sample_temperature"]) == (18, 35, 1.0)
+    assert found["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+
+    groups = [(0, 16), (16, 16), (32, 3)]
+    seeds = [int(distributed.stream(3, "text-metrics", start).integers(2**31)) for start, _ in groups]
+    texts = [
+        text
+        for seed, (_, size) in zip(seeds, groups, strict=True)
+        for text in generate.sample(trained, tokenizer, size, seed, temperature=1.0, max_new_tokens=24)
+    ]
+    assert len(set(texts)) > 5
+    drawn = from_texts(texts, tokenizer, 24)
+    with torch.no_grad():
+        nll = [float(yardstick[0].reconstruction(None, torch.as_tensor(drawn[i])[None])) for i in range(len(texts))]
+    assert found["forward_ppl"] == pytest.approx(math.exp(sum(nll) / drawn.words_N.sum()), rel=1e-4)
+    trigram = Trigram([drawn[i].tolist() for i in range(len(texts))], len(tokenizer))
+    words = sum(len(text.split()) + 1 for text in TEXTS)
+    total = sum(trigram.nll(tokenizer(text)["input_ids"]) for text in TEXTS)
+    assert found["reverse_ppl"] == pytest.approx(math.exp(total / words), rel=1e-9)
+    assert found["self_bleu"] == self_bleu([ngrams(text) for text in texts], ALONE)
+    assert found["distinct_2"] == distinct([ngrams(text) for text in texts], 2)
+
+
+def test_what_is_turned_off_is_null(base: str, trained: T5VAE) -> None:
+    for off in (0, None):
+        found = measure(trained, base, EvaluationConfig(bleu_sentences=off, samples=off))
+        assert set(found.values()) == {None}
+    one = measure(trained, base, EvaluationConfig(bleu_sentences=0, samples=1))
+    assert (one["self_bleu"], one["samples"], one["bleu"]) == (None, 1, None)
+    assert one["reverse_ppl"] > 1
+    greedy = measure(trained, base, EvaluationConfig(bleu_sentences=0, samples=20, sample_temperature=None))
+    assert greedy["sample_temperature"] is None
+    assert greedy["self_bleu"] != measure(trained, base, EvaluationConfig(bleu_sentences=0, samples=20))["self_bleu"]
+
+
+def test_a_plain_language_model_has_samples_and_no_reconstructions(base: str) -> None:
+    found = measure(T5VAE.from_base(ModelConfig(base=base, injection="none")), base)
+    assert {key for key, value in found.items() if value is None} == {
+        "bleu", "bleu_sentences", "bleu_signature", "forward_ppl"
+    }  # fmt: skip
+    assert found["self_bleu"] < 90  # drawn tokens: not the same text again and again
+
+
+def test_a_cut_sentence_is_compared_as_far_as_it_was_kept(base: str, trained: T5VAE) -> None:
+    tokenizer = load_tokenizer(base)
+    settings = EvaluationConfig(bleu_sentences=20, samples=0)
+    short = from_texts(TEXTS, tokenizer, 5)
+    assert short.truncated_N.all()
+    found = text_metrics(trained, tokenizer, short, ALONE, settings, seed=0, max_tokens=5)
+    kept = [tokenizer.decode(tokenizer(text)["input_ids"][:4]) for text in TEXTS]
+    again = generate.reconstruct(trained, tokenizer, kept, max_new_tokens=5)
+    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(again, [kept]).score, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def exports(base: str, trained: T5VAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the exported VAE (`vae`), a yardstick (`plain`) and a recipe that names their text."""
+    folder = tmp_path_factory.mktemp("exports")
+    tokenizer = load_tokenizer(base)
+    trained.save_pretrained(folder / "vae", tokenizer)
+    plain = T5VAE.from_base(ModelConfig(base=base, injection="none"))
+    plain.save_pretrained(folder / "plain", tokenizer)
+    metrics = evaluate(plain, from_texts(TEXTS, tokenizer, 24), ALONE, SETTINGS, seed=0, pad_id=0)
+    write_json(folder / "plain" / "eval-test.json", metrics)
+    text = tiny.write_splits(folder / "text", TEXTS, TEXTS, TEXTS)
+    (folder / "recipe.yaml").write_text(
+        f"data: {{corpus: text, path: {text}, max_tokens: 24, cache_dir: {folder / 'cache'}}}\n"
+        "phases: [{name: only, steps: 1}]\n"
+        "evaluation: {iw_samples: 9, iw_sentences: 3, batch: 4, bleu_sentences: 18, samples: 100}\n",
+        encoding="utf-8",
+    )
+    return folder
+
+
+@pytest.mark.timeout(280)
+def test_two_ranks_write_what_one_writes(exports: Path) -> None:
+    common = ["--recipe", exports / "recipe.yaml"]
+    found = {}
+    for world in (1, 2):
+        words = ["evaluate", exports / "vae", *common, "--yardstick", exports / "plain", "--samples", "35"]
+        output = launch(["-m", "vae_ds", *words], processes=world).output
+        assert "vae: KL of each unit, the largest first:" in output
+        found[world] = json.loads((exports / "vae" / "eval-test.json").read_text(encoding="utf-8"))
+    assert found[1]["samples"] == 35
+    assert found[1]["verdict"] == "healthy"
+    assert {key for key, value in found[1].items() if value is None} == set()
+    for key, value in found[1].items():
+        same = value if isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-5)
+        assert found[2][key] == same, key
+
+
+def test_a_yardstick_with_a_latent_is_refused(exports: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", exports / "vae", "--recipe", exports / "recipe.yaml", "--yardstick", exports / "vae"]
+    assert command([str(word) for word in words]) == 2
+    assert "has injection `cross_attention`; a yardstick is a run with `none`" in capsys.readouterr().err

@@ -1,0 +1,402 @@
+"""The report: its numbers are those of the evaluations, the printed rows are put right, its figures show every run."""
+
+import csv
+import itertools
+import json
+import re
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from PIL import Image
+
+from support.tiny import make_base
+from vae_ds import cli
+from vae_ds.config.settings import RunConfig
+from vae_ds.config.yaml_tree import override
+from vae_ds.data.corpora import grammar
+from vae_ds.studies import figures, runs
+from vae_ds.studies.figures import Curve, Point
+from vae_ds.studies.paper import printed_rows
+from vae_ds.studies.report import pareto_front
+
+RECIPE = """
+name: small
+model: {{base: {base}, latent_dim: 4}}
+data: {{corpus: grammar, sentences: {{train: 64, valid: 12, test: 20}}, max_tokens: 80, cache_dir: {cache}}}
+batch: {{global: 16}}
+precision: fp32
+phases:
+  - {{name: warmup, steps: 2, freeze: [decoder, embeddings], beta: {{schedule: constant, value: 0}}}}
+  - {{name: full, steps: 4, beta: {{schedule: constant, value: 1}}}}
+validation: {{every_steps: 2, sentences: 12}}
+logging: {{every: 3, tensorboard: false, progress: false}}
+evaluation: {{iw_samples: 2, bleu_sentences: 0, samples: 4}}
+"""
+DENOISE = ["phases.0.denoise", "phases.1.denoise"]
+README_LIMIT_BYTES = 60_000
+
+
+def code_of(*words: object) -> int:
+    try:
+        return cli.run([str(word) for word in words])
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """study/plain and study/noisy, evaluated; study/left, a copy without its evaluation; yardstick, evaluated."""
+    root = tmp_path_factory.mktemp("report")
+    base = make_base(root / "base", "t5", num_layers=1, num_decoder_layers=1)
+    recipe = root / "recipe.yaml"
+    recipe.write_text(RECIPE.format(base=base, cache=root / "cache"), encoding="utf-8")
+    changes = {
+        "yardstick": ["model.injection=none", "phases.0.freeze=[]"],
+        "study/plain": ["phases.1.free_bits.nats=0.5"],
+        "study/noisy": ["phases.1.free_bits.nats=0.5", *(f"{key}=0.4" for key in DENOISE)],
+    }
+    for name, settings in changes.items():
+        assert code_of("train", recipe, "--run-dir", root / name, "--set", *settings) == 0
+        yardstick = [] if name == "yardstick" else ["--yardstick", root / "yardstick"]
+        assert code_of("evaluate", root / name, *yardstick) == 0
+    shutil.copytree(root / "study" / "plain", root / "study" / "left")
+    (root / "study" / "left" / "eval-test.json").unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(trained: Path) -> Path:
+    folder = trained / "reports" / "first"
+    assert code_of("report", trained / "study", trained / "yardstick", "--to", folder) == 0
+    return folder
+
+
+def evaluation(run: Path) -> dict[str, object]:
+    found = json.loads((run / "eval-test.json").read_text(encoding="utf-8"))
+    assert isinstance(found, dict)
+    return found
+
+
+def rows_of(path: Path) -> dict[str, dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return {row["run"]: row for row in csv.DictReader(file)}
+
+
+def texts(svg: Path) -> list[str]:
+    """The words in an SVG, which is parsed as XML."""
+    root = ElementTree.parse(svg).getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    return ["".join(node.itertext()).strip() for node in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+# Tables
+
+
+def test_the_numbers_are_those_of_the_evaluations(trained: Path, report: Path) -> None:
+    every, layout = rows_of(report / "runs.csv"), rows_of(report / "table-grammar.csv")
+    for name, run in {"plain": "study/plain", "noisy": "study/noisy", "yardstick": "yardstick"}.items():
+        metrics = evaluation(trained / run)
+        compared = 0
+        for key, value in metrics.items():
+            for row in (every[name], layout[name]):
+                if key in row and key != "model":
+                    assert row[key] == ("" if value is None else str(value)), (name, key)
+                    compared += 1
+        assert compared > 25
+        assert layout[name]["tokens_per_sentence"] == str(int(str(metrics["tokens"])) / 20)
+    assert {every[name]["set:phases.warmup.denoise"] for name in ("plain", "yardstick")} == {"0"}
+    assert every["noisy"]["set:phases.warmup.denoise"] == "0.4"
+    assert every["plain"]["verdict"] == evaluation(trained / "study/plain")["verdict"]
+    assert layout["yardstick"]["model"] == "plain language model"
+    assert layout["noisy"]["model"] == "Max pool + Denoise 0.4 + KLT 0.5 (per_dim)"
+
+
+def test_a_run_without_an_evaluation_is_told(trained: Path, report: Path) -> None:
+    page = (report / "report.md").read_text(encoding="utf-8")
+    left = trained / "study" / "left"
+    assert f"- left: done; `vae-ds evaluate {left} --split test` evaluates it" in page
+    assert "3 of 4 were evaluated" in page
+    assert page.count("Not drawn, for want of a finite number: left.") == 2
+    assert rows_of(report / "runs.csv")["left"]["state"] == "done, not evaluated"
+    assert rows_of(report / "runs.csv")["left"]["rec"] == ""
+    assert rows_of(report / "table-grammar.csv")["left"]["note"] == "not evaluated (done)"
+
+
+def test_runs_of_several_seeds_have_their_mean(trained: Path, tmp_path: Path) -> None:
+    """Two copies of a run that tell other seeds and other numbers; what stands alone is in no mean."""
+    folders = [trained / "study" / "noisy", tmp_path / "plain+seed=0", tmp_path / "plain+seed=7"]
+    for number, folder in enumerate(folders[1:]):
+        shutil.copytree(trained / "study" / "plain", folder)
+        recipe = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) | {"seed": 7 * number}
+        (folder / "config.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        changed = evaluation(folder) | {"rec": 50.0 + 4 * number}
+        (folder / "eval-test.json").write_text(json.dumps(changed), encoding="utf-8")
+    assert code_of("report", *folders, "--to", tmp_path / "report") == 0
+    (row,) = rows_of(tmp_path / "report" / "seeds.csv").values()
+    assert (row["run"], row["seeds"], row["rec_mean"]) == ("plain", "2", "52.0")
+    assert float(row["rec_sd"]) == pytest.approx(8**0.5)
+    assert (row["kl_mean"], row["kl_sd"]) == (str(evaluation(folders[1])["kl"]), "0.0")
+    page = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert re.search(r"^\| plain \| 2 \| 52\.00 ± 2\.83 \|", page, re.M)
+
+
+def test_the_page_shows_what_the_folder_has(report: Path) -> None:
+    """Each table and figure in the folder is linked, and the rounded numbers are in the page."""
+    page = (report / "report.md").read_text(encoding="utf-8")
+    for file in report.iterdir():
+        assert file.name == "report.md" or f"({file.name})" in page
+    first_table = next(line for line in page.split("\n") if line.startswith("|"))
+    assert first_table.split(" | ")[1:7] == ["verdict", "rec", "kl", "nelbo", "iw_nll", "ppl"]
+    for name, row in rows_of(report / "runs.csv").items():
+        if row["rec"]:
+            assert any(
+                line.startswith(f"| {name} |") and f"{float(row['rec']):.2f}" in line for line in page.split("\n")
+            )
+
+
+def test_the_same_runs_give_the_same_bytes(trained: Path, report: Path) -> None:
+    again = trained / "reports" / "again"
+    assert code_of("report", trained / "study", trained / "yardstick", "--to", again) == 0
+    files = sorted(file.name for file in report.iterdir())
+    assert files == sorted(file.name for file in again.iterdir())
+    assert [name for name in files if (report / name).read_bytes() != (again / name).read_bytes()] == []
+
+
+# The paper's rows
+
+
+def test_the_printed_rows_are_put_right(report: Path) -> None:
+    """The README's arithmetic on Yahoo: what was printed as -ELBO is rec - KL."""
+    with (report / "table-1-yahoo.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["tokens_per_sentence"]]
+    assert [round(float(row["rec"]), 1) for row in rows] == [343.2, 343.4, 343.6, 296.1]
+    assert [round(float(row["tokens_per_sentence"]), 1) for row in rows] == [113.0] * 4
+    assert [float(row["paper_nelbo"]) for row in rows] == [343.02, 301.86, 223.69, 140.57]
+    # By hand: the first row is 343.02 + 0.21 + 0.21.
+    assert float(rows[0]["nelbo"]) == pytest.approx(343.44)
+
+
+def test_one_number_of_tokens_fits_each_data_set() -> None:
+    tokens = defaultdict(list)
+    for row in printed_rows():
+        if row.tokens is not None:
+            tokens[row.corpus].append(row.tokens)
+    assert {corpus: len(found) for corpus, found in tokens.items()} == dict.fromkeys(tokens, 4)
+    expected = {"yahoo": 113.0, "ptb": 26.45, "yelp": 131.7, "snli": 13.67}
+    for corpus, found in tokens.items():
+        assert found == pytest.approx([expected[corpus]] * 4, rel=1e-3)
+
+
+def test_quoted_rows_and_gaps_of_the_print_stay_as_they_are() -> None:
+    rows = {(row.corpus, row.model): row for row in printed_rows()}
+    assert len(rows) == 27
+    quoted = rows["yahoo", "Optimus lambda=0.5 (Li et al. 2020)"]
+    assert (quoted.nelbo_printed, quoted.rec, quoted.nelbo, quoted.tokens) == (301.21, None, None, None)
+    assert rows["ptb", "Max pool + Denoise"].mi is None
+    lost = rows["snli", "Max pool + Denoise + KLT + Deep"]
+    assert (lost.nelbo_printed, lost.nelbo_meant) == (43.77, -43.77)
+
+
+# Figures
+
+
+def test_every_figure_is_a_whole_image_fit_for_a_readme(report: Path) -> None:
+    names = {"phase-1", "phase-2", "rate-distortion", "perplexity-information"}
+    page = (report / "report.md").read_text(encoding="utf-8")
+    assert "the counterpart of the paper's Figure 2" in page.partition("## Along phase 2")[0]
+    assert "the counterpart of the paper's Figure 3" in page.partition("## Along phase 2")[2]
+    assert {file.stem for file in report.glob("*.png")} == {file.stem for file in report.glob("*.svg")} == names
+    for file in report.glob("*.png"):
+        assert file.stat().st_size < README_LIMIT_BYTES
+        with Image.open(file) as image:
+            image.load()
+            assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 8
+
+
+def test_the_figures_name_the_runs_by_what_differs(report: Path, trained: Path) -> None:
+    """`left` is `plain` again, so their curves are one; in the planes they would share a label, and go by name."""
+    for name in ("phase-1", "phase-2"):
+        words = texts(report / f"{name}.svg")
+        assert {"denoise=0", "denoise=0.4", "MI (nats)", "active units", "KL (nats)"} <= set(words)
+        assert sum(word.startswith("denoise=") for word in words) == 2
+    rec = float(str(evaluation(trained / "yardstick")["rec"]))
+    words = texts(report / "rate-distortion.svg")
+    assert {"denoise=0.4", "plain", f"language model: {rec:.1f} nats"} <= set(words)
+    assert f"H(x) of the source: {grammar.entropy_nats():.1f} nats" in words
+    assert evaluation(trained / "yardstick")["truncated"] == 0
+    assert any(word.startswith("-ELBO ") for word in words)
+    ppl = float(str(evaluation(trained / "yardstick")["iw_ppl"]))
+    words = texts(report / "perplexity-information.svg")
+    assert {"Pareto front", "ceiling: 3.00", f"language model: {ppl:.1f}"} <= set(words)
+    assert any("iw_ppl" in word for word in words)
+
+
+def test_many_runs_are_drawn_by_what_they_differ_in(trained: Path, tmp_path: Path) -> None:
+    """Fourteen runs: a reference, and others that differ from it in one thing or in more."""
+    changes: dict[str, dict[str, object]] = {"reference": {}}
+    changes |= {f"denoise-{n}": {"phases.1.denoise": n / 10} for n in range(1, 6)}
+    changes |= {f"bits-{n}": {"phases.1.free_bits": {"mode": "total", "nats": n}} for n in range(1, 5)}
+    changes |= {"mean": {"model.pooling": "mean"}, "all": {"model.pool_layers": "all"}}
+    changes |= {"two": {"model.pooling": "mean", "phases.1.denoise": 0.1}, "warm": {"phases.0.denoise": 0.3}}
+    for number, (name, settings) in enumerate(changes.items()):
+        run = tmp_path / "study" / name
+        shutil.copytree(trained / "study" / "plain", run)
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        (run / "config.yaml").write_text(yaml.safe_dump(override(config, words)), encoding="utf-8")
+        found = evaluation(run) | {"mi": 1 + number / 10, "iw_ppl": 99.0 if name == "bits-2" else 50.0 + number}
+        (run / "eval-test.json").write_text(json.dumps(found), encoding="utf-8")
+    folder = tmp_path / "out"
+    assert code_of("report", tmp_path / "study", trained / "yardstick", "--to", folder) == 0
+    # Up to the end of phase 1, what phase 2 has cannot tell runs apart.
+    assert {file.stem for file in folder.glob("*.png")} == {
+        *("phase-1-pooling", "phase-1-denoise", "phase-2-pooling", "phase-2-denoise", "phase-2-free_bits"),
+        *("phase-2-several", "rate-distortion", "perplexity-information"),
+    }
+    page = (folder / "report.md").read_text(encoding="utf-8")
+    assert all(f"({file.name})" in page for file in folder.glob("*.png"))
+    legend = set(texts(folder / "phase-2-free_bits.svg"))
+    assert {f"free_bits.mode=total, free_bits.nats={n}" for n in range(1, 5)} <= legend
+    for name in ("rate-distortion", "perplexity-information"):
+        words = texts(folder / f"{name}.svg")
+        assert {"reference", "pooling", "denoise", "free_bits", "several"} <= set(words)
+        # Each but one has more of both than the one before: these are on the front, by number.
+        assert ("13" in words) == (name == "perplexity-information")
+    front = page.partition("On the front, by `iw_ppl` and `mi`, from the lowest MI on: ")[2].splitlines()[0]
+    assert front.startswith("1 ")
+    assert front.count(", ") == 12
+
+
+def test_many_long_curves_stay_small(tmp_path: Path) -> None:
+    curves = [
+        Curve(
+            f"free_bits.nats={n / 4:g}, denoise=0.{n}",
+            tuple(
+                {"step": 100 * s, "mi": 9 - 8 / (s + n), "au": min(32, s + n), "kl": 3.0 * n + s} for s in range(1, 60)
+            ),
+        )
+        for n in range(1, 25)
+    ]
+    figures.phase(tmp_path, "many", "Many", curves)
+    assert (tmp_path / "many.png").stat().st_size < README_LIMIT_BYTES
+    assert {curve.label for curve in curves} <= set(texts(tmp_path / "many.svg"))
+
+
+def test_lines_differ_in_grey_too() -> None:
+    styles = [figures._style(number) for number in range(56)]
+    assert len({tuple(style.values()) for style in styles}) == 56
+    assert all(one["marker"] != two["marker"] for one, two in itertools.pairwise(styles))
+
+
+def test_the_pareto_front() -> None:
+    best = [Point("a", 1.0, 20.0), Point("b", 3.0, 25.0), Point("c", 5.0, 40.0)]
+    beaten = [Point("d", 2.9, 25.0), Point("e", 3.0, 26.0), Point("f", 0.0, 90.0)]
+    twin = Point("g", 5.0, 40.0)
+    assert pareto_front([*beaten, *best, twin]) == [*best, twin]
+    assert pareto_front([]) == []
+
+
+# Runs side by side
+
+
+def test_validations_go_to_their_phase(trained: Path) -> None:
+    """In phase `full` the training logs steps 5 and 6 while it validates at 4: the rows tell the phases' ends."""
+    (plain,) = runs.read_runs([trained / "study" / "plain"])
+    stored = [json.loads(line) for line in (plain.path / "evaluations.jsonl").read_text().splitlines()]
+    found = runs.validations(plain)
+    assert {phase: [row["step"] for row in rows] for phase, rows in found.items()} == {1: [2], 2: [2, 4]}
+    assert [row["kl"] for rows in found.values() for row in rows] == [row["kl"] for row in stored]
+
+
+def test_a_row_still_being_written_is_left_out_and_a_broken_one_is_told(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained / "study" / "plain", tmp_path / "run")
+    path = tmp_path / "run" / "evaluations.jsonl"
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(whole + '{"step": 7, "ki', encoding="utf-8")
+    (run,) = runs.read_runs([tmp_path / "run"])
+    assert sum(map(len, runs.validations(run).values())) == 3
+    path.write_text(whole + '{"step": 7, "ki\n', encoding="utf-8")
+    assert code_of("report", tmp_path / "run", "--to", tmp_path / "out") == 2
+    assert_one_line(capsys, "evaluations.jsonl")
+
+
+def settings_of(*changes: str) -> dict[str, object]:
+    tree = {
+        "phases": [
+            {"name": "warmup", "steps": 10, "freeze": ["decoder"]},
+            {"name": "full", "epochs": 3, "beta": {"schedule": "linear", "over_steps": 5}},
+        ]
+    }
+    return runs._settings(RunConfig.model_validate(override(tree, changes)))
+
+
+def test_labels_have_what_differs_and_no_more() -> None:
+    every = [
+        settings_of("phases.0.denoise=0.15", "phases.1.denoise=0.15", "data.cache_dir=/a", "logging.every=3"),
+        settings_of("phases.0.freeze=[]", "model.pooling=mean", "phases.1.steps=7"),
+    ]
+    keys = runs.differing(every)
+    assert runs.label(every[0], keys) == "pooling=max, freeze=decoder, denoise=0.15, epochs=3"
+    assert runs.label(every[1], keys) == "pooling=mean, freeze=none, denoise=0, steps=7"
+
+
+def test_phases_are_compared_by_name() -> None:
+    """A run without the warm-up differs in its phases, and not in each setting of a phase that it has not."""
+    both = settings_of("phases.1.optimizer.lr=0.002", "phases.0.denoise=0.4")
+    (alone,) = [settings_of("phases.1.denoise=0.15")]
+    alone = {key: value for key, value in alone.items() if not key.startswith("phases.warmup.")} | {"phases": ["full"]}
+    keys = runs.differing([both, alone])
+    assert set(keys) == {"phases", "phases.full.optimizer.lr", "phases.full.denoise"}
+    assert runs.label(alone, keys) == "phases=full, denoise=0.15, optimizer.lr=0.001"
+
+
+def test_two_phases_that_differ_are_told_apart() -> None:
+    every = [settings_of("phases.0.denoise=0.4"), settings_of("phases.1.denoise=0.15")]
+    keys = runs.differing(every)
+    assert runs.label(every[0], keys) == "warmup.denoise=0.4, full.denoise=0"
+
+
+# Wrong input
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], named: str) -> None:
+    told = capsys.readouterr().err
+    lines = [line for line in told.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, told
+    assert named in lines[0]
+    assert "Traceback" not in told
+
+
+def test_what_is_no_run(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of("report", tmp_path / "nothing", "--to", tmp_path / "out") == 2
+    assert_one_line(capsys, "nothing")
+    # A good run beside it changes nothing.
+    assert code_of("report", trained / "yardstick", tmp_path, "--to", tmp_path / "out") == 2
+    assert_one_line(capsys, str(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_is_a_file(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    assert code_of("report", trained / "yardstick", "--to", tmp_path / "file") == 2
+    assert_one_line(capsys, "file")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_broken_evaluation(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(trained / "yardstick", tmp_path / "run")
+    (tmp_path / "run" / "eval-test.json").write_text("{", encoding="utf-8")
+    assert code_of("report", tmp_path / "run", "--to", tmp_path / "out") == 2
+    assert_one_line(capsys, "eval-test.json")
+
+
+def test_the_yardstick_alone_has_tables_and_no_figure(tmp_path: Path, trained: Path) -> None:
+    assert code_of("report", trained / "yardstick", "--to", tmp_path / "out") == 0
+    assert not list((tmp_path / "out").glob("*.png"))
+    assert rows_of(tmp_path / "out" / "table-grammar.csv")["yardstick"]["mi"] == ""

@@ -1,0 +1,39 @@
+"""Small models, a batch of texts for them, and the stock T5 beside them."""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSeq2SeqLM, T5ForConditionalGeneration
+
+from support import tiny
+from vae_ds.config import ModelConfig
+from vae_ds.model import T5VAE, load_tokenizer
+
+UNITS = 5
+TEXTS = tiny.ENGLISH[:4]
+
+
+def build(kind: str = "t5", seed: int = 0, **settings) -> T5VAE:
+    overrides = settings.pop("overrides", {})
+    config = ModelConfig(base=tiny.base(kind, **overrides), **{"latent_dim": UNITS, "dropout": 0.0} | settings)
+    return T5VAE.from_base(config, seed)
+
+
+def batch(kind: str = "t5", extra: int = 0) -> dict[str, Tensor]:
+    """Ids, mask and labels of TEXTS, padded by `extra` positions more than needed; eps drawn once."""
+    tokens = load_tokenizer(tiny.base(kind))(list(TEXTS), padding=True, return_tensors="pt")
+    ids_BT = nn.functional.pad(tokens["input_ids"], (0, extra))
+    mask_BT = nn.functional.pad(tokens["attention_mask"], (0, extra))
+    return {
+        "input_ids_BT": ids_BT,
+        "attention_mask_BT": mask_BT,
+        "labels_BT": ids_BT.masked_fill(mask_BT.eq(0), -100),
+        "eps_BL": torch.randn(len(TEXTS), UNITS, generator=torch.Generator().manual_seed(9)),
+    }
+
+
+def latents(rows: int = len(TEXTS)) -> Tensor:
+    return torch.randn(rows, UNITS, generator=torch.Generator().manual_seed(8))
+
+
+def stock(kind: str) -> T5ForConditionalGeneration:
+    return AutoModelForSeq2SeqLM.from_pretrained(tiny.base(kind), dtype=torch.float32).eval()

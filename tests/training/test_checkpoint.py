@@ -1,0 +1,377 @@
+"""Checkpoints: resumed across stages and world sizes by real processes, and what holds when files break."""
+
+import errno
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from support import checkpoint_cases, checkpoint_endless
+from support.launch import Finished, clean_environment, launch
+from vae_ds.config.settings import CheckpointConfig
+from vae_ds.distributed import randomness as generators
+from vae_ds.distributed.ranks import Ranks
+from vae_ds.engine.phase_engine import PhaseState
+from vae_ds.errors import CheckpointError, StorageError
+from vae_ds.training import checkpoint
+from vae_ds.training.saver import Saver
+
+ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+NOWHERE = Path("unused")
+# Ten seconds on two free cores; on shared ones ten times that.
+pytestmark = pytest.mark.timeout(600)
+
+
+class Session:
+    """Two ranks train, save and resume; then one rank resumes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run_dir = folder / "run"
+        self.run_dir.mkdir()
+        self.reports: dict[int, Finished] = {}
+        self.answers: dict[str, list[str]] = {}
+        for world in (2, 1):
+            results = folder / f"world{world}"
+            self.reports[world] = launch(
+                [Path(checkpoint_cases.__file__), results, self.run_dir, str(world)],
+                processes=world,
+                timeout_s=280,
+                check=False,
+            )
+            for rank in range(world):
+                path = results / f"rank{rank}.json"
+                for case, answer in (json.loads(path.read_text()) if path.is_file() else {}).items():
+                    self.answers.setdefault(case, []).append(answer)
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
+    return Session(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.mark.parametrize(
+    ("case", "world"), [(case, world) for world in (2, 1) for case in checkpoint_cases.cases(NOWHERE, world)]
+)
+def test_case_on_real_ranks(session: Session, case: str, world: int) -> None:
+    answers = session.answers.get(case, [])
+    report = session.reports[world].report()
+    assert answers == ["ok"] * world, "\n".join(answers) or f"not reached\n{report}"
+    assert session.reports[world].codes == [0] * world, report
+
+
+def test_a_checkpoint_is_shards_of_safetensors_and_plain_json(session: Session) -> None:
+    found = checkpoint.newest(session.run_dir)
+    assert found is not None
+    assert sorted(path.name for path in found.path.iterdir()) == [
+        "manifest.json",
+        "shard-00000.safetensors",
+        "shard-00001.safetensors",
+    ]
+    state, _ = checkpoint.load(found)
+    assert list(state.weights) == [
+        name for name, _ in checkpoint_cases.network(checkpoint_cases.STAGE).named_parameters()
+    ]
+    assert state.generators is None
+
+
+def state_of(value: float) -> PhaseState:
+    weights = {"a": torch.full((3, 2), value), "b": torch.tensor(value), "frozen": torch.zeros(2)}
+    moments = {
+        key: {name: torch.full_like(weights[name], value / 2) for name in ("a", "b")} for key in checkpoint.MOMENTS
+    }
+    return PhaseState(weights, moments, steps=int(value))
+
+
+def write(run_dir: Path, *steps: int) -> list[Path]:
+    return [checkpoint_cases.save(run_dir, state_of(step), {"global_step": step}, ALONE) for step in steps]
+
+
+def steps_of(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
+    write(tmp_path, 7)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == 7
+    state, progress = checkpoint.load(found, ALONE)
+    expected = state_of(7)
+    assert progress == {"global_step": 7}
+    assert state.steps == 7
+    assert state.weights.keys() == expected.weights.keys()
+    assert all(torch.equal(state.weights[name], value) for name, value in expected.weights.items())
+    for key in checkpoint.MOMENTS:
+        assert state.moments[key].keys() == {"a", "b"}
+        assert all(torch.equal(state.moments[key][name], value) for name, value in expected.moments[key].items())
+
+
+def test_no_directory_and_no_checkpoint_are_none(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is None
+    (tmp_path / "checkpoints").mkdir()
+    assert checkpoint.newest(tmp_path) is None
+
+
+def no_marker(path: Path) -> None:
+    (path / checkpoint.MANIFEST).unlink()
+
+
+def garbled_marker(path: Path) -> None:
+    (path / checkpoint.MANIFEST).write_text('{"schema_version": 1, "shar')
+
+
+def other_schema(path: Path) -> None:
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"schema_version": 2}))
+
+
+def no_shards_named(path: Path) -> None:
+    (path / checkpoint.MANIFEST).write_text('{"schema_version": 1}')
+
+
+def cut_shard(path: Path) -> None:
+    shard = path / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def missing_shard(path: Path) -> None:
+    (path / "shard-00000.safetensors").unlink()
+
+
+def flipped_bit(path: Path) -> None:
+    shard = path / "shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+
+
+BREAKS = [
+    (no_marker, "incomplete, manifest.json is missing"),
+    (garbled_marker, "unreadable"),
+    (other_schema, "schema version 2; this vae_ds reads 1"),
+    (no_shards_named, "names no shards"),
+    (cut_shard, "bytes, not"),
+    (missing_shard, "missing, not"),
+    (flipped_bit, "checksum"),
+]
+
+
+@pytest.mark.parametrize(("damage", "told"), BREAKS, ids=lambda value: getattr(value, "__name__", None))
+def test_a_broken_checkpoint_is_skipped_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: object, told: str
+) -> None:
+    _, newest = write(tmp_path, 1, 2)
+    damage(newest)  # type: ignore[operator]
+    with caplog.at_level(logging.WARNING):
+        found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert told in caplog.text
+    assert str(newest) in caplog.text
+
+
+def test_only_broken_ones_are_none(tmp_path: Path) -> None:
+    no_marker(*write(tmp_path, 1))
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_steps_are_ordered_by_number_not_by_name(tmp_path: Path) -> None:
+    write(tmp_path, 123_456_789, 99_999_999)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == 123_456_789
+
+
+def test_a_shard_that_breaks_after_the_search_is_a_clear_error(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    cut_shard(found.path)
+    with pytest.raises(CheckpointError, match=r"shard-00000\.safetensors: unreadable"):
+        checkpoint.load(found)
+
+
+def test_prune_keeps_the_newest_and_removes_older_broken_ones(tmp_path: Path) -> None:
+    paths = write(tmp_path, 1, 2, 3, 4)
+    no_marker(paths[1])
+    checkpoint.prune(tmp_path, 2, ALONE)
+    assert steps_of(tmp_path) == ["step-00000003", "step-00000004"]
+
+
+def test_prune_deletes_nothing_that_no_whole_one_replaces(tmp_path: Path) -> None:
+    paths = write(tmp_path, 1, 2, 3)
+    no_marker(paths[2])
+    checkpoint.prune(tmp_path, 1, ALONE)
+    assert steps_of(tmp_path) == ["step-00000002", "step-00000003"]
+    for path in paths[1:2]:
+        cut_shard(path)
+    checkpoint.prune(tmp_path, 1, ALONE)
+    assert steps_of(tmp_path) == ["step-00000002", "step-00000003"]
+
+
+def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
+    for step, nelbo in ((1, 9.0), (2, 5.0), (3, 7.0), (4, None), (5, 8.0)):
+        valid = {} if nelbo is None else {"nelbo": nelbo, "z_gain": nelbo}
+        checkpoint_cases.save(tmp_path, state_of(step), {"global_step": step, "valid": valid}, ALONE)
+    checkpoint.prune(tmp_path, 1, ALONE, "nelbo")
+    assert steps_of(tmp_path) == ["step-00000002", "step-00000005"]
+    checkpoint.prune(tmp_path, 1, ALONE, "z_gain")
+    assert steps_of(tmp_path) == ["step-00000005"]
+
+
+class Told:
+    """A monitor that remembers what it was told of checkpoints."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def checkpoint(self, step: int, **values: float) -> None:
+        self.rows.append({"step": step, **values})
+
+
+def test_the_training_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that takes its time: `begin` returns at once, the marker comes with `finish`, not before."""
+    slow, write_shard = threading.Event(), checkpoint.write_shard
+
+    def write_when_told(*arguments: Any) -> dict[str, Any]:
+        assert slow.wait(60)
+        return write_shard(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_shard", write_when_told)
+    told = Told()
+    saver = Saver(tmp_path, ALONE, CheckpointConfig(keep=1), told)  # type: ignore[arg-type]
+    progress = {"global_step": 1, "window": {"steps": 1}}
+    saver.begin(lambda: state_of(1), progress)
+    progress["window"] = {}
+    assert saver.wishes(stop=False) == [0, 0, 0]
+    assert checkpoint.newest(tmp_path) is None
+    slow.set()
+    deadline = time.monotonic() + 60
+    while not saver.agreed(saver.wishes(stop=False)).written:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert checkpoint.newest(tmp_path) is None
+    saver.finish()
+    saver.finish()
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.manifest["progress"]["window"] == {"steps": 1}, "progress is that of the step it was begun at"
+    (row,) = told.rows
+    assert row["step"] == 1
+    assert row["size_bytes"] == sum(path.stat().st_size for path in found.path.glob("*.safetensors"))
+    assert row["write_s"] > 0
+    assert row["stall_s"] > 0
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_warning_unless_it_must_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver = Saver(tmp_path, ALONE, CheckpointConfig(keep=1))
+    saver.begin(lambda: state_of(1), {"global_step": 1})
+    saver.finish(must=True)
+
+    def full(*_: Any) -> dict[str, Any]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_shard", full)
+    saver.begin(lambda: state_of(2), {"global_step": 2})
+    with caplog.at_level(logging.WARNING):
+        saver.finish()
+    assert "No space left on device; the one before it stays" in caplog.text
+    saver.begin(lambda: state_of(3), {"global_step": 3})
+    with pytest.raises(StorageError, match="No space left"):
+        saver.finish(must=True)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+
+
+def test_a_checkpoint_is_due_by_the_clock_of_rank_0_alone(tmp_path: Path) -> None:
+    settings = CheckpointConfig(every_minutes=1e-9)
+    saver = Saver(tmp_path, ALONE, settings)
+    time.sleep(0.01)
+    assert saver.agreed(saver.wishes(stop=True)) == (True, True, False)
+    other = Saver(tmp_path, Ranks(1, 1, 2, torch.device("cpu")), settings)
+    time.sleep(0.01)
+    assert other.wishes(stop=False) == [0, 0, 0]
+    assert Saver(tmp_path, ALONE, CheckpointConfig()).wishes(stop=False) == [0, 0, 0]
+
+
+def test_only_rank_0_prunes(tmp_path: Path) -> None:
+    write(tmp_path, 1, 2, 3)
+    checkpoint.prune(tmp_path, 1, Ranks(1, 1, 2, torch.device("cpu")))
+    assert len(steps_of(tmp_path)) == 3
+
+
+def test_saving_a_step_again_replaces_the_broken_one(tmp_path: Path) -> None:
+    flipped_bit(*write(tmp_path, 5))
+    write(tmp_path, 5)
+    assert steps_of(tmp_path) == ["step-00000005"]
+    assert checkpoint.newest(tmp_path) is not None
+
+
+def test_what_an_interrupted_save_left_is_cleared_by_the_next(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    for name in (".writing-step-00000002", ".leaving-step-00000000"):
+        left = tmp_path / "checkpoints" / name
+        left.mkdir()
+        (left / "shard-00000.safetensors").write_bytes(b"half")
+    write(tmp_path, 2)
+    assert steps_of(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_a_run_directory_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the directory should be")
+    with pytest.raises(StorageError, match="rank 0 could not prepare the checkpoint"):
+        write(tmp_path, 1)
+
+
+def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    for attempt in range(2):
+        run_dir = tmp_path / str(attempt)
+        process = subprocess.Popen(
+            [sys.executable, checkpoint_endless.__file__, str(run_dir)],
+            env=clean_environment(tmp_path),
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + 60
+            while not (run_dir / "checkpoints" / "step-00000002" / checkpoint.MANIFEST).is_file():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            time.sleep(random.Random(attempt).uniform(0, 0.2))
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        found = checkpoint.newest(run_dir)
+        assert found is not None
+        assert found.step >= 2
+        state, _ = checkpoint.load(found)
+        assert state.steps == found.step
+        assert all(bool((value == found.step).all()) for value in state.weights.values())
+        write(run_dir, found.step + 1)
+        assert not [name for name in steps_of(run_dir) if name.startswith(".")]
+
+
+def test_generators_go_on_where_they_were_through_json() -> None:
+    def draw() -> tuple[float, float, float, float, float]:
+        return random.random(), random.gauss(), np.random.normal(), float(torch.rand(1)), float(torch.randn(1))
+
+    draw()
+    plain = json.loads(json.dumps(generators.capture()))
+    expected = [draw() for _ in range(3)]
+    draw()
+    generators.restore(plain)
+    assert [draw() for _ in range(3)] == expected

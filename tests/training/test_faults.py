@@ -1,0 +1,435 @@
+"""What clusters do to a run: killed ranks and launchers, signals, hangs, a full disk, a loss that is no number."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from support import ROOT
+from support.launch import launch
+from support.processes import STARTUP_S, kill_all, new_job, processes_of, rows, start, state_of, wait_until
+from support.tiny import ENGLISH, make_base, write_splits
+from vae_ds import cli, distributed
+from vae_ds.bench import soak as bench
+from vae_ds.config.settings import TimeoutConfig
+from vae_ds.errors import ConfigError, Failed
+from vae_ds.runtime import records
+from vae_ds.runtime.exits import EXIT_LOST, STOP_SIGNALS
+from vae_ds.runtime.machine import is_alive, launchers_of
+from vae_ds.training import trainer
+from vae_ds.training.watch import Board
+
+RANKS_PY = ROOT / "launchers" / "ranks.py"
+STEPS = 60
+# The ranks get two minutes to save once a launcher is lost; they need seconds.
+END_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two phases with dropout, a checkpoint every few steps, and rows at each."""
+    folder = tmp_path_factory.mktemp("faults")
+    base = make_base(folder / "base", "t5", num_layers=1, num_decoder_layers=1)
+    text = write_splits(folder / "text", ENGLISH[:300], ENGLISH[300:350], ENGLISH[350:400])
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"""
+name: faulty
+model: {{base: {base}, latent_dim: 4, dropout: 0.1}}
+data: {{corpus: text, path: {text}, max_tokens: 40, cache_dir: {folder / "cache"}}}
+batch: {{global: 16}}
+precision: fp32
+phases:
+  - {{name: warmup, steps: {STEPS // 2}, freeze: [decoder], beta: {{schedule: constant, value: 0}}}}
+  - {{name: full, steps: {STEPS // 2}, beta: {{schedule: linear, over_fraction: 0.5}}}}
+validation: {{every_steps: 1000, sentences: 20}}
+checkpoint: {{every_steps: 4, keep: 2}}
+logging: {{every: 1, tensorboard: false, progress: false}}
+export: last
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+class Run:
+    """The recipe on two ranks through the real launchers, in a run directory, again and again."""
+
+    def __init__(self, recipe: Path, folder: Path, *settings: str) -> None:
+        self.job, self.run_dir, self.output = new_job(), folder / "run", folder / "output"
+        self.command = [sys.executable, str(RANKS_PY), "-n", "2", "train", str(recipe), "--run-dir", str(self.run_dir)]
+        self.command += ["--set", *settings] if settings else []
+
+    def begin(self, at_step: int = 0) -> subprocess.Popen[bytes]:
+        """Start it, and wait until it logs a step from `at_step` on."""
+        stamp = self.run_dir / "metrics.jsonl"
+        begun_s = time.time()
+        process = start(self.command, self.job, self.output)
+
+        def reached() -> bool:
+            fresh = stamp.is_file() and stamp.stat().st_mtime > begun_s
+            last = rows(self.run_dir)[-1:] if fresh else []
+            return bool(last) and last[0]["step"] >= at_step
+
+        wait_until(reached, process, self.output, STARTUP_S)
+        return process
+
+    def ranks(self) -> list[psutil.Process]:
+        """The two ranks, in order."""
+        found = {}
+        for one in processes_of(self.job):
+            rank = one.environ().get("RANK")
+            if rank is not None and not (one.parent() or one).environ().get("RANK"):
+                found[int(rank)] = one
+        return [found[rank] for rank in sorted(found)]
+
+    def above(self, mark: str) -> psutil.Process:
+        """The launcher with this in its command line."""
+        words = {one: [os.path.basename(word) for word in one.cmdline()[:4]] for one in launchers_of(self.ranks()[0])}
+        return next(one for one, names in words.items() if mark in names)
+
+    def end_of(self, process: subprocess.Popen[bytes]) -> int:
+        """The exit code; nothing may be left."""
+        code = process.wait(timeout=END_S)
+        deadline = time.monotonic() + END_S
+        while processes_of(self.job):
+            assert time.monotonic() < deadline, [one.cmdline() for one in processes_of(self.job)]
+            time.sleep(0.1)
+        return code
+
+
+@pytest.fixture
+def new_run(recipe: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    made: list[Run] = []
+
+    def make(name: str, *settings: str) -> Run:
+        folder = tmp_path / name
+        folder.mkdir()
+        made.append(Run(recipe, folder, *settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        kill_all(one.job)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.run_dir / "model" / "model.safetensors")
+
+
+# One after the other, each at a later step: who is hit, with what, and how the job ends.
+BLOWS: list[tuple[str, Callable[[Run], psutil.Process], int, int | None]] = [
+    ("a rank", lambda run: run.ranks()[1], signal.SIGKILL, None),
+    ("rank 0", lambda run: run.ranks()[0], signal.SIGKILL, None),
+    ("a rank", lambda run: run.ranks()[1], signal.SIGUSR1, 75),
+    ("launch.py", lambda run: run.above("deepspeed.launcher.launch"), signal.SIGKILL, 75),
+    ("a rank", lambda run: run.ranks()[1], signal.SIGKILL, None),
+    ("deepspeed", lambda run: run.above("deepspeed"), signal.SIGTERM, 75),
+    ("ranks.py", lambda run: run.above("ranks.py"), signal.SIGKILL, -signal.SIGKILL),
+    ("rank 0", lambda run: run.ranks()[0], signal.SIGINT, 75),
+]
+
+
+@pytest.mark.timeout(1500)
+def test_whatever_hits_a_run_it_resumes_to_the_undisturbed_result(new_run: Callable[..., Run]) -> None:
+    """Killed and signalled at random steps in both phases, by ranks and launchers; then the weights of a quiet run."""
+    quiet = new_run("quiet")
+    assert quiet.end_of(quiet.begin()) == 0
+    run, draw = new_run("hit"), random.Random(11)
+    span = STEPS // (len(BLOWS) + 1)
+    for number, (who, whom, blow, expected) in enumerate(BLOWS):
+        process = run.begin(at_step=span * number + draw.randint(1, span))
+        target = whom(run)
+        target.send_signal(blow)
+        code = run.end_of(process)
+        said = run.output.read_text(encoding="utf-8")
+        case = f"{who} by {signal.Signals(blow).name}, exit code {code}:\n{said}"
+        if expected is None:
+            assert code not in (0, 75), case
+            status = records.read_status(run.run_dir)
+            assert status is not None
+            assert records.of_the_living(status)["state"] == "failed", case
+        else:
+            assert code == expected, case
+            assert state_of(run.run_dir) == "stopped", case
+    assert run.end_of(start(run.command, run.job, run.output)) == 0, run.output.read_text(encoding="utf-8")
+    assert state_of(run.run_dir) == "done"
+    assert [row["step"] for row in rows(run.run_dir)] == list(range(1, STEPS + 1))
+    ours, theirs = weights(run), weights(quiet)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.timeout(600)
+def test_a_rank_that_hangs_is_named_and_ends_the_run(new_run: Callable[..., Run]) -> None:
+    """A rank stopped in its tracks: the others would wait for half an hour."""
+    run = new_run("hangs", "timeouts.silent_s=5")
+    process = run.begin(at_step=3)
+    began_s = time.monotonic()
+    run.ranks()[1].send_signal(signal.SIGSTOP)
+    code = run.end_of(process)
+    assert code == EXIT_LOST
+    assert time.monotonic() - began_s < END_S
+    assert "no sign of life from rank 1 on " in run.output.read_text(encoding="utf-8")
+    status = json.loads((run.run_dir / "status.json").read_text(encoding="utf-8"))
+    assert status["state"] == "failed"
+    assert "rank 1" in status["reason"]
+
+
+# One process is enough for what follows.
+
+
+def code_of(*words: object) -> int:
+    return cli.run([str(word) for word in words])
+
+
+def test_a_loss_that_is_no_number_ends_the_run_clearly(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps with non-finite gradients are skipped, counted and never applied; too many in a row are an end."""
+    changes = ["phases.0.optimizer.lr=1e30", "max_skipped_steps=5", "phases.0.steps=20"]
+    assert code_of("train", recipe, "--run-dir", tmp_path / "run", "--set", *changes) == 1
+    assert "5 steps in a row had non-finite gradients" in capsys.readouterr().err
+    assert state_of(tmp_path / "run") == "failed"
+    assert rows(tmp_path / "run")[-1]["step"] < 20
+
+
+def test_a_run_ends_after_a_phase_and_goes_on(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Phases as jobs of their own: by the phase's name or number; asked for again, there is nothing to do."""
+    run = ["train", recipe, "--run-dir", tmp_path / "run", "--set", "phases.0.steps=3", "phases.1.steps=3"]
+    assert code_of(*run, "--until", "3") == 2
+    assert "no phase '3'; the recipe has warmup, full" in capsys.readouterr().err
+    for until in ("warmup", "1"):
+        assert code_of(*run, "--until", until) == 0
+        status = records.read_status(tmp_path / "run")
+        assert status is not None
+        assert (status["state"], status["reason"], status["step"]) == ("stopped", "after phase warmup, as asked", 3)
+        assert len(rows(tmp_path / "run")) == 3
+    assert code_of(*run) == 0
+    assert state_of(tmp_path / "run") == "done"
+    assert code_of(*run, "--until", "warmup") == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_program_that_trains_has_its_signals_back(recipe: Path, tmp_path: Path) -> None:
+    """In Python, from the main thread and from another, which may not touch them."""
+    short = ["phases.0.steps=1", "phases.1.steps=1"]
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    trainer.train(str(recipe), tmp_path / "one", short)
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(trainer.train, str(recipe), tmp_path / "two", short).result() == tmp_path / "two"
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+    assert state_of(tmp_path / "one") == state_of(tmp_path / "two") == "done"
+
+
+def test_text_that_changed_is_refused_unless_told_otherwise(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = write_splits(tmp_path / "text", ENGLISH[:60], ENGLISH[300:320], ENGLISH[320:340])
+    run = ["train", recipe, "--run-dir", tmp_path / "run", "--set", f"data.path={text}"]
+    short = ["phases.0.steps=2", "phases.1.steps=2"]
+    assert code_of(*run, *short) == 0
+    (text / "train.txt").write_text("\n".join(ENGLISH[1:61]) + "\n", encoding="utf-8")
+    longer = ["phases.0.steps=2", "phases.1.steps=4"]
+    assert code_of(*run, *longer) == 2
+    assert "the training text is not what it was" in capsys.readouterr().err
+    assert code_of(*run, *longer, "--changed-data") == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_may_change_on_the_way_is_told_and_what_may_not_is_named(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a run ends may change, and a longer last phase goes on with a run that was done."""
+    run = ["train", recipe, "--run-dir", tmp_path / "run", "--set", "phases.0.steps=3"]
+    assert code_of(*run, "phases.1.steps=3") == 0
+    for fatal in ("batch.global=32", "model.latent_dim=8", "phases.0.steps=4", "seed=1"):
+        assert code_of(*run, "phases.1.steps=3", fatal) == 2
+        assert fatal.partition("=")[0] in capsys.readouterr().err
+    assert code_of(*run, "phases.1.steps=5", "checkpoint.every_steps=2", "logging.every=2") == 0
+    assert "goes on with another phases.1.steps, checkpoint.every_steps, logging.every" in caplog.text
+    assert rows(tmp_path / "run")[-1]["step"] == 8
+    assert state_of(tmp_path / "run") == "done"
+
+
+def test_on_a_full_disk_the_older_checkpoint_stays_whole(
+    recipe: Path, small_disk: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint that does not fit is a warning; that the last one must be there is a clear error, and no success."""
+    run = small_disk / "run"
+    assert code_of("train", recipe, "--run-dir", run, "--set", "phases.0.steps=4", "phases.1.steps=4") == 0
+    filler = small_disk / "filler"
+    room = 65536  # for rows, not for a checkpoint
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
+    capfd.readouterr()
+    again = ["train", recipe, "--run-dir", run, "--set", "phases.0.steps=4", "phases.1.steps=12"]
+    assert code_of(*again) == 1
+    said = capfd.readouterr().err
+    assert "No space left on device" in said
+    assert "the one before it stays" in said
+    assert "Traceback" not in said
+    assert state_of(run) == "failed"
+    filler.unlink()
+    assert code_of(*again) == 0
+    assert [row["step"] for row in rows(run)] == list(range(1, 17))
+
+
+@pytest.mark.timeout(300)
+def test_the_soak_kills_resumes_and_compares(recipe: Path, tmp_path: Path) -> None:
+    found = bench.soak(
+        str(recipe), tmp_path / "soak", overrides=["phases.1.steps=100"], processes=2, kill_every_s=3.0, seed=3
+    )
+    assert found.same_weights is True
+    assert found.kills >= 1
+    assert found.steps == STEPS // 2 + 100
+    stretches = json.loads((tmp_path / "soak" / "stretches.json").read_text(encoding="utf-8"))
+    assert [one["rank_killed"] is not None for one in stretches] == [True] * found.kills + [False]
+    assert stretches[-1]["validated_step"] == found.steps
+    assert json.loads((tmp_path / "soak" / "soak.json").read_text(encoding="utf-8"))["kills"] == found.kills
+
+
+def test_a_soak_of_no_recipe_starts_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no recipe `demmo` \(did you mean `demo`\?\)"):
+        bench.soak("demmo", tmp_path / "soak")
+    assert not (tmp_path / "soak").exists()
+
+
+def test_a_soak_whose_ranks_fail_says_where_to_read_why(recipe: Path, tmp_path: Path) -> None:
+    settings = ["data.corpus=text", f"data.path={tmp_path / 'nothing'}"]
+    with pytest.raises(Failed, match=r"the ranks ended by themselves; see .*output\.log"):
+        bench.soak(str(recipe), tmp_path / "soak", overrides=settings)
+    assert "nothing" in (tmp_path / "soak" / "output.log").read_text(encoding="utf-8")
+
+
+def test_the_memorys_slope_is_that_of_the_worst_rank_within_stretches() -> None:
+    def stretch(level: float) -> bench.Stretch:
+        samples = [(step, [level + 50 * (step < 600), level + 0.002 * step]) for step in range(500, 2000, 50)]
+        samples[-2][1][0] += 40  # a sample full of a validation
+        return bench.Stretch(first_step=500, validated_step=540, last_step=2000, samples=samples)
+
+    assert bench.memory_slope([stretch(100.0), stretch(500.0)], warm_steps=100) == pytest.approx(2.0)
+    assert bench.memory_slope([stretch(100.0)], warm_steps=1400) is None
+    late = replace(stretch(100.0), validated_step=590)
+    assert bench.memory_slope([late], warm_steps=0) == pytest.approx(2.0)
+    assert bench.memory_slope([replace(late, validated_step=None)], warm_steps=0) is None
+
+
+# The watch
+
+
+def test_the_board_names_who_is_silent_and_who_is_behind() -> None:
+    board = Board(3, TimeoutConfig(silent_s=10, stalled_s=100), begun_s=0.0)
+    for rank in (0, 1):
+        board.note(rank, f"1 5 node{rank}", 1.0)
+    assert board.verdict(9.0) is None
+    assert board.verdict(10.5) == "no sign of life from rank 2 for 10 s"
+    board.note(2, "1 4 node2", 10.5)
+    for turn in range(2, 120):
+        for rank, advanced in ((0, 5), (1, 5), (2, 4)):
+            board.note(rank, f"{turn} {advanced} node{rank}", float(turn))
+    assert board.verdict(100.0) is None
+    assert board.verdict(119.0) == "nothing has gone on for 100 s, rank 2 on node2 behind the others"
+    board.note(0, "200 6 node0", 119.0)
+    assert board.verdict(119.0) is None
+
+
+def test_rendezvous_listens_at_its_address_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    patience = timedelta(seconds=20)
+    served = distributed.open_store(0, True, patience)
+    joined = distributed.open_store(served.port, False, patience)
+    joined.set("key", "value")
+    assert served.get("key") == b"value"
+    listening = [one.laddr for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    assert [address.ip for address in listening if address.port == served.port] == ["127.0.0.1"]
+    with pytest.raises(ConfigError, match=f"MASTER_PORT {served.port}: cannot listen there"):
+        distributed.open_store(served.port, True, patience)
+
+
+def test_a_run_whose_process_is_a_zombie_or_another_has_failed(tmp_path: Path) -> None:
+    """In a container no one may reap a killed rank, and numbers of processes come round again."""
+    records.write_status(tmp_path, "running")
+    status = records.read_status(tmp_path)
+    assert status is not None
+    assert records.of_the_living(status)["state"] == "running"
+    assert records.of_the_living(status | {"started_at": "2020-01-01T00:00:00+00:00"})["state"] == "failed"
+    assert records.of_the_living(status | {"host": "elsewhere", "pid": 2**30})["state"] == "running"
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    try:
+        deadline = time.monotonic() + 30
+        while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert records.of_the_living(status | {"pid": child.pid})["state"] == "failed"
+    finally:
+        child.wait()
+    assert records.of_the_living(status | {"pid": child.pid})["state"] == "failed"
+
+
+def test_every_rank_is_known_by_its_host_before_the_training(tmp_path: Path) -> None:
+    """One that falls silent at once must be found too."""
+    code = """
+from pathlib import Path
+from vae_ds import distributed
+from vae_ds.config import TimeoutConfig
+from vae_ds.runtime import StopFlag
+from vae_ds.training import Watch
+Watch._talk = lambda *_: None
+ranks = distributed.start()
+with Watch(ranks, StopFlag(), TimeoutConfig()) as watch:
+    distributed.barrier()
+    signs = [watch._store.get(f"sign/{rank}").decode() for rank in range(ranks.world)]
+    assert [sign.split()[:2] for sign in signs] == [["0", "0"]] * 2, signs
+distributed.finish()
+"""
+    launch(["-c", code], processes=2, timeout_s=100)
+
+
+def test_the_environment_is_left_as_it_was(tmp_path: Path) -> None:
+    code = """
+import os
+from vae_ds import distributed
+alone = {"MASTER_ADDR": "localhost", "MASTER_PORT": os.environ["MASTER_PORT"], "RANK": "0", "WORLD_SIZE": "1"}
+for given in ({}, alone):
+    for name in distributed.VARIABLES:
+        os.environ.pop(name, None)
+    os.environ.update(given)
+    before = dict(os.environ)
+    assert distributed.start().world == 1
+    assert os.environ["GLOO_SOCKET_IFNAME"]
+    distributed.finish()
+    assert dict(os.environ) == before
+"""
+    launch(["-c", code], processes=1, timeout_s=100)
+
+
+def test_only_launchers_are_watched_and_zombies_are_dead() -> None:
+    """A shell may go without harm: its children were told to go on without it."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        assert launchers_of(psutil.Process(child.pid)) == []
+        watched = psutil.Process(child.pid)
+        assert is_alive(watched)
+        child.kill()
+        deadline = time.monotonic() + 30
+        while is_alive(watched):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        child.kill()
+        child.wait()

@@ -1,0 +1,241 @@
+"""Measurements that take longer than a test may, or whose numbers belong into a report.
+
+`soak`: a run on several ranks that is killed again and again. Does it end as if nothing had happened, and is its memory
+flat? Memory is what a rank holds between two steps: the least resident set of some seconds, in MB of 10^6 bytes, while
+glibc gives back at once what is freed. Steps are applied optimizer steps of the whole run.
+"""
+
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from vae_ds import config as configuration
+from vae_ds.config import RunConfig
+from vae_ds.errors import ConfigError, Failed
+from vae_ds.runtime import free_port, records
+
+WARM_STEPS = 400  # of each stretch: allocators and caches fill; and the first validation brings memory of its own
+SAMPLE_S = 0.25
+WINDOW = 40  # readings a sample is the least of
+END_S = 90.0
+# By itself glibc keeps what it may need again, tens of MB more or less from one step to the next.
+GIVES_BACK = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
+
+
+@dataclass
+class Stretch:
+    """One life of the ranks, from a start to a kill or the end: (step, MB of each rank) samples, a window each.
+
+    `validated_step` is where its first validation was seen to be done, None if it had none.
+    """
+
+    rank_killed: int | None = None
+    first_step: int | None = None
+    validated_step: int | None = None
+    last_step: int = 0
+    samples: list[tuple[int, list[float]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Soak:
+    """What came of it. `memory_slope` is the largest of the ranks, None where no stretch was long enough for one."""
+
+    steps: int
+    processes: int
+    kills: int
+    duration_s: float
+    steps_repeated: int
+    memory_mb: float
+    memory_slope_mb_per_1000_steps: float | None
+    same_weights: bool | None
+
+
+def soak(
+    recipe: str,
+    run_dir: Path,
+    *,
+    overrides: Sequence[str] = (),
+    processes: int = 2,
+    kill_every_s: float = 180.0,
+    minutes: float | None = None,
+    seed: int = 0,
+    compare: bool = True,
+) -> Soak:
+    """Train `recipe` into `run_dir`/soak, killing a random rank (SIGKILL) every `kill_every_s` seconds or so.
+
+    None is killed after the last step. Between two kills there must be time for a checkpoint, or the run never gets
+    further: mind the recipe's `checkpoint.every_steps`. `minutes` ends the soak with the next kill, though the run is
+    not done. With `compare`, a run that is done is trained once more, undisturbed, into `run_dir`/quiet, and the
+    weights are compared bit for bit.
+    Writes `run_dir`/soak.json, and stretches.json with the samples. Raises ConfigError if the directory holds a soak
+    already or the recipe is wrong, Failed if the ranks end by themselves without being done.
+    """
+    configuration.load(RunConfig, recipe, overrides)  # before ranks do, whose word is in their log
+    if (run_dir / "soak").exists():
+        raise ConfigError(f"{run_dir} already holds a soak; choose another --run-dir")
+    draw = random.Random(seed)
+    began_s = time.monotonic()
+    stretches: list[Stretch] = []
+    target = run_dir / "soak"
+    while not _is_done(target) and (minutes is None or time.monotonic() - began_s < 60 * minutes):
+        kill_after_s = kill_every_s * draw.uniform(0.5, 1.5)
+        stretches.append(_stretch(recipe, target, overrides, processes, kill_after_s, draw.randrange(processes)))
+        if stretches[-1].rank_killed is None and not _is_done(target):
+            raise Failed(f"the ranks ended by themselves; see {run_dir / 'output.log'}")
+    starts = [stretch.first_step or 0 for stretch in stretches[1:]]
+    result = Soak(
+        steps=stretches[-1].last_step,
+        processes=processes,
+        kills=sum(stretch.rank_killed is not None for stretch in stretches),
+        duration_s=round(time.monotonic() - began_s, 1),
+        steps_repeated=sum(
+            max(0, before.last_step - start + 1) for before, start in zip(stretches, starts, strict=False)
+        ),
+        memory_mb=round(max((max(mb) for one in stretches for _, mb in one.samples), default=0.0), 1),
+        memory_slope_mb_per_1000_steps=memory_slope(stretches),
+        same_weights=None,
+    )
+    # At once: the undisturbed run takes long, too.
+    records.write_json(run_dir / "stretches.json", [asdict(stretch) for stretch in stretches])
+    records.write_json(run_dir / "soak.json", asdict(result))
+    if compare and _is_done(target):
+        _stretch(recipe, run_dir / "quiet", overrides, processes, None, 0)
+        result = replace(result, same_weights=_same_weights(run_dir / "soak", run_dir / "quiet"))
+        records.write_json(run_dir / "soak.json", asdict(result))
+    return result
+
+
+def memory_slope(stretches: Sequence[Stretch], warm_steps: int = WARM_STEPS) -> float | None:
+    """MB a rank grows by in 1000 steps, of the worst rank: the median slope between two samples of one stretch.
+
+    A sample that a validation or the copy for a checkpoint filled from end to end stands out; a median is not moved by
+    it (Theil and Sen's estimator). Left out are the first `warm_steps` of each stretch and what comes before the end of
+    its first validation. None if fewer than 20 pairs are left.
+    """
+    slopes: list[list[float]] = []
+    for stretch in stretches:
+        if stretch.first_step is None or stretch.validated_step is None:
+            continue
+        begin = max(stretch.first_step + warm_steps, stretch.validated_step + 1)
+        warm = [sample for sample in stretch.samples if sample[0] >= begin]
+        for (before, had), (step, has) in itertools.combinations(warm, 2):
+            if step > before:
+                slopes.append([(new - old) / (step - before) for new, old in zip(has, had, strict=True)])
+    return round(float(np.median(slopes, axis=0).max()) * 1000, 3) if len(slopes) >= 20 else None
+
+
+def _stretch(
+    recipe: str, run: Path, overrides: Sequence[str], processes: int, kill_after_s: float | None, victim: int
+) -> Stretch:
+    """Start the ranks, sample them, kill one some time after their first step, and wait until all are gone."""
+    stretch = Stretch()
+    ranks = _start(recipe, run, overrides, processes)
+    since = time.time()
+    advanced_s: float | None = None
+    validations = _validations(run)
+    readings: list[list[float]] = []
+
+    def note_validation(step: int) -> None:
+        if stretch.validated_step is None and _validations(run) > validations:
+            stretch.validated_step = step
+
+    try:
+        while all(rank.poll() is None for rank in ranks):
+            time.sleep(SAMPLE_S)
+            step, memory_mb = _last_step(run, since), _memory_mb(ranks)
+            if step is None or memory_mb is None:
+                continue
+            if stretch.first_step is None:
+                stretch.first_step = step
+            note_validation(step)
+            readings.append(memory_mb)
+            if len(readings) == WINDOW:
+                stretch.samples.append((step, [min(of_rank) for of_rank in zip(*readings, strict=True)]))
+                readings = []
+            # A resumed run begins with the rows it had; killed before it adds any it would never get further.
+            if advanced_s is None and step > stretch.first_step:
+                advanced_s = time.monotonic()
+            lasted_s = 0.0 if advanced_s is None else time.monotonic() - advanced_s
+            due = kill_after_s is not None and lasted_s > kill_after_s
+            # After its last step a run only writes and validates: whoever resumes it would have nothing to train.
+            if due and step < (records.read_status(run) or {}).get("total_steps", math.inf):
+                stretch.rank_killed = victim
+                ranks[victim].send_signal(signal.SIGKILL)
+                break
+        deadline_s = time.monotonic() + END_S
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    stretch.last_step = _last_step(run, since) or 0
+    note_validation(stretch.last_step)  # a run's last one may end between the last sample and the exit
+    return stretch
+
+
+def _start(recipe: str, run: Path, overrides: Sequence[str], processes: int) -> list[subprocess.Popen[bytes]]:
+    """The ranks of one training, each a child of this process, so that it can be watched and killed alone."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, "-m", "vae_ds", "train", recipe, "--run-dir", str(run)]
+    words += ["--set", *overrides] if overrides else []
+    common = {
+        **os.environ,
+        **GIVES_BACK,
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    common |= {"MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": str(processes)}
+    ranks = []
+    with (run.parent / "output.log").open("ab") as log:
+        for rank in range(processes):
+            env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+    return ranks
+
+
+def _memory_mb(ranks: Sequence[subprocess.Popen[bytes]]) -> list[float] | None:
+    """None if one of them has ended; a zombie has no memory."""
+    try:
+        memory_mb = [psutil.Process(rank.pid).memory_info().rss / 1e6 for rank in ranks]
+    except psutil.Error:
+        return None
+    return memory_mb if all(memory_mb) else None
+
+
+def _last_step(run: Path, since: float) -> int | None:
+    """The last logged step, None if nothing was logged since that time."""
+    file = run / "metrics.jsonl"
+    if not file.is_file() or file.stat().st_mtime < since:
+        return None
+    whole = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return int(json.loads(whole[-1])["step"]) if whole else None
+
+
+def _validations(run: Path) -> int:
+    file = run / "evaluations.jsonl"
+    return file.read_bytes().count(b"\n") if file.is_file() else 0
+
+
+def _is_done(run: Path) -> bool:
+    return (records.read_status(run) or {}).get("state") == "done"
+
+
+def _same_weights(one: Path, other: Path) -> bool:
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

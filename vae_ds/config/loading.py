@@ -1,0 +1,140 @@
+"""Recipes: one YAML file, dotted overrides, unknown keys raise with a suggestion. The classes are in `settings`."""
+
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from vae_ds.config.settings import SCHEDULES, PretrainConfig, RunConfig, Settings, SiteConfig, StudyConfig
+from vae_ds.config.yaml_tree import override, parse_yaml
+from vae_ds.errors import ConfigError
+
+Config = TypeVar("Config", RunConfig, PretrainConfig, StudyConfig, SiteConfig)
+
+
+def reference(kind: type[Settings] = RunConfig, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Every setting of a recipe: dotted key, default as YAML, what it is; in the order of the classes."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in kind.model_fields.items():
+        key = prefix + (field.alias or name)
+        inner = sorted(_settings_in(field.annotation), key=lambda one: SCHEDULES.index(_schedule(one) or SCHEDULES[0]))
+        if not inner:
+            default = "" if field.is_required() else json.dumps(field.get_default())
+            rows.append((key, (name == "schedule" and _schedule(kind)) or default, _describe(field)))
+        dotted = f"{key}.N." if name == "phases" else f"{key}."
+        rows += [row for one in inner for row in reference(one, dotted)]
+    return rows
+
+
+def _describe(field: FieldInfo) -> str:
+    options = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    choice = " or ".join(f"`{option}`" for option in options if len(options) > 1)
+    return ": ".join(filter(None, (field.description, choice)))
+
+
+def _schedule(kind: type[Settings]) -> str | None:
+    field = kind.model_fields.get("schedule")
+    options = get_args(field.annotation) if field else ()
+    return str(options[0]) if len(options) == 1 else None
+
+
+def shipped_recipes(folder: str = "recipes") -> list[str]:
+    """Names of the recipes that ship with the package, sorted; with `studies`, of the studies."""
+    place = resources.files("vae_ds.config") / folder
+    return sorted(entry.name.removesuffix(".yaml") for entry in place.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_recipe(recipe: str, folder: str = "recipes") -> tuple[str, str]:
+    """The YAML text of a recipe, a file or a name shipped in `folder` of the package, and where it came from.
+
+    Raises ConfigError if there is neither, or the file is not UTF-8.
+    """
+    path = Path(recipe)
+    if path.suffix in {".yaml", ".yml"} and not path.is_file():
+        raise ConfigError(f"{recipe}: no such recipe file")
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    names = shipped_recipes(folder)
+    if recipe not in names:
+        what = {"recipes": "recipe", "studies": "study"}[folder]
+        raise ConfigError(f"no {what} `{recipe}`{_suggest(recipe, names)}; shipped: {', '.join(names)}; or name a file")
+    return (resources.files("vae_ds.config") / folder / f"{recipe}.yaml").read_text(encoding="utf-8"), f"{recipe}.yaml"
+
+
+def load(kind: type[Config], recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe (a file or a shipped name), apply `KEY=VALUE` overrides, check everything.
+
+    Raises ConfigError that names the file, the key and what was found.
+    """
+    text, source = read_recipe(recipe, "studies" if kind is StudyConfig else "recipes")
+    tree = parse_yaml(text, source)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: a recipe is a mapping of keys; found {type(tree).__name__}")
+    return build(kind, override(tree, overrides), source)
+
+
+def build(kind: type[Config], tree: dict[str, Any], source: str) -> Config:
+    """Check a parsed recipe against its settings class. Raises ConfigError."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        faults = error.errors()
+        # A fault inside a list makes pydantic report the list, too; the innermost says enough.
+        inner = [one for one in faults if not any(one is not other and _within(other, one) for other in faults)]
+        raise ConfigError(f"{source}: " + "; ".join(_explain(kind, item) for item in inner)) from None
+
+
+def dump(config: Settings) -> str:
+    """The complete configuration as YAML, defaults included, in the order of the classes."""
+    tree = config.model_dump(mode="json", by_alias=True)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _within(inner: Any, outer: Any) -> bool:
+    return len(inner["loc"]) > len(outer["loc"]) and inner["loc"][: len(outer["loc"])] == outer["loc"]
+
+
+def _explain(kind: type[Settings], item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"] if part not in SCHEDULES)
+    if item["type"] == "extra_forbidden":
+        return f"unknown key `{path}`{_suggest(str(item['loc'][-1]), _keys_at(kind, item['loc'][:-1]))}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"`{path}` is missing"
+    if item["type"] == "value_error":
+        return f"`{path}`: {message}" if path else message
+    return f"`{path}`: {message[0].lower()}{message[1:]}; found {item['input']!r}"
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, [key for key in known if key != name], n=1, cutoff=0.6)
+    return f" (did you mean `{close[0]}`?)" if close else ""
+
+
+def _keys_at(kind: type[Settings], place: Iterable[int | str]) -> set[str]:
+    """The keys that may stand at a place of the recipe, given as pydantic names it."""
+    classes = {kind}
+    for part in place:
+        if part in SCHEDULES:
+            classes = {one for one in classes if part in get_args(one.model_fields["schedule"].annotation)}
+        elif isinstance(part, str):
+            fields = [
+                field for one in classes for name, field in one.model_fields.items() if part in (name, field.alias)
+            ]
+            classes = set().union(*(_settings_in(field.annotation) for field in fields))
+    return {field.alias or name for one in classes for name, field in one.model_fields.items()}
+
+
+def _settings_in(annotation: Any) -> set[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return {annotation}
+    return set().union(*(_settings_in(part) for part in get_args(annotation)))

@@ -1,0 +1,37 @@
+"""Text to batches: corpora, token ids on disk, global batches, and each rank's share of them.
+
+Stands on `distributed`, `config` and `errors`.
+"""
+
+from vae_ds.data import corpora
+from vae_ds.data.batches import (
+    Batch,
+    collate,
+    epoch_batches,
+    evaluation_batches,
+    micro_batch,
+    share,
+    steps_per_epoch,
+)
+from vae_ds.data.cache import cache_dir
+from vae_ds.data.feed import Feed, Source, Streamed, Whole
+from vae_ds.data.tokens import TokenSet, from_texts, tokenise
+
+__all__ = [
+    "Batch",
+    "Feed",
+    "Source",
+    "Streamed",
+    "TokenSet",
+    "Whole",
+    "cache_dir",
+    "collate",
+    "corpora",
+    "epoch_batches",
+    "evaluation_batches",
+    "from_texts",
+    "micro_batch",
+    "share",
+    "steps_per_epoch",
+    "tokenise",
+]

@@ -1,0 +1,78 @@
+"""The cache of prepared text: where it is, and Arrow files that appear only when they are complete."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pyarrow as pa
+from datasets import Dataset
+
+from vae_ds.errors import DataError
+
+TEXT = pa.schema([("text", pa.large_string())])
+_ROWS_A_BATCH = 10_000
+
+
+def cache_dir(configured: str | None = None) -> Path:
+    """Where prepared corpora are kept: the setting, else $VAE_DS_CACHE, else ~/.cache/vae_ds."""
+    chosen = configured or os.environ.get("VAE_DS_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vae_ds"
+
+
+def cache_error(folder: Path, error: OSError) -> DataError:
+    """What to say when a prepared corpus cannot be kept."""
+    return DataError(f"{folder}: cannot write the cache ({error.strerror}); set data.cache_dir or $VAE_DS_CACHE")
+
+
+def digest(parts: Iterable[str]) -> str:
+    """A hash of strings in order, 16 hexadecimal digits; no two lists share one by joining differently."""
+    state = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        state.update(len(data).to_bytes(8, "big"))
+        state.update(data)
+    return state.hexdigest()
+
+
+def write_rows(target: Path, rows: Iterator[tuple[Any, ...]], schema: pa.Schema = TEXT) -> None:
+    """Stream rows into an Arrow file that appears under its name only when whole. Raises DataError: no room for it."""
+    make_folder(target.parent)
+    temporary = target.with_name(f".partial-{uuid4().hex}")
+    try:
+        with temporary.open("wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            while batch := list(islice(rows, _ROWS_A_BATCH)):
+                columns = [pa.array(c, f.type) for c, f in zip(zip(*batch, strict=True), schema, strict=True)]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+        temporary.replace(target)
+    except OSError as error:
+        raise cache_error(target.parent, error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_rows(path: Path) -> Dataset:
+    """The rows of such a file, memory-mapped. Raises DataError if it is broken."""
+    try:
+        return Dataset.from_file(str(path))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path}: the cached corpus is broken ({error}); delete it") from None
+
+
+def hash_file(path: Path) -> str:
+    """A hash of a file's bytes. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of the cache, if it is not there. Raises DataError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cache_error(folder, error) from None

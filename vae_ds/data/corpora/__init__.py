@@ -1,0 +1,34 @@
+"""Where text comes from: docstrings, WordNet, a grammar, text files, and data sets of the hub or on disk."""
+
+from vae_ds.config import DataConfig
+from vae_ds.data.corpora import dataset, docstrings, grammar, layouts, text, wordnet
+from vae_ds.data.corpora.corpus import Corpus
+from vae_ds.data.corpora.splits import split_of
+from vae_ds.data.corpora.stream import LineStream, open_stream
+
+__all__ = ["Corpus", "LineStream", "check", "docstrings", "grammar", "load", "open_stream", "split_of"]
+
+_KINDS = {
+    "docstrings": docstrings,
+    "wordnet": wordnet,
+    "grammar": grammar,
+    "text": text,
+    "dataset": dataset,
+    **dict.fromkeys(layouts.LAYOUTS, layouts),
+}
+
+
+def load(data: DataConfig) -> Corpus:
+    """The corpus that the settings name, cut to the first `data.limit` sentences a split; `train` is not there if it
+    is read as a stream (`open_stream`).
+
+    Raises DataError with the file and line, or with what would do.
+    """
+    return _KINDS[data.corpus].load(data)
+
+
+def check(data: DataConfig) -> None:
+    """Raise DataError for whatever can be seen to be wrong without preparing the corpus."""
+    if data.streaming:
+        open_stream(data)
+    _KINDS[data.corpus].check(data)

@@ -1,0 +1,196 @@
+"""The `dataset` corpus: a data set of the Hugging Face hub, or a local directory in the hub's or save_to_disk's layout.
+
+Only data files are read (parquet, csv, json lines, ...), never a data set's own code.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetNotFoundError
+
+from vae_ds.config import SPLITS, DataConfig, hub
+from vae_ds.data.cache import digest
+from vae_ds.data.corpora.corpus import Corpus, limited, quiet_datasets
+from vae_ds.errors import DataError
+
+DEFAULT_NAMES: dict[str, str] = DataConfig.model_fields["splits"].default
+_DIRECTORY = "a local directory with parquet, csv or json lines files or one written by save_to_disk"
+
+log = logging.getLogger(__name__)
+
+
+def load(data: DataConfig) -> Corpus:
+    """The chosen column of each split, in the data set's order; rows without text are left out, with a warning.
+
+    Raises DataError: no such data set or directory, a hub out of reach, a missing split or column.
+    """
+    rows = {split: _texts(part, data, split) for split, part in _parts(data).items()}
+    return Corpus("dataset", digest(_content(rows)), rows)
+
+
+def _content(rows: dict[str, Dataset]) -> Iterator[str]:
+    for split in SPLITS:
+        yield split
+        yield from (str(text) for text in _column(rows[split]))
+
+
+def check(data: DataConfig) -> None:
+    """Check what headers and metadata say: the place, the splits, the column. Raises DataError as `load` does."""
+    if _is_saved(data):
+        for split, part in _parts(data).items():
+            _check_column(part.features, data, split)
+        return
+    with _explained(data), _reachable(data), quiet_datasets():
+        builder = datasets.load_dataset_builder(_place(data), data.subset, revision=data.revision)
+        files = builder.config.data_files
+        known = builder.info.splits or files
+        if known:
+            _check_splits(list(known), data)
+        if builder.info.features:
+            _check_column(builder.info.features, data, "train")
+        elif Path(_place(data)).is_dir():
+            _check_first_rows(data)
+
+
+def _check_first_rows(data: DataConfig) -> None:
+    streams = datasets.load_dataset(_place(data), data.subset, streaming=True)
+    for split, name in _names(data).items():
+        first = next(iter(streams[name.partition("[")[0]]), None)
+        if first is None:
+            raise DataError(f"{data.path}: split `{name}` has no rows")
+        if data.column not in first:
+            raise _no_column(list(first), data, split)
+
+
+def _parts(data: DataConfig) -> dict[str, Dataset]:
+    """The data set's rows by our split names."""
+    names = _names(data)
+    with _explained(data), quiet_datasets():
+        if _is_saved(data):
+            saved = datasets.load_from_disk(_place(data))
+            if not isinstance(saved, DatasetDict):
+                raise DataError(
+                    f"{data.path}: one split was saved here; save a DatasetDict with {', '.join(names.values())}"
+                )
+            _check_splits(list(saved), data)
+            return {split: saved[name] for split, name in names.items()}
+        with _reachable(data):
+            builder = datasets.load_dataset_builder(_place(data), data.subset, revision=data.revision)
+            known = builder.info.splits or builder.config.data_files
+            if known:
+                _check_splits(list(known), data)
+            builder.download_and_prepare()
+            _check_splits(list(builder.info.splits or {}), data)
+            return {split: builder.as_dataset(split=name) for split, name in names.items()}
+
+
+def _names(data: DataConfig) -> dict[str, str]:
+    return {**DEFAULT_NAMES, **data.splits}
+
+
+def _place(data: DataConfig) -> str:
+    assert data.path is not None  # the settings ask for it
+    local = Path(data.path).expanduser()
+    if local.is_dir():
+        return str(local)
+    if local.is_file():
+        raise DataError(f"{data.path}: a file; data.path is a hub name or {_DIRECTORY}")
+    if local.is_absolute() or data.path.startswith((".", "~")) or data.path.count("/") > 1:
+        raise DataError(f"{data.path}: no such directory; data.path is a hub name or {_DIRECTORY}")
+    return data.path
+
+
+def _is_saved(data: DataConfig) -> bool:
+    place = Path(_place(data))
+    return (place / "dataset_dict.json").is_file() or (place / "state.json").is_file()
+
+
+def _check_splits(there: list[str], data: DataConfig) -> None:
+    for split, name in _names(data).items():
+        # A slice such as train[:90%] makes splits that a data set lacks.
+        if name.partition("[")[0] not in there:
+            raise DataError(
+                f"{data.path}: no split `{name}` for {split}; there: {', '.join(map(str, there))};"
+                f" set data.splits.{split} to one of them, or to a slice such as train[95%:]"
+            )
+
+
+def _no_column(there: list[str], data: DataConfig, split: str) -> DataError:
+    return DataError(f"{data.path}: no column `{data.column}` in {split}; there: {', '.join(there)}; set data.column")
+
+
+def _check_column(features: datasets.Features, data: DataConfig, split: str) -> None:
+    if data.column not in features:
+        raise _no_column(list(features), data, split)
+    kind = getattr(features[data.column], "dtype", None)
+    if kind not in {"string", "large_string", "string_view"}:
+        raise DataError(f"{data.path}: column `{data.column}` in {split} holds {kind or 'lists'}, not text")
+
+
+def _texts(part: Dataset, data: DataConfig, split: str) -> Dataset:
+    _check_column(part.features, data, split)
+    rows = part.select_columns([data.column])
+    if data.column != "text":
+        rows = rows.rename_column(data.column, "text")
+    filled = np.fromiter((index for index, text in enumerate(_column(rows)) if text and not text.isspace()), np.int64)
+    if len(filled) < len(rows):
+        log.warning(
+            "%s: %d of %d rows of %s have no text; left out", data.path, len(rows) - len(filled), len(rows), split
+        )
+        rows = rows.select(filled)
+    if not len(filled):
+        raise DataError(f"{data.path}: split `{_names(data)[split]}` has no rows with text in `{data.column}`")
+    return limited(rows, data.limit)
+
+
+def _column(rows: Dataset) -> Iterator[str | None]:
+    for batch in rows.with_format("arrow").iter(10_000):
+        yield from batch["text"].to_pylist()
+
+
+def _reachable(data: DataConfig) -> AbstractContextManager[None]:
+    return hub.reachable_or_offline(local=Path(_place(data)).is_dir())
+
+
+@contextmanager
+def _explained(data: DataConfig) -> Iterator[None]:
+    """Turn the library's many errors into one line that says what would do."""
+    try:
+        yield
+    except DataError:
+        raise
+    except DatasetNotFoundError:
+        raise DataError(
+            f"{data.path}: no such directory here and no such data set on the hub, or it is private (`hf auth login`)"
+        ) from None
+    except FileNotFoundError as error:
+        if Path(_place(data)).is_dir():
+            raise DataError(f"{data.path}: no data files; it should be {_DIRECTORY} ({_line(error)})") from None
+        raise _unreachable(data) from None
+    except ConnectionError:
+        raise _unreachable(data) from None
+    except (OSError, ValueError, RuntimeError, NotImplementedError, pa.ArrowException) as error:
+        raise DataError(f"{data.path}: cannot be read: {_line(error.__cause__ or error)}") from None
+    except datasets.exceptions.DatasetsError as error:
+        raise DataError(f"{data.path}: cannot be read: {_line(error.__cause__ or error)}") from None
+
+
+def _unreachable(data: DataConfig) -> DataError:
+    offline = "HF_HUB_OFFLINE is set" if hub.is_offline() else "cannot be reached"
+    return DataError(
+        f"{data.path}: no such directory, not in the cache {os.fspath(datasets.config.HF_DATASETS_CACHE)}, and the"
+        f" hub ({offline}) cannot be asked: set data.path to {_DIRECTORY}; or load it once where there is a network,"
+        " with HF_HOME on a disk that both see, and run with HF_HUB_OFFLINE=1"
+    )
+
+
+def _line(error: BaseException | Any) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,256 @@
+"""The `docstrings` corpus: English sentences from the documentation of installed Python packages, offline.
+
+Read with `ast`; nothing is imported or run. Sentences come from docstrings, other multi-line strings and README texts;
+paragraphs, for language-model pretraining, also from comments (those of C++ headers too) and messages. Which split a
+sentence is in depends on its near-duplicate key alone, and no sentence of valid or test is in a paragraph, whatever is
+installed here or there.
+"""
+
+import ast
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+from uuid import uuid4
+
+from datasets import Dataset, load_from_disk
+from tqdm import tqdm
+
+from vae_ds.config import SPLITS, DataConfig
+from vae_ds.data.cache import cache_dir, cache_error, digest
+from vae_ds.data.corpora import english, prose, sources, splits
+from vae_ds.data.corpora.corpus import Corpus, limited, quiet_datasets
+from vae_ds.data.corpora.splits import near_key, split_of_key
+from vae_ds.errors import DataError
+
+PARAGRAPH_WORDS = 200  # longest pretraining paragraph, in words
+_KNOWN_PACKAGES, _KNOWN_SENTENCES = 2, 4  # a word is taken for English if this many packages and sentences use it
+_EXTRACTION = (__file__, *(module.__file__ for module in (english, prose, sources, splits)))
+_COMMENT = re.compile(r"^[ \t]*(?:#:?|//+!?|\*)[ \t](.*)$")
+_MESSAGE_WORDS = 6
+
+Kind = Literal["sentences", "paragraphs"]
+Keyed = tuple[str, str]
+"""A sentence after its near-duplicate key."""
+
+Extract = tuple[str, list[list[Keyed]]]
+"""What one file gives: its package, and the wanted sentences of each paragraph."""
+
+
+def load(data: DataConfig) -> Corpus:
+    """The sentences by split, in an order that is a hash of each (so the first N are a fair sample).
+
+    The first call extracts (a minute or two, with a progress bar) into the cache; later calls map the cached files.
+    Raises DataError if the cache cannot be written.
+    """
+    folder = _prepared(data, "sentences")
+    meta = json.loads((folder / "meta.json").read_text())
+    rows = {split: limited(_open(folder / split), data.limit) for split in SPLITS}
+    return Corpus("docstrings", digest([meta["fingerprint"], str(data.limit)]), rows)
+
+
+def paragraphs(data: DataConfig) -> Dataset:
+    """Paragraphs (column `text`, at most 200 words) for language-model pretraining.
+
+    Every sentence whose near-duplicate key falls into valid or test is taken out, also after the finest splitting.
+    """
+    return limited(_open(_prepared(data, "paragraphs") / "paragraphs"), data.limit)
+
+
+def check(data: DataConfig) -> None:
+    """Nothing to check beyond the cache being writable. Raises DataError."""
+    root = cache_dir(data.cache_dir) / "docstrings"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cache_error(root, error) from None
+
+
+def _open(folder: Path) -> Dataset:
+    try:
+        with quiet_datasets():
+            rows = load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: the cached corpus is broken ({error}); delete {folder.parent}") from None
+    assert isinstance(rows, Dataset)
+    return rows
+
+
+def _prepared(data: DataConfig, kind: Kind) -> Path:
+    """The cache folder of what is installed now, filled if it is not there yet."""
+    root = cache_dir(data.cache_dir) / "docstrings"
+    # A change to the extraction makes another corpus, and nobody has to remember to raise a version.
+    code = [ast.dump(ast.parse(Path(str(module)).read_text("utf-8"))) for module in _EXTRACTION]
+    installed = (f"{name}=={version}" for name, version in sorted(sources.versions().items()))
+    folder = root / f"{kind}-{digest([*installed, *code])}"
+    if (folder / "meta.json").is_file():
+        return folder
+    check(data)
+    extracts = list(
+        _progress(kind, [(source.name, path) for source in sources.installed_sources() for path in source.files])
+    )
+    texts = _sentences(extracts) if kind == "sentences" else {"paragraphs": _paragraphs(extracts)}
+    temporary = root / f".partial-{uuid4().hex}"
+    try:
+        with quiet_datasets():
+            for name, rows in texts.items():
+                Dataset.from_dict({"text": rows}).save_to_disk(str(temporary / name))
+        meta = {"fingerprint": digest(line for name, rows in texts.items() for line in [name, *rows])}
+        (temporary / "meta.json").write_text(json.dumps(meta))
+        # Another process may have been quicker; its files say the same.
+        with suppress(OSError):
+            temporary.rename(folder)
+    except OSError as error:
+        raise cache_error(root, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _progress(kind: Kind, jobs: list[tuple[str, Path]]) -> Iterator[Extract]:
+    """Extract from all files in parallel, in order, with a bar on an interactive terminal."""
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
+    bar = {"total": len(jobs), "desc": f"docstrings: {kind}", "unit": "file", "disable": None, "leave": False}
+    extract = _sentences_of if kind == "sentences" else _paragraphs_of
+    if workers == 1 or multiprocessing.current_process().daemon:
+        yield from tqdm(map(extract, jobs), **bar)
+        return
+    # Forked workers run plain Python only, and unlike spawned ones need no guard in the user's main module.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        # A process that notes SIGTERM for later would hand that on, and the pool ends its workers by it.
+        pool = multiprocessing.get_context(method).Pool(workers, signal.signal, (signal.SIGTERM, signal.SIG_DFL))
+    with pool:
+        yield from tqdm(pool.imap(extract, jobs, chunksize=16), **bar)
+
+
+def _sentences_of(job: tuple[str, Path]) -> Extract:
+    package, path = job
+    blocks: list[list[Keyed]] = []
+    if path.suffix not in sources.HEADERS:
+        texts = (text for is_documentation, text in _texts(path) if is_documentation)
+        plain = (filter(prose.is_plain, prose.sentences(block)) for text in texts for block in prose.paragraphs(text))
+        blocks = [[(near_key(sentence), sentence) for sentence in found] for found in plain]
+    return package, [block for block in blocks if block]
+
+
+def _paragraphs_of(job: tuple[str, Path]) -> Extract:
+    package, path = job
+    every = (prose.sentences(block) for _, text in _texts(path) for block in prose.paragraphs(text))
+    keyed = ([(near_key(sentence), sentence) for sentence in found if prose.is_decent(sentence)] for found in every)
+    blocks = [[pair for pair in found if not _held_out(*pair)] for found in keyed]
+    return package, [block for block in blocks if block]
+
+
+def _texts(path: Path) -> Iterator[tuple[bool, str]]:
+    """The texts of a file, and whether each is documentation (docstrings, long strings) or a comment or a message."""
+    try:
+        content = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return
+    if path.suffix in sources.HEADERS:
+        yield from ((False, comment) for comment in _comments(content))
+        return
+    if path.suffix not in {".py", ".pyi"}:
+        yield True, content
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            tree = ast.parse(content)
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    pieces: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            pieces.update(id(part) for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in pieces:
+            text = node.value.strip()
+            docstring = "\n" in text or text.endswith(".")
+            if docstring or len(text.split()) >= _MESSAGE_WORDS:
+                yield docstring, node.value
+    for comment in _comments(content):
+        yield False, comment
+
+
+def _comments(content: str) -> Iterator[str]:
+    held: list[str] = []
+    for line in [*content.splitlines(), ""]:
+        comment = _COMMENT.match(line)
+        if comment:
+            held.append(comment[1])
+        elif held:
+            yield "\n".join(held)
+            held = []
+
+
+def _held_out(key: str, sentence: str) -> bool:
+    if split_of_key(key) != "train":
+        return True
+    pieces = [piece for piece in prose.loose_sentences(sentence) if len(piece.split()) >= prose.MIN_WORDS]
+    return any(split_of_key(near_key(piece)) != "train" for piece in pieces)
+
+
+def _sentences(extracts: list[Extract]) -> dict[str, list[str]]:
+    """Unique sentences of known words by split. Of near-duplicates the first stays."""
+    first: dict[str, str] = {}
+    packages: dict[str, set[str]] = defaultdict(set)
+    for package, blocks in extracts:
+        for key, sentence in (pair for block in blocks for pair in block):
+            first.setdefault(key, sentence)
+            for word in prose.vocabulary(sentence):
+                packages[word].add(package)
+    uses: dict[str, int] = defaultdict(int)
+    for sentence in first.values():
+        for word in prose.vocabulary(sentence):
+            uses[word] += 1
+    known = {word for word, by in packages.items() if len(by) >= _KNOWN_PACKAGES and uses[word] >= _KNOWN_SENTENCES}
+    kept: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
+    for key, sentence in first.items():
+        if prose.vocabulary(sentence) <= known:
+            kept[split_of_key(key)].append((_rank(key), sentence))
+    return {split: [sentence for _, sentence in sorted(rows)] for split, rows in kept.items()}
+
+
+def _paragraphs(extracts: list[Extract]) -> list[str]:
+    """Paragraphs without sentences that came before, cut at sentence ends to at most PARAGRAPH_WORDS words."""
+    seen: set[str] = set()
+    rows: list[tuple[str, str]] = []
+    for _, blocks in extracts:
+        for block in blocks:
+            fresh = []
+            for key, sentence in block:
+                if key not in seen:
+                    seen.add(key)
+                    fresh.append(sentence.replace(prose.CODE, ""))
+            rows += [(_rank(text), text) for text in _pieces(fresh)]
+    return [text for _, text in sorted(rows)]
+
+
+def _pieces(sentences: list[str]) -> Iterator[str]:
+    held: list[str] = []
+    words = 0
+    for sentence in sentences:
+        count = len(sentence.split())
+        if held and words + count > PARAGRAPH_WORDS:
+            yield " ".join(held)
+            held, words = [], 0
+        held.append(sentence)
+        words += count
+    if held:
+        yield " ".join(held)
+
+
+def _rank(key: str) -> str:
+    """A shuffle that does not depend on what else is there. Salted: the split is a hash of the same key."""
+    return hashlib.blake2b(b"order " + key.encode("utf-8", "replace"), digest_size=8).hexdigest()

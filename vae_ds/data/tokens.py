@@ -1,0 +1,319 @@
+"""Text to token ids: tokenise a split once into Arrow files, shard by shard, and read them memory-mapped.
+
+What is interrupted goes on after the last whole shard. Memory does not grow with the text but for the lengths, 4 bytes
+a sentence.
+
+Shapes: N sentences of a split, B some of them, T tokens of one. Lengths are in subword tokens with the
+end-of-sentence token counted; each sentence ends with the one such token it has.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import torch.distributed as dist
+from datasets import Dataset, Features, List, Value
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from vae_ds.data.cache import cache_dir as cache_root
+from vae_ds.data.cache import cache_error
+from vae_ds.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CACHE_FORMAT = 1  # part of the cache's key: raise it when a row's meaning changes
+ROWS_AT_ONCE = 10_000  # a chunk of the cache; few enough that 10 million sentences are a thousand chunks
+SHARD_ROWS = 200_000  # a file of the cache: what an interruption can cost
+
+ROW_FEATURES = Features(
+    {"ids": List(Value("int32")), "words": Value("int32"), "unknown": Value("int32"), "truncated": Value("bool")}
+)
+
+log = logging.getLogger(__name__)
+
+
+class TextCorpus(Protocol):
+    """What `tokenise` needs of a corpus; each split has a column `text`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def splits(self) -> Mapping[str, Dataset]: ...
+
+
+class TokenSet:
+    """The token ids of N sentences, memory-mapped where they come from the cache; `tokens[i]` is int64 (T,).
+
+    lengths_N: tokens kept, the end-of-sentence token counted. `fingerprint` changes with the texts, the tokenizer and
+    the maximum length.
+    """
+
+    def __init__(self, rows: pa.Table, text: Callable[[int], str], fingerprint: str) -> None:
+        """`rows` has the columns of ROW_FEATURES; `text(i)` gives sentence i as it was before it was cut."""
+        self._chunks = [
+            (chunk.offsets.to_numpy(), chunk.values.to_numpy())  # views: Arrow's own memory, not copies
+            for chunk in rows.column("ids").chunks
+        ]
+        self._first_N = np.cumsum([0] + [len(offsets) - 1 for offsets, _ in self._chunks])
+        self._rows = rows
+        self._text = text
+        self.fingerprint = fingerprint
+        self.lengths_N = np.concatenate([np.diff(offsets) for offsets, _ in self._chunks] or [np.zeros(0, np.int32)])
+
+    @cached_property
+    def words_N(self) -> NDArray[np.int32]:
+        """Whitespace words kept whole, plus 1 for the end of the sentence."""
+        return self._column("words")
+
+    @cached_property
+    def unknown_N(self) -> NDArray[np.int32]:
+        """Unknown subwords among the kept."""
+        return self._column("unknown")
+
+    @cached_property
+    def truncated_N(self) -> NDArray[np.bool_]:
+        """Whether the sentence was cut."""
+        return self._column("truncated")
+
+    def __len__(self) -> int:
+        return len(self.lengths_N)
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        return self._view(index).astype(np.int64)
+
+    def text(self, index: int) -> str:
+        """Sentence `index` as the corpus has it, uncut. Raises IndexError."""
+        return self._text(self._checked(index))
+
+    def first(self, count: int) -> "TokenSet":
+        """The first `count` sentences, or all if there are fewer."""
+        if count >= len(self):
+            return self
+        return TokenSet(self._rows.slice(0, count), self._text, _digest(self.fingerprint, count))
+
+    def flat(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The ids of some sentences, one after another: int64 (sum of their lengths,)."""
+        views = [self._view(int(index)) for index in index_B]
+        return np.concatenate(views).astype(np.int64) if views else np.zeros(0, np.int64)
+
+    def _column(self, name: str) -> Any:
+        return self._rows.column(name).to_numpy()
+
+    def _checked(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sentence {index} of {len(self)}")
+        return index
+
+    def _view(self, index: int) -> NDArray[np.int32]:
+        index = self._checked(index)
+        chunk = int(np.searchsorted(self._first_N, index, side="right")) - 1
+        offsets, values = self._chunks[chunk]
+        row = index - int(self._first_N[chunk])
+        view: NDArray[np.int32] = values[offsets[row] : offsets[row + 1]]
+        return view
+
+
+def tokenise(
+    corpus: TextCorpus, split: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int, cache_dir: Path | str | None
+) -> TokenSet:
+    """The token ids of a split, from the cache if they are there; sentences longer than `max_tokens` are cut.
+
+    The names of the cache's files hold a hash of the corpus, the split, the tokenizer and `max_tokens`; each appears
+    under its name only once it is whole, and a later call writes those that are missing. How many sentences are cut is
+    logged. `cache_dir` None means the default place. Raises DataError if there is no such split or the cache cannot be
+    written, ConfigError if the tokenizer has no end-of-sentence token.
+    """
+    if split not in corpus.splits:
+        raise DataError(f"corpus {corpus.name} has no split `{split}`; it has {', '.join(corpus.splits) or 'none'}")
+    _require_end(tokenizer)
+    texts = corpus.splits[split]
+    key = _digest(CACHE_FORMAT, corpus.fingerprint, split, len(texts), tokenizer_fingerprint(tokenizer), max_tokens)
+    if not len(texts):
+        return TokenSet(_rows([], tokenizer, max_tokens), str, key)
+    folder = cache_root(None if cache_dir is None else str(cache_dir)) / "tokens"
+    shards = _shards(folder, f"{corpus.name.replace('/', '_')}-{split}-{key}", len(texts))
+    missing = [shard for shard in shards if not _readable(shard)]
+    if missing:
+        _write(texts, split, tokenizer, max_tokens, missing)
+    rows = pa.concat_tables([_read(shard.path) for shard in shards])
+    found = TokenSet(rows, lambda index: str(texts[index]["text"]), key)
+    tell_cut(f"{corpus.name}, {split}", found, max_tokens)
+    return found
+
+
+def from_texts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> TokenSet:
+    """The token ids of sentences in memory, as `tokenise` makes them. Raises ConfigError as it does."""
+    _require_end(tokenizer)
+    kept = list(texts)
+    starts = range(0, max(1, len(kept)), ROWS_AT_ONCE)
+    rows = pa.concat_tables([_rows(kept[start : start + ROWS_AT_ONCE], tokenizer, max_tokens) for start in starts])
+    fingerprint = _digest(CACHE_FORMAT, *kept, tokenizer_fingerprint(tokenizer), max_tokens)
+    return TokenSet(rows, lambda index: kept[index], fingerprint)
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A hash of all that decides a tokenizer's ids: its vocabulary, its model and its special tokens."""
+    parts: list[Any] = [type(tokenizer).__name__, sorted(tokenizer.special_tokens_map.items(), key=str)]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # Truncation and padding are settings of the last call, not of the tokenizer.
+        state = json.loads(backend.to_str())
+        parts.append({name: value for name, value in state.items() if name not in ("truncation", "padding")})
+    else:
+        parts.append(sorted(tokenizer.get_vocab().items()))
+        vocabulary = getattr(tokenizer, "vocab_file", None)
+        if vocabulary and Path(vocabulary).is_file():
+            parts.append(hashlib.sha256(Path(vocabulary).read_bytes()).hexdigest())
+    return _digest(*parts)
+
+
+def _require_end(tokenizer: "PreTrainedTokenizerBase") -> None:
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{type(tokenizer).__name__} of {tokenizer.name_or_path} has no end-of-sentence token")
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A file of the cache, and which rows of the split it holds."""
+
+    path: Path
+    first: int
+    end: int
+
+
+def _shards(folder: Path, name: str, rows: int) -> list[_Shard]:
+    starts = range(0, rows, SHARD_ROWS)
+    paths = (folder / f"{name}-{number:05}-of-{len(starts):05}.arrow" for number in range(len(starts)))
+    return [_Shard(path, first, min(first + SHARD_ROWS, rows)) for path, first in zip(paths, starts, strict=True)]
+
+
+def _write(
+    texts: Dataset, split: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int, missing: list[_Shard]
+) -> None:
+    source = texts.select_columns(["text"]).with_format("arrow")
+    wanted = sum(shard.end - shard.first for shard in missing)
+    bar = tqdm(total=len(texts), initial=len(texts) - wanted, desc=f"Tokenising {split}", unit="sentence", disable=None)
+    folder = missing[0].path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with bar:
+            for shard in missing:
+                with _partial(shard) as file, pa.ipc.new_stream(file, ROW_FEATURES.arrow_schema) as writer:
+                    for first in range(shard.first, shard.end, ROWS_AT_ONCE):
+                        part = source[first : min(first + ROWS_AT_ONCE, shard.end)].column("text").to_pylist()
+                        writer.write_table(_rows(part, tokenizer, max_tokens))
+                        bar.update(len(part))
+    except OSError as error:
+        raise cache_error(folder, error) from None
+
+
+@contextmanager
+def _partial(shard: _Shard) -> Iterator[BinaryIO]:
+    """A file to write a shard into, which gets the shard's name when it is whole, and goes if it is not."""
+    temporary = shard.path.with_name(f".{shard.path.name}.{uuid4().hex}")
+    with temporary.open("wb") as file:
+        try:
+            yield file
+            file.flush()
+            _publish(temporary, shard)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, shard: _Shard) -> None:
+    try:
+        temporary.replace(shard.path)
+    except FileNotFoundError:
+        # Another process was quicker with the same shard, and swept.
+        if not _readable(shard):
+            raise
+    for left in shard.path.parent.glob(f".{shard.path.name}.*"):
+        left.unlink(missing_ok=True)  # of a process that was killed
+
+
+def tell_cut(name: str, tokens: TokenSet, max_tokens: int) -> None:
+    """Log how many sentences were cut, on rank 0: a warning if there are any."""
+    cut = int(tokens.truncated_N.sum())
+    if dist.is_initialized() and dist.get_rank():
+        return
+    if cut:
+        share = 100 * cut / len(tokens)
+        told = "%s: %d of %d sentences (%.2f %%) are longer than data.max_tokens %d and were cut"
+        log.warning(told, name, cut, len(tokens), share, max_tokens)
+    else:
+        log.info("%s: none of %d sentences is longer than data.max_tokens %d", name, len(tokens), max_tokens)
+
+
+def _readable(shard: _Shard) -> bool:
+    """Whether the file is there and whole; a full disk or a copy cut short may leave one that is not."""
+    try:
+        return _read(shard.path).num_rows == shard.end - shard.first
+    except (OSError, pa.ArrowInvalid):
+        return False
+
+
+def _read(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_stream(source).read_all()
+
+
+def _rows(texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> pa.Table:
+    """Rows of ROW_FEATURES for some texts; each one's ids end with the one end-of-sentence token they hold."""
+    found = (
+        tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
+        if texts
+        else []
+    )
+    # Each of these is a search in the tokenizer, which a sentence can do without.
+    end, unknown, pad = tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id
+    rows: dict[str, list[Any]] = {name: [] for name in ROW_FEATURES}
+    for text, text_ids in zip(texts, found, strict=True):
+        ids = _plain(text_ids, {end, pad}, unknown)
+        cut = len(ids) > max_tokens - 1
+        kept = ids[: max_tokens - 1]
+        words = _words_kept(ids, kept, tokenizer) if cut else len(text.split())
+        rows["ids"].append([*kept, end])
+        rows["words"].append(words + 1)
+        rows["unknown"].append(kept.count(unknown))
+        rows["truncated"].append(cut)
+    return pa.table(rows, schema=ROW_FEATURES.arrow_schema)
+
+
+def _plain(ids: list[int], controls: set[int | None], unknown: int | None) -> list[int]:
+    """A text may hold the characters of `</s>` or `<pad>`; Unigram models then find those ids, which mean no text."""
+    if controls.isdisjoint(ids):
+        return ids
+    plain = [unknown if token in controls else token for token in ids]
+    return [token for token in plain if token is not None]
+
+
+def _words_kept(ids: list[int], kept: list[int], tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Whitespace words that a cut sentence keeps whole: the last one counts only if the cut did not go through it."""
+    # The end of the word that the cut may go through lies within the next tokens, or is longer than the count minds.
+    whole, part = (
+        str(tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False)).split()
+        for some in (ids[: 2 * len(kept) + 8], kept)
+    )
+    return next((n for n, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), len(part))
+
+
+def _digest(*parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True, default=str, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

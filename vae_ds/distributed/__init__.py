@@ -1,0 +1,43 @@
+"""The ranks of a run: the process group, reductions over it, and random numbers that do not depend on it.
+
+Stands on `runtime` and `errors`.
+"""
+
+from vae_ds.distributed.collectives import (
+    all_sum,
+    barrier,
+    broadcast_object,
+    gather_objects,
+    gather_rows,
+    rank0_first,
+)
+from vae_ds.distributed.randomness import capture, restore, seed_everything, stream
+from vae_ds.distributed.ranks import (
+    VARIABLES,
+    Ranks,
+    finish,
+    interface_to,
+    open_store,
+    part,
+    start,
+)
+
+__all__ = [
+    "VARIABLES",
+    "Ranks",
+    "all_sum",
+    "barrier",
+    "broadcast_object",
+    "capture",
+    "finish",
+    "gather_objects",
+    "gather_rows",
+    "interface_to",
+    "open_store",
+    "part",
+    "rank0_first",
+    "restore",
+    "seed_everything",
+    "start",
+    "stream",
+]

@@ -1,0 +1,185 @@
+"""The process group: who this rank is, where the ranks meet, and how they leave."""
+
+import errno
+import os
+import socket
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from vae_ds.errors import ConfigError
+from vae_ds.runtime import cores, free_port, slurm
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# What `start` may set for torch and DeepSpeed, and `finish` takes back.
+VARIABLES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"),
+)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all processes of the run."""
+
+    rank: int
+    local_rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+
+_ranks: Ranks | None = None
+_store: dist.TCPStore | None = None
+_before: dict[str, str | None] = {}
+
+
+def start() -> Ranks:
+    """Join the process group, once: NCCL where there are GPUs, gloo elsewhere; one process alone works too.
+
+    Ranks come from RANK, LOCAL_RANK and WORLD_SIZE (deepspeed and torchrun set them), else from SLURM's variables.
+    Raises ConfigError if only some of them are set.
+    """
+    global _ranks, _store, _before
+    if _ranks is not None:
+        return _ranks
+    _before = {name: os.environ.get(name) for name in VARIABLES}
+    rank, local_rank, world = _numbers()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        # A task that sees one device only (SLURM's --gpus-per-task=1) has a local rank past it.
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        _pin_threads(world)
+    if not dist.is_initialized():
+        interface = interface_to(os.environ["MASTER_ADDR"])
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        _store = open_store(int(os.environ["MASTER_PORT"]), rank == 0, COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=_store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
+        )
+    _ranks = Ranks(rank, local_rank, world, device)
+    return _ranks
+
+
+def open_store(port: int, serve: bool, timeout: timedelta) -> dist.TCPStore:
+    """A store at MASTER_ADDR: served there (port 0: any free one), or joined.
+
+    The server listens at that address alone; torch's own listens at every address of the machine.
+    Raises ConfigError if the address or the port cannot be had.
+    """
+    host = os.environ["MASTER_ADDR"]
+    if not serve:
+        return dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    try:
+        listener = _listener(host, port)
+    except OSError as error:
+        raise ConfigError(f"MASTER_ADDR {host}, MASTER_PORT {port}: cannot listen there ({error.strerror})") from None
+    # The store closes the socket when it ends, so Python must not.
+    address, fd = listener.getsockname(), listener.detach()
+    return dist.TCPStore(host, address[1], is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=fd)
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        # Behind address translation this host's name may stand for an address that none of its interfaces has.
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        listener.bind(("", port))
+    listener.listen(1024)
+    return listener
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface of this machine that leads to a host, None if there is none or it does not say.
+
+    Gloo by itself takes the one that this machine's own name stands for, often the loopback.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            # A datagram socket sends nothing here; the route alone is looked up.
+            probe.connect(address)
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    if own.startswith("127."):
+        own = "127.0.0.1"
+    return next((name for name, found in interfaces if own in [one.address for one in found]), None)
+
+
+def part() -> None:
+    """Wait until every rank is here, for the last time: after it a process may end at once. A collective.
+
+    A rank that leaves gloo's own barrier may still have words for the others in its buffers, and they would miss them.
+    """
+    if _ranks is None or _store is None or _ranks.world == 1:
+        return
+    _store.set(f"parted/{_ranks.rank}", "")
+    try:
+        _store.wait([f"parted/{rank}" for rank in range(_ranks.world)], COLLECTIVE_TIMEOUT)
+    except (RuntimeError, dist.DistError):
+        # Rank 0 has the store and goes once it has seen all of us.
+        if _ranks.is_main:
+            raise
+    if _ranks.is_main:
+        # The others have their answer before the store goes, which they would complain of.
+        time.sleep(0.2)
+
+
+def finish() -> None:
+    """Leave the process group, and the environment as it was; for a successful end only: every rank must come here."""
+    global _ranks, _store, _before
+    part()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name, value in _before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _ranks, _store, _before = None, None, {}
+
+
+def _numbers() -> tuple[int, int, int]:
+    """Rank, local rank, world size; sets the variables that torch and DeepSpeed read where they are missing."""
+    env = os.environ
+    if "RANK" not in env and (task := slurm.task(env)) is not None:
+        env.update(RANK=str(task.rank), LOCAL_RANK=str(task.local_rank), WORLD_SIZE=str(task.world))
+        env.update(MASTER_ADDR=task.master_addr, MASTER_PORT=str(task.master_port))
+        env.update(LOCAL_WORLD_SIZE=str(task.local_world))
+    if "RANK" not in env:
+        env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if missing:
+        raise ConfigError(f"RANK is set but not {', '.join(missing)}; start through `deepspeed`, `torchrun` or `srun`")
+    env.setdefault("LOCAL_RANK", "0")
+    return int(env["RANK"]), int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"])
+
+
+def _pin_threads(world: int) -> None:
+    """Share the cores of this machine among its ranks: the launcher leaves it to each to take all of them."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        torch.set_num_threads(int(os.environ["SLURM_CPUS_PER_TASK"]))
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
+    torch.set_num_threads(max(1, cores() // max(1, here)))

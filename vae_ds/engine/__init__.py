@@ -1,0 +1,24 @@
+"""The door to DeepSpeed: no other package imports it. Resolves a ds_config and runs one phase on an engine.
+
+Stands on `distributed`, `config` and `errors`.
+"""
+
+from vae_ds.engine.masters import MOMENTS
+from vae_ds.engine.phase_engine import (
+    PhaseEngine,
+    PhaseState,
+    StepOutcome,
+    builds_async_io,
+    precision_for,
+    resolve,
+)
+
+__all__ = [
+    "MOMENTS",
+    "PhaseEngine",
+    "PhaseState",
+    "StepOutcome",
+    "builds_async_io",
+    "precision_for",
+    "resolve",
+]

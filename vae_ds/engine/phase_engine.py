@@ -1,0 +1,397 @@
+"""The one door to DeepSpeed: resolve a ds_config, build an engine for a phase, carry weights over, tear down.
+
+A phase is an engine: freezing inside a live one trains nothing at ZeRO 1-3, so each phase builds its own on a freshly
+rebuilt float32 module and hands exact float32 weights to the next.
+"""
+
+import contextlib
+import gc
+import io
+import math
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from vae_ds import distributed
+from vae_ds.config import OptimizerConfig
+from vae_ds.distributed import Ranks
+from vae_ds.engine import ds_config, ds_keys, nvme
+from vae_ds.engine.masters import MOMENTS, Masters
+from vae_ds.errors import CheckpointError, ConfigError
+
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step did: applied or skipped, the gradient's norm before clipping, fp16's loss scale."""
+
+    applied: bool
+    grad_norm: float
+    loss_scale: float | None = None
+
+
+@dataclass
+class PhaseState:
+    """A phase's float32 CPU tensors by parameter name: all weights, and AdamW's moments of the trainable ones.
+
+    `names` lists every parameter in the module's order; the tensors may be a share of them (see PhaseEngine.state).
+    `steps` counts AdamW's applied steps; `scaler` is fp16's dynamic loss scale, else empty; `generators` are this
+    rank's random generators, if the state comes from a checkpoint of the same world.
+    """
+
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, dict[str, torch.Tensor]]
+    steps: int = 0
+    scaler: dict[str, float] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    generators: dict[str, Any] | None = None
+
+
+def precision_for(precision: str, device: torch.device | str, deepspeed: str | None = None) -> str:
+    """Decide `auto`: what the ds_config states, else bf16 on GPUs (fp16 on those without it) and fp32 on CPUs."""
+    if precision != ds_config.AUTO:
+        return precision
+    stated = ds_config.stated_precision(deepspeed) if deepspeed else None
+    if stated is not None:
+        return stated
+    if torch.device(device).type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def resolve(
+    deepspeed: str,
+    precision: str,
+    device: torch.device | str = "cpu",
+    *,
+    stated: Mapping[str, Sequence[Any]] | None = None,
+) -> dict[str, Any]:
+    """The ds_config of a recipe's `deepspeed` at a decided precision; needs no process group and no model.
+
+    Batch sizes and clipping stay "auto" until an engine is built. `stated` gives each value that the recipe will put
+    at such a key, for example {"gradient_clipping": [0.0]}, so that a clash is told now.
+    Raises ConfigError that names the file and the key: an owned key with another value, a key DeepSpeed does not
+    know, an "auto" that nobody owns, fp16 where it does not work.
+    """
+    path = ds_config.find(deepspeed, precision)
+    source = str(path)
+    tree = ds_config.read(path)
+    stage = ds_config.stage_of(tree, source)
+    if precision == "fp16" and stage == 0:
+        raise ConfigError(f"{source}: {ds_config.FP16_STAGE_0}")
+    chosen = {f"{kind}.enabled": precision == kind for kind in ("bf16", "fp16")}
+    ds_config.check(tree, source, {**{key: [value] for key, value in chosen.items()}, **(stated or {})})
+    ds_config.settle_accumulation(tree, stage, precision, source)
+    nvme.settle(tree, source)
+    if ds_config.lookup(tree, "zero_optimization.offload_optimizer"):
+        tree.setdefault("zero_force_ds_cpu_optimizer", False)
+    probe = {key: 1 for key in ds_config.OWNED if key.startswith("train_micro")} | chosen | nvme.owned(tree)
+    rest = {key: value for key, value in tree.items() if key not in ds_config.OWNED}
+    _check_known(ds_config.complete(rest, probe, source), source)
+    if precision == "fp16" and not _library().accelerator.get_accelerator().is_fp16_supported():
+        raise ConfigError(f"precision: this {torch.device(device).type} cannot compute in fp16; use bf16 or fp32")
+    if nvme.sections(tree) and not builds_async_io():
+        raise ConfigError(
+            f"{source}: DeepSpeed cannot build its operator for NVMe here; install libaio's header (libaio-dev or "
+            "libaio-devel), g++, ninja and, for GPUs, the CUDA toolkit (see `vae-ds doctor`), or offload to cpu"
+        )
+    for key, value in chosen.items():
+        tree.setdefault(key.split(".")[0], {})["enabled"] = value
+    return tree
+
+
+class PhaseEngine:
+    """One phase's DeepSpeed engine.
+
+    `module` is float32 on the CPU with `requires_grad` already set; the engine takes it over for good. `micro`
+    sentences a rank and forward pass, `accumulation` of them a step. Every method is a collective.
+    Raises ConfigError if nothing is trainable or the ds_config clashes with the recipe.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        optimizer: OptimizerConfig,
+        micro: int,
+        accumulation: int,
+        ranks: Ranks,
+        precision: str,
+        ds_config: dict[str, Any],
+        half_of: Callable[[str], str] | None = None,
+    ) -> None:
+        """`half_of` says which part of the model a parameter belongs to, if steps are to update one part at a time."""
+        parameters = dict(module.named_parameters())
+        wrong = [name for name, p in parameters.items() if p.dtype != torch.float32 or p.device.type != "cpu"]
+        if wrong:
+            raise ValueError(f"a phase starts from float32 weights on the CPU; `{wrong[0]}` is not")
+        self._trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+        if not self._trainable:
+            raise ConfigError("freeze: the phase freezes every parameter, so it has nothing to train")
+        self._names = tuple(parameters)
+        self._parameters = parameters
+        self._frozen = {name: p.detach().clone() for name, p in parameters.items() if not p.requires_grad}
+        exact = {name: p.detach().clone() for name, p in self._trainable.items()} if precision != "fp32" else {}
+        self._ranks = ranks
+        halves: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self._trainable.items():
+            halves.setdefault(half_of(name) if half_of else "", []).append(parameter)
+        self._adam = torch.optim.AdamW(
+            [{"params": members, "half": half} for half, members in halves.items()],
+            lr=0.0,  # `step` brings each step's own
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        filled = _fill(ds_config, optimizer, micro, accumulation, ranks, precision, parameters.values())
+        self._swap = nvme.claim(filled, parameters.values(), ranks, 4 if precision == "fp32" else 2)
+        self._stage = int(filled.get("zero_optimization", {}).get("stage", 0))
+        self._is_plain = self._stage == 0 and precision == "fp32"
+        self._has_scale = precision == "fp16"
+        self._library = _library()
+        self._engine = self._initialize(module, filled)
+        self._masters = Masters(self._library, self._engine, self._adam, self._trainable, self._stage, ranks)
+        # DeepSpeed derives the masters from weights that it has already rounded to 16 bits, and at stage 0 has taken a
+        # step with zero gradients by now.
+        for name, value in exact.items():
+            self._masters.write(name, value)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module being trained, for calls other than `forward`; at stage 3 every rank makes the same ones."""
+        module: nn.Module = self._engine.module
+        return module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output for a micro batch."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient of `loss`, the mean over this rank's micro batch (nats a sentence)."""
+        self._engine.backward(loss)
+
+    def step(self, lr: float, half: str | None = None) -> StepOutcome | None:
+        """Call after each backward; None inside an accumulation, else what the optimizer step did.
+
+        With `half`, as `half_of` names it, all other parameters stay; their moments follow the gradients all the same.
+        A step with non-finite gradients is skipped on every rank: weights, moments and AdamW's step stay.
+        """
+        is_boundary = self._engine.is_gradient_accumulation_boundary()
+        for group in self._adam.param_groups:
+            group["lr"] = lr if half in (None, group["half"]) else 0.0
+        norm = None
+        if is_boundary and self._is_plain:
+            norm = self._gradient_norm()
+            if not math.isfinite(norm):
+                # Torch's own AdamW would apply it; the micro step is counted so that the next boundary stays in place.
+                self._engine.zero_grad()
+                self._engine.micro_steps += 1
+                return StepOutcome(applied=False, grad_norm=norm)
+        self._engine.step()
+        if not is_boundary:
+            return None
+        if norm is None:
+            norm = float(self._engine.get_global_grad_norm())
+        scale = float(self._engine.optimizer.loss_scale) if self._has_scale else None
+        applied = bool(self._engine.was_step_applied())
+        if not applied and self._stage in (1, 2):
+            # With the optimizer offloaded, a skipped step leaves its non-finite sums for all later steps to add to.
+            sums = getattr(self._engine.optimizer, "averaged_gradients", {})
+            sums.update(dict.fromkeys(sums))
+        return StepOutcome(applied, norm, scale)
+
+    def train(self) -> None:
+        """Training mode, as in torch."""
+        self._engine.train()
+
+    def eval(self) -> None:
+        """Evaluation mode, as in torch."""
+        self._engine.eval()
+
+    def tensors(self) -> Iterator[tuple[int, str, str, torch.Tensor]]:
+        """Each whole tensor in turn: the parameter's index and name, `weights` or the moment, float32 on the CPU.
+
+        One parameter is gathered at a time; a collective for every item, so exhaust it on each rank.
+        """
+        for index, name in enumerate(self._names):
+            if name in self._frozen:
+                yield index, name, "weights", self._frozen[name].clone()
+                continue
+            yield index, name, "weights", self._masters.read(name)
+            for moment in MOMENTS:
+                yield index, name, moment, self._masters.read(name, moment)
+
+    def state(self, *, share: bool = False) -> PhaseState:
+        """The phase's exact state, at any stage and precision; with `share`, parameter i on rank i mod world only."""
+        state = PhaseState({}, {key: {} for key in MOMENTS}, self._masters.steps, self._scaler(), self._names)
+        for index, name, kind, tensor in self.tensors():
+            if share and index % self._ranks.world != self._ranks.rank:
+                continue
+            (state.weights if kind == "weights" else state.moments[kind])[name] = tensor
+        return state
+
+    @torch.no_grad()
+    def load(self, state: PhaseState) -> None:
+        """Set masters, forward weights, moments and AdamW's step exactly, and the generators if the state has them.
+
+        `state` is whole and of the same freezing.
+        Raises CheckpointError if names or shapes are others.
+        """
+        self._check_fits(state)
+        for name, kept in self._frozen.items():
+            if not torch.equal(kept, state.weights[name]):
+                kept.copy_(state.weights[name])
+                self._masters.write_forward(self._parameters[name], kept)
+        for name in self._trainable:
+            self._masters.write(name, state.weights[name])
+            for moment in MOMENTS:
+                self._masters.write(name, state.moments[moment][name], moment)
+        self._masters.publish(state.weights)
+        self._masters.steps = state.steps
+        if self._has_scale:
+            for key, value in state.scaler.items():
+                setattr(self._engine.optimizer.loss_scaler, key, value)
+        if state.generators is not None:
+            distributed.restore(state.generators)
+
+    def close(self) -> None:
+        """Tear the engine down and free its memory; the module is of no further use."""
+        engine = self._engine
+        if engine is None:
+            return
+        swappers = nvme.quiet(engine.optimizer, self._parameters.values())
+        engine.destroy()
+        nvme.free(swappers)
+        self._swap.close()
+        # `destroy` leaves these, and through them the whole engine with its optimizer state stays alive.
+        engine.module_forward_pre_hook.remove()
+        engine.module_forward_post_hook.remove()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+            for name in ("_z3_optimizer", "_hp_mapping", "_zero_optimizer", "_dp_group", "nvme_swapper"):
+                if hasattr(parameter, name):
+                    delattr(parameter, name)
+        self._engine = None
+        del self._masters, self._adam
+        self._trainable, self._parameters, self._frozen = {}, {}, {}
+        del engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _initialize(self, module: nn.Module, filled: dict[str, Any]) -> Any:
+        if self._ranks.device.type == "cuda":
+            # DeepSpeed takes LOCAL_RANK for the device, also where a task sees one device only.
+            os.environ["LOCAL_RANK"] = str(self._ranks.device.index)
+        # DeepSpeed prints its memory readings at stage 1 in bf16, past its own log.
+        with contextlib.redirect_stdout(io.StringIO()):
+            in_float32 = not (filled["bf16"]["enabled"] or filled["fp16"]["enabled"])
+            can_fp16 = self._library.accelerator.get_accelerator().is_fp16_supported()
+            if "offload_param" in nvme.sections(filled) and in_float32 and not can_fp16:
+                # By itself it would write float32 weights as bf16: a slip that shows only on processors without fp16.
+                self._library.init_distributed(dist_init_required=False)
+                self._library.zero.Init(module=module, config_dict_or_path=filled, remote_device="nvme")
+            engine, *_ = self._library.initialize(
+                model=module,
+                optimizer=self._adam,
+                model_parameters=list(self._trainable.values()),
+                config=filled,
+                dist_init_required=False,
+            )
+        return engine
+
+    def _scaler(self) -> dict[str, float]:
+        if not self._has_scale:
+            return {}
+        scaler = self._engine.optimizer.loss_scaler
+        return {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)}
+
+    def _gradient_norm(self) -> float:
+        """The norm of the averaged gradient at stage 0 in float32, the same on every rank."""
+        gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def _check_fits(self, state: PhaseState) -> None:
+        expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
+        if (found := {name: tuple(value.shape) for name, value in state.weights.items()}) != expected:
+            odd = sorted(set(found.items()) ^ set(expected.items()))[0][0]
+            raise CheckpointError(f"the checkpoint's weights are not this model's: `{odd}` differs")
+        for key in MOMENTS:
+            if set(state.moments.get(key, {})) != set(self._trainable):
+                odd = sorted(set(state.moments.get(key, {})) ^ set(self._trainable))[0]
+                raise CheckpointError(f"the checkpoint is of a phase that freezes other parameters: `{odd}` differs")
+
+
+def _library() -> ModuleType:
+    """DeepSpeed, imported late (seconds), without its log and without the operator it compiles on first use."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls collectives by names that newer releases of torch deprecate, at every parameter.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    import deepspeed
+    import deepspeed.ops
+
+    # Gloo does without it, and a build that is killed leaves a lock on which every later run hangs. Set before the
+    # first reading, which would start compilers to see what could be built.
+    deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("WARNING")
+    library: ModuleType = deepspeed
+    return library
+
+
+def _fill(
+    tree: dict[str, Any],
+    optimizer: OptimizerConfig,
+    micro: int,
+    accumulation: int,
+    ranks: Ranks,
+    precision: str,
+    parameters: Iterable[nn.Parameter],
+) -> dict[str, Any]:
+    owned = nvme.owned(tree, parameters, ranks.world) | {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro * accumulation * ranks.world,
+        "gradient_clipping": optimizer.clip,
+        "bf16.enabled": precision == "bf16",
+        "fp16.enabled": precision == "fp16",
+    }
+    return ds_config.complete(tree, owned)
+
+
+def _check_known(tree: dict[str, Any], source: str) -> None:
+    """Raise ConfigError for a key that DeepSpeed would ignore or a value that it refuses."""
+    _library()
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    ds_keys.check_known(tree, source, DeepSpeedConfig, DeepSpeedConfigModel)
+
+
+def builds_async_io() -> bool:
+    """Whether DeepSpeed's operator for offloading to NVMe is or can be built here: compiles a probe against libaio."""
+    _library()
+    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    if shutil.which("ninja", path=own) and own not in path.split(os.pathsep):
+        # Another ninja than the environment's, which is on the PATH only while it is active, would build all anew.
+        os.environ["PATH"] = f"{own}{os.pathsep}{path}"
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if installed_ops.get("async_io"):
+        return True
+    if torch.cuda.is_available() and torch.version.cuda and CUDA_HOME is None:
+        return False
+    return shutil.which("ninja") is not None and bool(AsyncIOBuilder().is_compatible(verbose=False))

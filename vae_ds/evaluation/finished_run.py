@@ -1,0 +1,119 @@
+"""Jobs on a finished run: load its model, evaluate a split, export."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vae_ds import config as configuration
+from vae_ds import distributed
+from vae_ds.config import EvaluationConfig, RunConfig
+from vae_ds.data import cache_dir, corpora, tokenise
+from vae_ds.errors import CheckpointError, ConfigError, DataError
+from vae_ds.evaluation.metrics import evaluate
+from vae_ds.evaluation.text_metrics import text_metrics
+from vae_ds.model import T5VAE, load_tokenizer, read_export
+from vae_ds.runtime import records
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run directory or an exported model: where its model is, and the configuration of its run, if any."""
+
+    model_dir: Path
+    config: RunConfig | None
+
+
+def locate(run: Path) -> Place:
+    """Where a RUN argument's model is. Raises CheckpointError if there is none."""
+    if (run / "config.yaml").is_file():
+        if not (run / "model" / "config.json").is_file():
+            raise CheckpointError(f"{run}: no model/ yet; `vae-ds status {run}` tells how far the run is")
+        return Place(run / "model", configuration.load(RunConfig, str(run / "config.yaml")))
+    if (run / "config.json").is_file():
+        return Place(run, None)
+    raise CheckpointError(f"{run}: neither a run directory (config.yaml) nor an exported model (config.json)")
+
+
+def load_model(run: Path) -> tuple[T5VAE, Any]:
+    """A run's exported model in eval mode, and its tokenizer."""
+    place = locate(run)
+    model = T5VAE.from_pretrained(place.model_dir)
+    model.eval()
+    return model, load_tokenizer(str(place.model_dir))
+
+
+def sentences(run: Path, split: str, number: int) -> list[str]:
+    """The first sentences of one of the run's splits."""
+    config = _config_of(run, None)
+    corpora.check(config.data)
+    corpus = corpora.load(config.data)
+    if split not in corpus.splits:
+        raise DataError(f"the {split} split is read as a stream (data.streaming); choose valid or test")
+    return [str(text) for text in corpus.splits[split][:number]["text"]]
+
+
+def evaluate_run(
+    run: Path, split: str, settings: dict[str, int | None], recipe: str | None = None, yardstick: str | None = None
+) -> dict[str, Any] | None:
+    """Every metric of the README on one split, over all ranks; written to RUN/eval-SPLIT.json.
+
+    `yardstick` is a run of a plain language model, for `lm_gain` and `forward_ppl`. Returns the metrics on rank 0, None
+    on the others. Raises UserError if the run, its data or the yardstick's evaluation of the same split is missing, or
+    if the yardstick has a latent.
+    """
+    place, config = locate(run), _config_of(run, recipe)
+    corpora.check(config.data)
+    nll = None if yardstick is None else _yardstick_nll(Path(yardstick), split)
+    chosen = EvaluationConfig(
+        **{**config.evaluation.model_dump(), **{k: v for k, v in settings.items() if v is not None}}
+    )
+    ranks = distributed.start()
+    model, tokenizer = load_model(run)
+    corpus = distributed.rank0_first(lambda: corpora.load(config.data))
+    cache = cache_dir(config.data.cache_dir)
+    tokens = distributed.rank0_first(lambda: tokenise(corpus, split, tokenizer, config.data.max_tokens, cache))
+    model.to(ranks.device)
+    metrics = evaluate(model, tokens, ranks, chosen, seed=config.seed, yardstick=nll, pad_id=tokenizer.pad_token_id)
+    judge = None
+    if yardstick is not None and chosen.samples:
+        judge = load_model(Path(yardstick))
+        judge[0].to(ranks.device)
+    metrics |= text_metrics(
+        model, tokenizer, tokens, ranks, chosen, seed=config.seed, max_tokens=config.data.max_tokens, yardstick=judge
+    )
+    if not ranks.is_main:
+        return None
+    metrics = {"model": str(place.model_dir), "split": split, "seed": config.seed, **metrics}
+    records.write_json(run / f"eval-{split}.json", metrics)
+    return metrics
+
+
+def export(run: Path, to: Path) -> None:
+    """Copy a run's model to a directory of its own. Raises ConfigError if the directory is not empty."""
+    place = locate(run)
+    if to.exists() and any(to.iterdir()):
+        raise ConfigError(f"{to} is not empty; name a new directory")
+    shutil.copytree(place.model_dir, to, dirs_exist_ok=True)
+
+
+def _config_of(run: Path, recipe: str | None) -> RunConfig:
+    if recipe is not None:
+        return configuration.load(RunConfig, recipe)
+    config = locate(run).config
+    if config is None:
+        raise ConfigError(f"{run} is an exported model, which has no text of its own: name a --recipe")
+    return config
+
+
+def _yardstick_nll(run: Path, split: str) -> float:
+    injection = read_export(locate(run).model_dir).get("model", {}).get("injection")
+    if injection != "none":
+        raise ConfigError(
+            f"{run} has injection `{injection}`; a yardstick is a run with `none`, a plain language model"
+        )
+    stored = run / f"eval-{split}.json"
+    if not stored.is_file():
+        raise CheckpointError(f"{stored} is missing; first run `vae-ds evaluate {run} --split {split}`")
+    return float(json.loads(stored.read_text(encoding="utf-8"))["rec"])

@@ -1,0 +1,223 @@
+"""Metrics of the texts that a model writes: reconstructions against their sources, samples of the prior as a corpus.
+
+The texts are made in groups of a fixed size, which the ranks share: a group is the same on any number of ranks, and so
+is each metric. What counts as a word is stated at each. For a whole model on each rank (not one that ZeRO 3 has
+partitioned): ranks make different numbers of forward calls.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from vae_ds import latents
+from vae_ds.config import EvaluationConfig
+from vae_ds.data import TokenSet, collate, from_texts
+from vae_ds.distributed import Ranks, gather_objects, stream
+from vae_ds.evaluation.metrics import Metrics, perplexity
+from vae_ds.model import T5VAE
+
+Value = TypeVar("Value")
+Ngrams = Counter[tuple[str, ...]]
+LanguageModel = tuple[T5VAE, Any]
+"""A model with injection `none`, and its tokenizer."""
+
+GROUP = 16
+ORDERS = (1, 2, 3, 4)  # of n-grams: BLEU's
+
+
+def text_metrics(
+    model: T5VAE,
+    tokenizer: Any,
+    tokens: TokenSet,
+    ranks: Ranks,
+    settings: EvaluationConfig,
+    *,
+    seed: int,
+    max_tokens: int,
+    yardstick: LanguageModel | None = None,
+) -> Metrics:
+    """The metrics below on `tokens`, a split of `tokenizer`'s, as plain numbers ready for JSON. A collective.
+
+    - `bleu`: sacrebleu's corpus BLEU, 0 to 100, of greedy reconstructions from the posterior mean against the first
+      `bleu_sentences` sentences, each as far as `max_tokens` keeps it; `bleu_signature` says how it was counted.
+    - Of `samples` texts of the model, z ~ N(0, I) and then tokens drawn at `sample_temperature` (None: the likeliest):
+      `self_bleu`: mean of sacrebleu's sentence BLEU of each against all others, 0 to 100; high where they are alike.
+      `distinct_1` to `distinct_4`: different n-grams as a share of all, in BLEU's words (13a).
+      `forward_ppl`: their perplexity per word under the yardstick, tokenised its way; None without one.
+      `reverse_ppl`: perplexity per word of `tokens`, all of them, under a trigram model of the samples (`Trigram`).
+      Each of these depends on the number of samples, which is in the result: compare like with like.
+
+    Words are those of `ppl`, whitespace words and one for the end, where it does not say otherwise. What a setting
+    turns off, and what a model does not have, is None.
+    """
+    found: Metrics = dict.fromkeys(("bleu", "bleu_sentences", "bleu_signature", "samples", "sample_temperature"))
+    found |= dict.fromkeys(["self_bleu", *(f"distinct_{n}" for n in ORDERS), "forward_ppl", "reverse_ppl"])
+    sentences = min(settings.bleu_sentences or 0, len(tokens))
+    if sentences and model.bottleneck is not None:
+        kept = [_kept(tokens, tokenizer, index) for index in range(sentences)]
+        found |= _bleu(_reconstructions(model, tokenizer, kept, ranks, max_tokens), kept)
+    if settings.samples:
+        texts = _samples(model, tokenizer, settings, ranks, seed, max_tokens)
+        grams = [ngrams(text) for text in texts]
+        found |= {"samples": len(texts), "sample_temperature": settings.sample_temperature}
+        found |= {f"distinct_{n}": distinct(grams, n) for n in ORDERS}
+        found["self_bleu"] = self_bleu(grams, ranks)
+        found["reverse_ppl"] = _reverse(from_texts(texts, tokenizer, max_tokens), tokens, len(tokenizer), ranks)
+        if yardstick is not None:
+            found["forward_ppl"] = _forward(texts, yardstick, ranks, max_tokens)
+    return found
+
+
+class Trigram:
+    """A trigram model over token ids with Witten-Bell's interpolation (1991), down to a uniform distribution.
+
+    p(w | h) = (c(h w) + t(h) p(w | h')) / (c(h) + t(h)): c counts, t(h) is the number of different successors of h,
+    and h' is h without its oldest token. The uniform end over the whole vocabulary makes models of different samples
+    comparable: what a sample never used costs something and is not left out.
+    """
+
+    def __init__(self, sentences: Iterable[Sequence[int]], vocabulary: int) -> None:
+        """`sentences` are ids below `vocabulary`, each with its end-of-sentence token."""
+        self.vocabulary = vocabulary
+        self._after: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+        for ids in sentences:
+            for history, token in _histories(ids):
+                for start in range(3):
+                    self._after[history[start:]][token] += 1
+        self._totals = {history: counts.total() for history, counts in self._after.items()}
+
+    def probability(self, token: int, history: tuple[int, ...]) -> float:
+        """Of `token` after up to two ids, -1 standing for what is before a sentence. Sums to 1 over the vocabulary."""
+        value = 1.0 / self.vocabulary
+        for start in range(len(history), -1, -1):
+            counts = self._after.get(history[start:])
+            if counts is not None:
+                kinds = len(counts)
+                value = (counts.get(token, 0) + kinds * value) / (self._totals[history[start:]] + kinds)
+        return value
+
+    def nll(self, ids: Sequence[int]) -> float:
+        """-log p of one sentence, nats."""
+        return -sum(math.log(self.probability(token, history)) for history, token in _histories(ids))
+
+
+def _histories(ids: Sequence[int]) -> Iterable[tuple[tuple[int, int], int]]:
+    padded = [-1, -1, *map(int, ids)]
+    return (((padded[at - 2], padded[at - 1]), padded[at]) for at in range(2, len(padded)))
+
+
+def distinct(grams: Sequence[Ngrams], order: int) -> float | None:
+    """Different n-grams of one order as a share of all in these texts (Li et al. 2016); None if there is none."""
+    total: Ngrams = Counter()
+    for counts in grams:
+        total.update({gram: count for gram, count in counts.items() if len(gram) == order})
+    return len(total) / total.total() if total else None
+
+
+def self_bleu(grams: Sequence[Ngrams], ranks: Ranks) -> float | None:
+    """Mean BLEU of each text against all others (Zhu et al. 2018), 0 to 100; None for fewer than two. A collective.
+
+    Each one is `sacrebleu.sentence_bleu(text, others)`, from n-grams that are counted once a text and not once a pair.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    if len(grams) < 2:
+        return None
+    sizes = [sum(count for gram, count in counts.items() if len(gram) == 1) for counts in grams]
+    # A reference's largest count clips a match; the two largest suffice to leave the text itself out.
+    largest: dict[tuple[str, ...], tuple[int, int, int]] = {}
+    for row, counts in enumerate(grams):
+        for gram, count in counts.items():
+            most, holder, second = largest.get(gram, (0, -1, 0))
+            largest[gram] = (count, row, most) if count > most else (most, holder, max(second, count))
+
+    def score(row: int) -> float:
+        correct, total = [0] * len(ORDERS), [0] * len(ORDERS)
+        for gram, count in grams[row].items():
+            most, holder, second = largest[gram]
+            correct[len(gram) - 1] += min(count, second if holder == row else most)
+            total[len(gram) - 1] += count
+        others = (size for other, size in enumerate(sizes) if other != row)
+        closest = min(others, key=lambda size: (abs(size - sizes[row]), size))
+        return float(BLEU.compute_bleu(correct, total, sizes[row], closest, "exp", effective_order=True).score)
+
+    return float(np.mean(_in_groups(len(grams), ranks, lambda rows: [score(row) for row in rows])))
+
+
+def ngrams(text: str) -> Ngrams:
+    """The n-grams of a text up to BLEU's order, in sacrebleu's words (13a)."""
+    from sacrebleu.metrics.helpers import extract_all_word_ngrams
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    counts, _ = extract_all_word_ngrams(Tokenizer13a()(text.rstrip()), min(ORDERS), max(ORDERS))
+    return Counter(counts)
+
+
+def _kept(tokens: TokenSet, tokenizer: Any, index: int) -> str:
+    """A sentence, or as much of it as its tokens hold."""
+    if not tokens.truncated_N[index]:
+        return tokens.text(index)
+    return str(tokenizer.decode(tokens[index], skip_special_tokens=True))
+
+
+def _reconstructions(model: T5VAE, tokenizer: Any, texts: Sequence[str], ranks: Ranks, max_tokens: int) -> list[str]:
+    def work(rows: range) -> list[str]:
+        return latents.reconstruct(model, tokenizer, [texts[row] for row in rows], max_new_tokens=max_tokens)
+
+    return _in_groups(len(texts), ranks, work)
+
+
+def _bleu(made: Sequence[str], sources: Sequence[str]) -> Metrics:
+    from sacrebleu.metrics.bleu import BLEU
+
+    # `force` keeps it from warning about text that is tokenised already, as some corpora are.
+    metric = BLEU(force=True)
+    score = metric.corpus_score(list(made), [list(sources)]).score
+    return {"bleu": float(score), "bleu_sentences": len(made), "bleu_signature": str(metric.get_signature())}
+
+
+def _samples(
+    model: T5VAE, tokenizer: Any, settings: EvaluationConfig, ranks: Ranks, seed: int, max_tokens: int
+) -> list[str]:
+    how = {"max_new_tokens": max_tokens, "temperature": settings.sample_temperature}
+
+    def work(rows: range) -> list[str]:
+        own = int(stream(seed, "text-metrics", rows.start).integers(2**31))
+        return latents.sample(model, tokenizer, len(rows), own, **how)
+
+    return _in_groups(settings.samples or 0, ranks, work)
+
+
+def _forward(texts: Sequence[str], yardstick: LanguageModel, ranks: Ranks, max_tokens: int) -> float:
+    model, tokenizer = yardstick
+    tokens = from_texts(texts, tokenizer, max_tokens)
+
+    def work(rows: range) -> list[float]:
+        with latents.inference(model):
+            batch = collate(
+                tokens, np.array(rows), pad_id=tokenizer.pad_token_id, latent_dim=0, seed=0, keys=(), eval=True
+            ).to(ranks.device)  # fmt: skip
+            return [float(nll) for nll in model.reconstruction(None, batch.labels_BT)]
+
+    return perplexity(_column(_in_groups(len(texts), ranks, work)), tokens.words_N)
+
+
+def _reverse(samples: TokenSet, tokens: TokenSet, vocabulary: int, ranks: Ranks) -> float:
+    model = Trigram((samples[row].tolist() for row in range(len(samples))), vocabulary)
+    nll = _in_groups(len(tokens), ranks, lambda rows: [model.nll(tokens[row].tolist()) for row in rows])
+    return perplexity(_column(nll), tokens.words_N)
+
+
+def _column(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _in_groups(count: int, ranks: Ranks, work: Callable[[range], list[Value]]) -> list[Value]:
+    """`work` of the rows 0 to `count`, GROUP at a time, the groups dealt out to the ranks; all of it, in order."""
+    groups = [range(start, min(start + GROUP, count)) for start in range(0, count, GROUP)]
+    dealt = gather_objects([work(rows) for rows in groups[ranks.rank :: ranks.world]])
+    return [value for number in range(len(groups)) for value in dealt[number % ranks.world][number // ranks.world]]

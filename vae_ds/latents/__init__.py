@@ -1,0 +1,28 @@
+"""Texts to latent codes and back: encode, decode, reconstruct, sample, interpolate, analogy, traverse.
+
+Stands on `model`, `data` and `distributed`.
+"""
+
+from vae_ds.latents.generate import (
+    analogy,
+    decode,
+    encode,
+    inference,
+    interpolate,
+    reconstruct,
+    sample,
+    shown,
+    traverse,
+)
+
+__all__ = [
+    "analogy",
+    "decode",
+    "encode",
+    "inference",
+    "interpolate",
+    "reconstruct",
+    "sample",
+    "shown",
+    "traverse",
+]

@@ -1,0 +1,10 @@
+"""`T5VAE`: a pretrained T5 with a Gaussian bottleneck, and the decoder's ways to read the latent code.
+
+Stands on `config` and `errors`.
+"""
+
+from vae_ds.model import gaussian
+from vae_ds.model.bases import check_base, load_tokenizer, read_export
+from vae_ds.model.t5vae import T5VAE
+
+__all__ = ["T5VAE", "check_base", "gaussian", "load_tokenizer", "read_export"]

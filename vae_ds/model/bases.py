@@ -1,0 +1,204 @@
+"""The pretrained T5 that a model is built on, and its tokenizer: find, check, load. Also: which directory is an export.
+
+A base is `tiny` (in the package), a directory in the hub's layout, or a hub name.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from vae_ds.config import ModelConfig, hub
+from vae_ds.errors import CheckpointError, ConfigError
+
+EXPORT_FORMAT = "vae_ds"
+EXPORT_VERSION = 1
+# The configuration's class and the model's, by model_type. byT5, v1.1 and Flan-T5 are `t5`.
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "t5": (T5Config, T5ForConditionalGeneration),
+    "mt5": (MT5Config, MT5ForConditionalGeneration),
+}
+SPIECE = "spiece.model"
+
+
+def check_base(base: str) -> PreTrainedConfig:
+    """The configuration of a base, without loading weights.
+
+    Raises ConfigError if there is no such base, it cannot be reached, it is not of T5's architecture (T5, v1.1,
+    Flan-T5, mT5, byT5), or it is an export of our own.
+    """
+    return _base_config(base)[0]
+
+
+def load_t5(settings: ModelConfig) -> Any:
+    """The stock pretrained model, float32, with the recipe's dropout. Raises ConfigError if weights are missing."""
+    config, raw, location = _base_config(settings.base)
+    if settings.dropout is not None:
+        config.dropout_rate = settings.dropout
+    if getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id
+    try:
+        with _quiet(location):
+            t5, report = FAMILIES[config.model_type][1].from_pretrained(
+                location, config=config, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"model.base {settings.base}: its weights cannot be loaded: {_line(error)}") from None
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ConfigError(f"model.base {settings.base}: its weights lack {', '.join(missing[:3])}")
+    # transformers 5 ties a head whose stored values happen to be equal, whatever the configuration says.
+    tie(t5, head=t5.lm_head.weight is t5.shared.weight and raw.get("tie_word_embeddings") is not False)
+    return t5
+
+
+def tie(t5: Any, head: bool) -> None:
+    """Make the stacks' embeddings one tensor with `shared`, and the output head too or surely not."""
+    for stack in (getattr(t5, "encoder", None), t5.decoder):
+        if stack is not None:  # injection `none` has no encoder
+            stack.embed_tokens.weight = t5.shared.weight
+    if head:
+        t5.lm_head.weight = t5.shared.weight
+    elif t5.lm_head.weight is t5.shared.weight:
+        t5.lm_head.weight = nn.Parameter(t5.shared.weight.detach().clone())
+
+
+def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of `tiny`, a directory, a hub name or an export (one without its own has its base's).
+
+    Raises ConfigError if there is none, or it has no end-of-sentence or padding token.
+    """
+    location = _locate(str(base))
+    if is_export(Path(location)) and not (Path(location) / "tokenizer_config.json").is_file():
+        return load_tokenizer(read_export(Path(location))["model"]["base"])
+    try:
+        with _quiet(location):
+            tokenizer = AutoTokenizer.from_pretrained(location)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        raise ConfigError(f"model.base {base}: its tokenizer cannot be loaded: {_line(error)}") from None
+    # transformers makes a T5 tokenizer of four pieces where there are no files to make one from.
+    if len(tokenizer) - len(tokenizer.all_special_tokens) < 2:
+        raise ConfigError(f"model.base {base}: no tokenizer there; expected {SPIECE} or tokenizer.json")
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+        raise ConfigError(f"model.base {base}: its tokenizer has no end-of-sentence or no padding token")
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The tokenizer's files, with the SentencePiece model, which a fast tokenizer leaves out."""
+    tokenizer.save_pretrained(folder)
+    source = getattr(tokenizer, "vocab_file", None)
+    if not source and tokenizer.name_or_path:
+        with contextlib.suppress(OSError, ValueError):
+            source = cached_file(
+                tokenizer.name_or_path, SPIECE, local_files_only=True, _raise_exceptions_for_missing_entries=False
+            )
+    if source and os.path.basename(source) == SPIECE and not (folder / SPIECE).exists():
+        shutil.copyfile(source, folder / SPIECE)
+
+
+def is_export(path: Path) -> bool:
+    """Whether a directory is an export of `T5VAE.save_pretrained`."""
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("format") == EXPORT_FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def read_export(path: Path) -> dict[str, Any]:
+    """The description of an export. Raises CheckpointError if it is missing, broken or of another version."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path}: no exported model here (no config.json)")
+    if not is_export(path):
+        raise CheckpointError(f"{file}: not written by vae_ds; a pretrained T5 goes into a recipe as model.base")
+    export: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if export.get("schema_version") != EXPORT_VERSION:
+        found = export.get("schema_version")
+        raise CheckpointError(f"{file}: export version {found}; this vae_ds reads version {EXPORT_VERSION}")
+    return export
+
+
+def _base_config(base: str) -> tuple[PreTrainedConfig, dict[str, Any], str]:
+    """A base's configuration, the same as it stands in the file, and the base's directory or hub name."""
+    location = _locate(base)
+    folder = Path(location)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.base {base}: no config.json in {folder}; name a T5 in the hub's layout")
+        if is_export(folder):
+            raise ConfigError(f"model.base {base}: an export of vae_ds, not a T5; a base is the T5 it was built on")
+        if not any(list(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")):
+            raise ConfigError(f"model.base {base}: no weights in {folder}; expected model.safetensors")
+    try:
+        with _quiet(location):
+            raw, _ = PreTrainedConfig.get_config_dict(location)
+            kind = raw.get("model_type")
+            if kind in FAMILIES:
+                return FAMILIES[kind][0].from_pretrained(location), raw, location
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        if folder.is_dir():
+            raise ConfigError(f"model.base {base}: config.json cannot be read: {_line(error)}") from None
+        raise ConfigError(
+            f"model.base {base}: no such directory, and the hub cannot be reached or has no such model; "
+            f"check the name, or download it where there is a network (`hf download {base}`) and name the directory"
+        ) from None
+    raise ConfigError(f"model.base {base}: its model_type is {kind!r}; a base is a T5 or an mT5 (t5, mt5)")
+
+
+def _locate(base: str) -> str:
+    """A directory or a hub name. Raises ConfigError for what can only be a missing directory."""
+    if base == "tiny":
+        folder = Path(str(resources.files("vae_ds"))) / "tiny"
+        if not (folder / "config.json").is_file():
+            raise ConfigError("model.base tiny: this installation lacks it; reinstall vae_ds, or name another base")
+        return str(folder)
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise ConfigError(f"model.base {base}: a file; name the directory that holds config.json and the weights")
+    if base.startswith(("/", ".", "~")) or base.count("/") > 1 or not base:
+        raise ConfigError(f"model.base {base}: no such directory")
+    return base
+
+
+def _line(error: Exception) -> str:
+    """What an exception says, as one line."""
+    return " ".join(str(error).split()) or repr(error)
+
+
+@contextlib.contextmanager
+def _quiet(location: str) -> Iterator[None]:
+    """Keep transformers' progress bars, remarks about tied weights and vain tries off the user's terminal."""
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        with hub.reachable_or_offline(local=Path(location).is_dir()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()

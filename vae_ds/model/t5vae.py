@@ -1,0 +1,289 @@
+"""T5VAE: a pretrained T5 with a Gaussian bottleneck between its encoder and its decoder (README, The method).
+
+Shapes: B sentences, T tokens, H = d_model, L latent units, V vocabulary. All reports and losses are in nats.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from vae_ds.config import ModelConfig
+from vae_ds.errors import CheckpointError
+from vae_ds.model import gaussian
+from vae_ds.model.bases import (
+    EXPORT_FORMAT,
+    EXPORT_VERSION,
+    FAMILIES,
+    check_base,
+    is_export,
+    load_t5,
+    load_tokenizer,
+    read_export,
+    save_tokenizer,
+    tie,
+)
+from vae_ds.model.injection import guard_half, inject, normal_linear
+
+__all__ = ["T5VAE", "Terms", "check_base", "load_tokenizer"]
+
+
+class Terms(NamedTuple):
+    """What one forward pass gives, float32, a row a sentence: `rec_B` and `kl_BL` in nats, and the posterior."""
+
+    rec_B: Tensor
+    kl_BL: Tensor
+    mu_BL: Tensor
+    logvar_BL: Tensor
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32, whatever dtype an engine gives its weight and whatever autocast says."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs), float32."""
+        with torch.autocast(input.device.type, enabled=False):
+            return functional.linear(input.float(), self.weight.float())
+
+
+class Bottleneck(nn.Module):
+    """Pooled encoder states to the posterior's mean and log variance: mu = h W_mu, logvar = h W_logvar, no biases."""
+
+    def __init__(self, width: int, settings: ModelConfig, generator: torch.Generator) -> None:
+        """`width` is H. Draws W_mu, then W_logvar, from `generator` alone."""
+        super().__init__()
+        self.pooling = settings.pooling
+        mu_std = settings.mu_std or 1.0 / math.sqrt(width)
+        self.mu = normal_linear(Float32Linear, width, settings.latent_dim, mu_std, generator)
+        self.logvar = normal_linear(Float32Linear, width, settings.latent_dim, settings.logvar_std, generator)
+
+    def forward(self, states: Sequence[Tensor], mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The states of one or more layers, each (B, T, H), to mu and logvar (B, L), float32.
+
+        Each layer is pooled over the real tokens (mask 1) alone; the pooled vectors of several layers are averaged.
+        """
+        with torch.autocast(mask_BT.device.type, enabled=False):
+            pooled_BH = torch.stack([self._pool(states_BTH.float(), mask_BT) for states_BTH in states]).mean(0)
+        return self.mu(pooled_BH), self.logvar(pooled_BH)
+
+    def _pool(self, states_BTH: Tensor, mask_BT: Tensor) -> Tensor:
+        padding_BT1 = mask_BT.eq(0).unsqueeze(-1)
+        if self.pooling == "max":
+            return states_BTH.masked_fill(padding_BT1, -math.inf).amax(1)
+        return states_BTH.masked_fill(padding_BT1, 0.0).sum(1) / mask_BT.ne(0).sum(1, keepdim=True)
+
+
+class T5VAE(nn.Module):
+    """A T5 whose decoder sees its encoder only through z. Build it with `from_base` or `from_pretrained`.
+
+    With injection `none` it is a plain language model: no encoder, no bottleneck (None), no memory, `latent_dim` 0.
+    """
+
+    def __init__(self, t5: Any, settings: ModelConfig, generator: torch.Generator) -> None:
+        """Takes over a stock T5ForConditionalGeneration, which it changes in place.
+
+        New weights come from `generator` alone, the bottleneck's first.
+        """
+        super().__init__()
+        self.settings = settings
+        plain = settings.injection == "none"
+        self.bottleneck = None if plain else Bottleneck(t5.config.d_model, settings, generator)
+        self.latent_dim = 0 if plain else settings.latent_dim
+        inject(t5, settings, generator)
+        guard_half(t5)
+        self.t5 = t5
+        if settings.gradient_checkpointing:
+            # Newer releases of transformers 5 warn about the older of the two names.
+            enable = getattr(t5, "activation_checkpointing_enable", None) or t5.gradient_checkpointing_enable
+            # Reentrant checkpointing gives other gradients once a part of the network is frozen.
+            enable({"use_reentrant": False})
+
+    @classmethod
+    def from_base(cls, settings: ModelConfig, seed: int = 0) -> Self:
+        """Build on `settings.base` (`tiny`, a directory or a hub name): float32, on the CPU, in eval mode.
+
+        The new weights are a function of `seed` alone. Raises ConfigError if the base cannot be used.
+        """
+        return cls(load_t5(settings), settings, torch.Generator().manual_seed(seed)).eval()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Self:
+        """Read an export of `save_pretrained`: float32, on the CPU, in eval mode, exactly the weights that were saved.
+
+        Raises CheckpointError if the export is missing, broken or of another version.
+        """
+        path = Path(path)
+        export = read_export(path)
+        try:
+            settings = ModelConfig.model_validate(export["model"])
+            family = FAMILIES[export["t5"]["model_type"]]
+            aliases = set(export["aliases"])
+        except (KeyError, TypeError, ValidationError) as error:
+            raise CheckpointError(f"{path / 'config.json'}: not a complete vae_ds export: {error!r}") from None
+        config = family[0].from_dict(dict(export["t5"]))
+        with torch.device("meta"):
+            t5 = family[1](config)
+        model = cls(t5, settings, torch.Generator()).to_empty(device="cpu")
+        tie(model.t5, head="t5.lm_head.weight" in aliases)
+        _fill(model, path / "model.safetensors")
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write an export: `config.json`, `model.safetensors` in float32, the tokenizer's files if one is given.
+
+        `weights` replaces the module's own (whole parameters by name, for a partitioned module). Tied weights are
+        stored once. Written beside `path` and renamed, so that a broken export never stands there; an older export is
+        replaced.
+        Raises CheckpointError if something else stands at `path`.
+        """
+        path = Path(path)
+        own = dict(self.named_parameters())
+        tensors = dict(weights) if weights is not None else {name: tensor.detach() for name, tensor in own.items()}
+        if tensors.keys() != own.keys():
+            raise ValueError(f"weights must name each parameter once; differing: {sorted(tensors.keys() ^ own.keys())}")
+        if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or is_export(path))):
+            raise CheckpointError(f"{path}: exists and is no vae_ds export; name another directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            fresh = Path(folder) / "fresh"
+            fresh.mkdir()
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, fresh)
+            stored = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+            save_file(stored, fresh / "model.safetensors", metadata={"format": "pt"})
+            text = json.dumps(self._description(), indent=2, ensure_ascii=False)
+            (fresh / "config.json").write_text(text + "\n", encoding="utf-8")
+            if path.exists():
+                path.rename(Path(folder) / "old")
+            fresh.rename(path)
+
+    def encode(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The posterior's mean and log variance, (B, L) each, float32.
+
+        `pool_layers: all` averages over transformers' `hidden_states[1:]`: each encoder block's output, the last one
+        after the encoder's final norm, the embeddings not counted.
+        """
+        if self.bottleneck is None:
+            raise ValueError("a model with injection `none` has no encoder")
+        every = self.settings.pool_layers == "all"
+        output = self.t5.encoder(
+            input_ids=input_ids_BT, attention_mask=attention_mask_BT, output_hidden_states=every, return_dict=True
+        )
+        states = output.hidden_states[1:] if every else (output.last_hidden_state,)
+        mu_BL, logvar_BL = self.bottleneck(states, attention_mask_BT)
+        return mu_BL, logvar_BL
+
+    def reconstruction(self, z_BL: Tensor | None, labels_BT: Tensor) -> Tensor:
+        """rec = - sum over a sentence's tokens, end-of-sentence included, of log p(x_t | x_<t, z): (B,), float32, nats.
+
+        `labels_BT` is padded with -100. z is None for injection `none`. The logits are the stock T5's.
+        """
+        output = self.t5(
+            encoder_outputs=BaseModelOutput(last_hidden_state=self._memory(z_BL, len(labels_BT), labels_BT.device)),
+            decoder_input_ids=self.t5.prepare_decoder_input_ids_from_labels(labels_BT),
+            use_cache=False,
+        )
+        nll_N = functional.cross_entropy(
+            output.logits.float().flatten(0, 1), labels_BT.flatten(), ignore_index=-100, reduction="none"
+        )
+        return nll_N.view_as(labels_BT).sum(1)
+
+    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor, eps_BL: Tensor) -> Terms:
+        """One pass: encode, z = mu + exp(logvar / 2) eps, decode. eps 0 gives z = mu.
+
+        The posterior's arithmetic up to z is float32 with autocast off; z meets the decoder's dtype where it is
+        injected. With injection `none` no encoder runs, eps is not read, and kl, mu and logvar are (B, 0).
+        """
+        if self.bottleneck is None:
+            nothing_B0 = eps_BL.new_zeros(len(labels_BT), 0, dtype=torch.float32)
+            return Terms(self.reconstruction(None, labels_BT), nothing_B0, nothing_B0, nothing_B0)
+        mu_BL, logvar_BL = self.encode(input_ids_BT, attention_mask_BT)
+        with torch.autocast(mu_BL.device.type, enabled=False):
+            z_BL = gaussian.sample(mu_BL, logvar_BL, eps_BL.float())
+            kl_BL = gaussian.kl_per_dim(mu_BL, logvar_BL)
+        return Terms(self.reconstruction(z_BL, labels_BT), kl_BL, mu_BL, logvar_BL)
+
+    def generate(
+        self, z_BL: Tensor | None, max_new_tokens: int, batch_size: int | None = None, **generate_kwargs: Any
+    ) -> Any:
+        """Token ids (B, T) as the stock `generate` returns them, the decoder's start token first; greedy by default.
+
+        `generate_kwargs` go to transformers' `generate` (`do_sample`, `num_beams`, `cache_implementation`, ...).
+        Injection `none` takes z None and a `batch_size`.
+        """
+        device = self.t5.shared.weight.device if z_BL is None else z_BL.device
+        memory_B1L = self._memory(z_BL, batch_size, device)
+        options: dict[str, Any] = {"do_sample": False, "num_beams": 1, **generate_kwargs}
+        own_cache = options.get("cache_implementation") in (None, "dynamic", "static")
+        if own_cache and options.get("use_cache", True) and options.get("past_key_values") is None:
+            options["past_key_values"] = self._cache(options.pop("cache_implementation", None), max_new_tokens + 1)
+        return self.t5.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=memory_B1L),
+            attention_mask=torch.ones(len(memory_B1L), 1, dtype=torch.long, device=device),
+            max_new_tokens=max_new_tokens,
+            **options,
+        )
+
+    def _memory(self, z_BL: Tensor | None, batch_size: int | None, device: torch.device) -> Tensor:
+        """z as the decoder's encoder states, (B, 1, L); for injection `none` one number that no layer reads."""
+        if self.bottleneck is not None:
+            if z_BL is None:
+                raise ValueError("this model decodes from z; only injection `none` goes without")
+            return z_BL.unsqueeze(1)
+        if z_BL is not None and z_BL.shape[-1] > 0:
+            raise ValueError("a model with injection `none` takes no z")
+        size = batch_size if z_BL is None else len(z_BL)
+        if size is None:
+            raise ValueError("injection `none` has no z to count sentences by: give batch_size")
+        return torch.zeros(size, 1, 1, device=device)
+
+    def _cache(self, implementation: str | None, length: int) -> Cache:
+        """A cache of the decoder's own depth: transformers 5 sizes its own by the encoder's. No layer caches z."""
+        if implementation == "static":
+            return EncoderDecoderCache(StaticCache(config=self.t5.decoder.config, max_cache_len=length), DynamicCache())
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+    def _description(self) -> dict[str, Any]:
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        every = self.named_parameters(remove_duplicate=False)
+        return {
+            "format": EXPORT_FORMAT,
+            "schema_version": EXPORT_VERSION,
+            "model": self.settings.model_dump(mode="json", by_alias=True),
+            "t5": self.t5.config.to_dict(),
+            "aliases": {name: names[id(parameter)] for name, parameter in every if names[id(parameter)] != name},
+        }
+
+
+def _fill(model: T5VAE, file: Path) -> None:
+    """Copy the tensors of a safetensors file into the parameters of the same names. Raises CheckpointError."""
+    own = dict(model.named_parameters())
+    try:
+        with safe_open(file, framework="pt") as stored, torch.no_grad():
+            if set(stored.keys()) != own.keys():
+                differing = sorted(set(stored.keys()) ^ own.keys())
+                raise CheckpointError(f"{file}: its tensors are not this model's: {', '.join(differing[:3])}")
+            for name, parameter in own.items():
+                tensor = stored.get_tensor(name)
+                if tensor.shape != parameter.shape:
+                    raise CheckpointError(f"{file}: {name} is {list(tensor.shape)}, not {list(parameter.shape)}")
+                parameter.copy_(tensor)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: missing or broken: {error}") from None

@@ -1,0 +1,102 @@
+"""What a pretraining settles before it builds a model: checks, the corpus, the vocabulary, token ids.
+
+Shapes: B texts of a micro batch, N texts.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vae_ds import distributed, engine
+from vae_ds.config import PretrainConfig
+from vae_ds.data import corpora, micro_batch, steps_per_epoch
+from vae_ds.distributed import Ranks
+from vae_ds.pretraining import vocabulary
+from vae_ds.pretraining.span_corruption import Pair, Plan, Texts, pairs, tokenise_texts
+
+SHOWN_TEXTS = 6
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is known before the model is built."""
+
+    config: PretrainConfig
+    run_dir: Path
+    ranks: Ranks
+    precision: str
+    ds_config: dict[str, Any]
+    micro: int
+    tokenizer: Any
+    pieces: bytes
+    train: Texts
+    valid: Texts
+    sources: dict[str, Any]  # what the text is, for the model card
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.train), self.config.batch.global_size)
+
+    def batch(self, texts: Texts, index_B: np.ndarray, plan: Plan, epoch: int) -> Pair:
+        """The tensors of some texts, on this rank's device."""
+        made = pairs(
+            texts,
+            index_B,
+            plan,
+            self.config,
+            sentinels=vocabulary.sentinel_ids(self.tokenizer),
+            eos=self.tokenizer.eos_token_id,
+            pad=self.tokenizer.pad_token_id,
+            epoch=epoch,
+        )
+        return Pair(*(tensor.to(self.ranks.device) for tensor in made))
+
+
+def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Job:
+    """Check what can be checked, read the corpus, learn the vocabulary, tokenise. Raises UserError."""
+    corpora.check(config.data)
+    precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
+    ds_config = engine.resolve(config.deepspeed, precision, ranks.device.type)
+    micro = micro_batch(config.batch.global_size, ranks.world, config.batch.micro, cap=512)
+    corpus = distributed.rank0_first(lambda: corpora.load(config.data))
+    sentences = [str(text) for text in corpus.splits["train"]["text"]]
+    blocks: list[str] = []
+    if config.paragraphs and config.data.corpus == "docstrings":
+        paragraphs = distributed.rank0_first(lambda: corpora.docstrings.paragraphs(config.data))
+        blocks = [str(text) for text in paragraphs["text"]]
+    # A sentence that is a paragraph too counts twice: sentences alone are what a VAE is about.
+    texts = [*sentences, *blocks]
+    pieces = distributed.rank0_first(lambda: _vocabulary(texts, config, run_dir))
+    tokenizer = vocabulary.tokenizer_from_pieces(pieces)
+    train = tokenise_texts(texts, tokenizer, config.data.max_tokens)
+    held_out = corpus.splits["valid"].select(range(min(config.validation.sentences, len(corpus.splits["valid"]))))
+    valid = tokenise_texts([str(text) for text in held_out["text"]], tokenizer, config.data.max_tokens)
+    sources = {
+        "corpus": corpus.name,
+        "fingerprint": corpus.fingerprint,
+        "sentences": len(sentences),
+        "paragraphs": len(blocks),
+        "texts": len(train),
+        "tokens": int(train.lengths_N.sum()) + len(train),
+        "example_prefixes": _prefixes(held_out["text"]),
+    }
+    return Job(config, run_dir, ranks, precision, ds_config, micro, tokenizer, pieces, train, valid, sources)
+
+
+def _vocabulary(texts: list[str], config: PretrainConfig, run_dir: Path) -> bytes:
+    """The run's own pieces, learned once: a resumed run must not learn others."""
+    path = run_dir / vocabulary.PIECES_FILE
+    if not path.is_file():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_bytes(vocabulary.train_pieces(texts, config.architecture.vocab_size))
+        part.replace(path)
+    return path.read_bytes()
+
+
+def _prefixes(texts: list[str]) -> list[str]:
+    """First halves of some held-out sentences, for the examples of the model card."""
+    long = [str(text).split() for text in texts if len(str(text).split()) >= 10]
+    return [" ".join(words[: len(words) // 2]) for words in long[:SHOWN_TEXTS]]

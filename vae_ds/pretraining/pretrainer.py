@@ -1,0 +1,306 @@
+"""A small T5 pretrained from nothing on the corpus of a recipe, with the engine that trains the VAE.
+
+Shapes: B texts of a micro batch, G of a global batch, S steps of an epoch, N texts, T tokens.
+The loss is in nats per target token, the mean over the global batch.
+"""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vae_ds import distributed
+from vae_ds.config import PretrainConfig
+from vae_ds.data import epoch_batches, evaluation_batches, share
+from vae_ds.engine import PhaseEngine, PhaseState
+from vae_ds.errors import Stopped
+from vae_ds.pretraining.basemodel import TextToText, build_t5, continue_text, export_t5
+from vae_ds.pretraining.inputs import Job, prepare
+from vae_ds.pretraining.modelcard import base_card
+from vae_ds.pretraining.span_corruption import Plan, cut_texts, plan_epoch, whole_texts
+from vae_ds.runtime import StopFlag, heeded, records
+from vae_ds.training import LearningRate, Monitor, Saver, Watch, Wishes, checkpoint, write_headers
+
+# What a resumed run may set anew: how it is watched and stored, and when it ends.
+FREE_ON_RESUME = ("name", "logging.", "timeouts.", "checkpoint.", "validation.", "deepspeed", "batch.micro")
+ENDS = ("steps", "minutes")
+
+
+@dataclass
+class PretrainState:
+    """Everything that changes in a run but the weights and moments; goes into each checkpoint."""
+
+    position: int = 0  # global batches consumed, skipped ones too
+    step: int = 0  # applied optimizer steps
+    skipped: int = 0
+    skipped_in_row: int = 0
+    tokens: int = 0  # target tokens seen
+    duration_s: float = 0.0
+    window: dict[str, float] = field(default_factory=dict)  # sums since the last logged row
+    held_out: dict[str, float] = field(default_factory=dict)  # the last validation
+
+
+def pretrain(
+    config: PretrainConfig,
+    run_dir: str | Path,
+    resume: str = "auto",
+    changed_data: bool = False,
+    stop: StopFlag | None = None,
+) -> Path:
+    """Train a new T5 and its vocabulary, or go on from where the run directory stands. Returns the run directory.
+
+    `run_dir`/model is what came of it: a directory that transformers loads, replaced at each validation. Start it on
+    every rank. `resume`, `changed_data` and `stop` are as in `trainer.train`.
+    Raises UserError for wrong input and Stopped after a signal, once a checkpoint is safe.
+    """
+    directory = Path(run_dir)
+    ranks = distributed.start()
+    if records.is_done(directory, config, FREE_ON_RESUME, ENDS, resume, tell=ranks.is_main):
+        return directory
+    job = prepare(config, directory, ranks)
+    with heeded(stop) as flag:
+        Pretrainer(job, changed_data, flag).run()
+    return directory
+
+
+class Pretrainer:
+    """One run on this rank."""
+
+    def __init__(self, job: Job, changed_data: bool, stop: StopFlag) -> None:
+        self.job, self.changed_data = job, changed_data
+        self.state = PretrainState()
+        self.stop = stop
+        logging = job.config.logging
+        self.monitor = Monitor(job.run_dir, job.ranks, logging.tensorboard, logging.progress)
+        self.saver = Saver(job.run_dir, job.ranks, job.config.checkpoint, self.monitor)
+        self.watch = Watch(job.ranks, self.stop, job.config.timeouts, lambda reason: self._status("failed", reason))
+        rate = job.config.learning_rate
+        self.learning_rate = LearningRate(
+            rate.schedule, job.config.optimizer.lr, rate.warmup_steps, job.config.steps, rate.final
+        )
+
+    def run(self) -> None:
+        """Train from the newest checkpoint if there is one, to the last step, and export."""
+        distributed.seed_everything(self.job.config.seed, self.job.ranks.rank, 0)
+        resumed = self._restore()
+        write_headers(self.job.run_dir, self.job.config, self.job.ranks)
+        self._status("running")
+        with self.watch:
+            self._train(resumed)
+        self.monitor.close()
+        self._status("done")
+
+    def _train(self, resumed: PhaseState | None) -> None:
+        job = self.job
+        trained = PhaseEngine(
+            TextToText(build_t5(job.config.architecture, job.tokenizer, job.config.seed)),
+            optimizer=job.config.optimizer,
+            micro=job.micro,
+            accumulation=job.config.batch.global_size // (job.micro * job.ranks.world),
+            ranks=job.ranks,
+            precision=job.precision,
+            ds_config=job.ds_config,
+        )
+        try:
+            if resumed is not None:
+                trained.load(resumed)
+            self.monitor.begin_phase("pretrain", job.config.steps, self.state.step)
+            trained.train()
+            self.steps(trained)
+        finally:
+            trained.close()
+        self.saver.finish(must=True)
+
+    def steps(self, trained: PhaseEngine) -> None:
+        """Step, log, validate, save, until the applied steps are done."""
+        config, state = self.job.config, self.state
+        epoch_of_plan, plan, order_SG = -1, whole_texts(self.job.train.lengths_N), np.empty((0, 0), dtype=np.int64)
+        began = clock = time.monotonic()
+        before_s = state.duration_s
+        while self.progress() < 1.0:
+            epoch, number = divmod(state.position, self.job.steps_per_epoch)
+            if epoch != epoch_of_plan:
+                epoch_of_plan, (plan, order_SG) = epoch, self._order(epoch)
+            wishes = self.step(trained, plan, order_SG[number], epoch)
+            if wishes.written:
+                self.saver.finish()
+            # One clock for all ranks: what they do next must not differ.
+            state.duration_s = distributed.broadcast_object(before_s + time.monotonic() - began)
+            finished = self.progress() >= 1.0
+            fresh = state.skipped_in_row == 0
+            if fresh and (finished or state.step % config.logging.every == 0):
+                now = time.monotonic()
+                self._log(now - clock)
+                clock = now
+            if fresh and (finished or state.step % config.validation.every_steps == 0):
+                self.validate(trained)
+                clock = time.monotonic()
+            due = fresh and (finished or state.step % config.checkpoint.every_steps == 0)
+            if due or wishes.save or wishes.stop:
+                self.save(trained, must=wishes.stop)
+                clock = time.monotonic()
+            if wishes.stop and not finished:
+                self.saver.finish(must=True)
+                self._status("stopped")
+                self.monitor.close()
+                raise Stopped(f"stopped at step {state.step} of {config.steps}; rerun to resume")
+
+    def progress(self) -> float:
+        """How much of the run is done, 0 to 1: by steps, or by time where the recipe limits that and it is further."""
+        config = self.job.config
+        by_time = 0.0 if config.minutes is None else self.state.duration_s / (60 * config.minutes)
+        return max(self.state.step / config.steps, by_time)
+
+    def step(self, trained: PhaseEngine, plan: Plan, index_G: np.ndarray, epoch: int) -> Wishes:
+        """One global batch: forward, backward, update. What the ranks wish after it."""
+        job, state, ranks = self.job, self.state, self.job.ranks
+        # A decay that ends with the run, whichever limit ends it; the warm-up counts steps.
+        warm = state.step < job.config.learning_rate.warmup_steps
+        lr = self.learning_rate.at(state.step if warm else int(self.progress() * job.config.steps))
+        tokens = int(plan.target_N[index_G].sum())
+        shares = share(index_G, plan.order_N, ranks.rank, ranks.world, job.micro)
+        # Nats, padded target positions, 3 wishes: one reduction a step.
+        sums = torch.zeros(5, dtype=torch.float64, device=ranks.device)
+        outcome = None
+        for index_B in shares:
+            batch = job.batch(job.train, index_B, plan, epoch)
+            self.watch.advance()
+            nats = trained.forward(**batch._asdict()).sum()
+            # The engine takes the mean over micro batches and ranks; the loss is a mean over tokens.
+            trained.backward(nats * (ranks.world * len(shares) / tokens))
+            outcome = trained.step(lr)
+            sums[0] += nats.detach().double()
+            sums[1] += batch.labels_BT.numel()
+        self.watch.advance()
+        sums[2:] = torch.tensor(self.saver.wishes(stop=self.stop.raised is not None))
+        nats_sum, positions, *wished = distributed.all_sum(sums).tolist()
+        wishes = self.saver.agreed(wished)
+        state.position += 1
+        if outcome is None or not outcome.applied:
+            self._skip()
+            return wishes
+        state.skipped_in_row = 0
+        state.step += 1
+        state.tokens += tokens
+        adds = {"steps": 1.0, "nats": nats_sum, "tokens": tokens, "positions": positions}
+        for key, value in {**adds, "texts": len(index_G), "grad_norm": outcome.grad_norm}.items():
+            state.window[key] = state.window.get(key, 0.0) + value
+        state.window["lr"] = lr
+        self.monitor.advance(1)
+        return wishes
+
+    def validate(self, trained: PhaseEngine) -> None:
+        """Measure the held-out sentences and replace the exported model."""
+        trained.eval()
+        self.state.held_out = measure(trained.module, self.job)
+        trained.train()
+        self.monitor.evaluation(self.state.step, "valid", self.state.held_out)
+        self._export(trained.module, trained.state())
+
+    def save(self, trained: PhaseEngine, must: bool) -> None:
+        """Begin a portable checkpoint; older ones go once it is whole."""
+        progress = {"state": asdict(self.state), "global_step": self.state.step, "data": self._data()}
+        self.saver.begin(lambda: trained.state(share=True), progress, must)
+
+    def _restore(self) -> PhaseState | None:
+        found = checkpoint.resume(self.job.run_dir, self.job.ranks, self._data(), self.changed_data)
+        if found is None:
+            self.monitor.resume_from(0)
+            return None
+        saved, progress = found
+        self.state = PretrainState(**progress["state"])
+        self.monitor.resume_from(progress["global_step"])
+        return saved
+
+    def _order(self, epoch: int) -> tuple[Plan, np.ndarray]:
+        config = self.job.config
+        plan = plan_epoch(self.job.train.lengths_N, config, epoch)
+        size, buckets = config.batch.global_size, config.batch.bucket_batches
+        return plan, epoch_batches(plan.order_N, size, buckets, config.seed, 0, epoch)
+
+    def _skip(self) -> None:
+        self.state.skipped += 1
+        self.state.skipped_in_row += 1
+        if self.state.skipped_in_row >= self.job.config.max_skipped_steps:
+            raise RuntimeError(f"{self.state.skipped_in_row} steps in a row had non-finite gradients; lower the lr")
+
+    def _log(self, duration_s: float) -> None:
+        window, state = self.state.window, self.state
+        self.monitor.log(
+            {
+                "phase": "pretrain",
+                "step": state.step,
+                "epoch": round(state.position / self.job.steps_per_epoch, 4),
+                "loss": window["nats"] / window["tokens"],
+                "lr": window["lr"],
+                "grad_norm": window["grad_norm"] / window["steps"],
+                "tokens_per_s": window["tokens"] / max(duration_s, 1e-9),
+                "texts_per_s": window["texts"] / max(duration_s, 1e-9),
+                "padding": 1.0 - window["tokens"] / window["positions"],
+                "skipped_steps": state.skipped,
+            }
+        )
+        state.window = {}
+
+    def _export(self, trained: torch.nn.Module, state: PhaseState) -> None:
+        job = self.job
+        if job.ranks.is_main:
+            model = build_t5(job.config.architecture, job.tokenizer, job.config.seed)
+            assert isinstance(trained, TextToText)
+            weights = trained.plain(state.weights)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(weights[name])
+            model.eval()
+            prefixes = job.sources["example_prefixes"]
+            examples = {prefix: continue_text(model, job.tokenizer, prefix) for prefix in prefixes}
+            card = base_card(
+                job.config,
+                job.sources,
+                asdict(self.state),
+                job.ranks,
+                job.precision,
+                model.num_parameters(),
+                examples,
+            )
+            export_t5(model, job.tokenizer, job.pieces, card, job.run_dir / "model")
+        distributed.barrier()
+
+    def _data(self) -> dict[str, Any]:
+        return {"fingerprint": self.job.train.fingerprint, "texts": len(self.job.train)}
+
+    def _status(self, state: str, reason: str | None = None) -> None:
+        if self.job.ranks.is_main:
+            facts = {"step": self.state.step, "total_steps": self.job.config.steps}
+            records.write_status(self.job.run_dir, state, reason=reason, **facts)
+
+
+@torch.no_grad()
+def measure(model: torch.nn.Module, job: Job) -> dict[str, float]:
+    """Held-out losses in nats: whole sentences (plain LM), second halves (prefix LM), corrupted spans, denoising.
+
+    A collective: all ranks make the same number of forward passes.
+    """
+    lengths_N = job.valid.lengths_N
+    whole = whole_texts(lengths_N)
+    cut_N = lengths_N // 2
+    halves = cut_texts(lengths_N, cut_N)
+    only_spans = job.config.model_copy(update={"span_corruption": 1.0, "denoising": 0.0})
+    only_denoising = job.config.model_copy(update={"span_corruption": 0.0, "denoising": 1.0})
+    plans = {"lm": whole, "prefix": halves, "spans": plan_epoch(lengths_N, only_spans, 0)}
+    plans["denoising"] = plan_epoch(lengths_N, only_denoising, 0)
+    sums = torch.zeros(len(plans), dtype=torch.float64, device=job.ranks.device)
+    for row, plan in enumerate(plans.values()):
+        for index_B, weight_B in evaluation_batches(plan.order_N, 128, job.ranks.rank, job.ranks.world):
+            nats_B = model(**job.batch(job.valid, index_B, plan, 0)._asdict())
+            sums[row] += (nats_B.double() * torch.from_numpy(weight_B).to(nats_B.device)).sum()
+    totals = distributed.all_sum(sums).tolist()
+    rates = {
+        f"{name}_per_token": total / int(plan.target_N.sum())
+        for (name, plan), total in zip(plans.items(), totals, strict=True)
+    }
+    size = {"sentences": len(job.valid), "tokens": int(whole.target_N.sum())}
+    return {**rates, "lm_per_sentence": totals[0] / len(job.valid), **size}

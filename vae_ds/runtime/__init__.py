@@ -1,0 +1,36 @@
+"""A process and its run directory: records, exit codes, signals, this machine, SLURM's variables. Needs no torch.
+
+Stands on `config` and `errors`.
+"""
+
+from vae_ds.runtime import records, slurm
+from vae_ds.runtime.exits import (
+    EXIT_FAULT,
+    EXIT_LOST,
+    EXIT_STOPPED,
+    EXIT_USER,
+    StopFlag,
+    heeded,
+    listening,
+    note_exit,
+    own_rank,
+)
+from vae_ds.runtime.machine import cores, free_port, is_alive, launchers_of
+
+__all__ = [
+    "EXIT_FAULT",
+    "EXIT_LOST",
+    "EXIT_STOPPED",
+    "EXIT_USER",
+    "StopFlag",
+    "cores",
+    "free_port",
+    "heeded",
+    "is_alive",
+    "launchers_of",
+    "listening",
+    "note_exit",
+    "own_rank",
+    "records",
+    "slurm",
+]

@@ -1,0 +1,9 @@
+"""Many runs: a study plans and trains them, tables and a report compare them.
+
+Stands on `training`, `evaluation`, `data`, `distributed`, `runtime` and `config`.
+"""
+
+from vae_ds.studies import report, study
+from vae_ds.studies.metric_tables import print_metrics
+
+__all__ = ["print_metrics", "report", "study"]

@@ -1,0 +1,78 @@
+"""The rows that the paper printed in its Tables 1 to 4, and what their own arithmetic says. `tables.csv` holds them.
+
+Source: Park & Lee 2021, Tables 1 (Yahoo), 2 (PTB), 3 (Yelp) and 4 (SNLI). They are no targets (README, What was wrong
+with the published code). What is printed as -ELBO is rec - KL: only then do the rows of one data set, which share one
+test split, agree on its number of tokens a sentence.
+"""
+
+import csv
+import math
+from dataclasses import dataclass
+from importlib import resources
+
+
+@dataclass(frozen=True)
+class PrintedRow:
+    """One printed row: nats per sentence, perplexity a subword. None is what the print leaves out.
+
+    `quoted`: the paper took the row from another paper, whose numbers are its own; nothing is recovered from it.
+    `nelbo_meant` is `nelbo_printed`, but where the print lost a minus sign.
+    """
+
+    table: int
+    corpus: str
+    model: str
+    ppl: float | None
+    kl: float | None
+    nelbo_printed: float | None
+    nelbo_meant: float | None
+    mi: float | None
+    au: int | None
+    quoted: bool
+    note: str
+
+    @property
+    def rec(self) -> float | None:
+        """The reconstruction loss behind the row, nats per sentence: the print is rec - KL."""
+        if self.quoted or self.nelbo_meant is None or self.kl is None:
+            return None
+        return self.nelbo_meant + self.kl
+
+    @property
+    def nelbo(self) -> float | None:
+        """What -ELBO should have been printed, rec + KL, nats per sentence."""
+        return None if self.rec is None or self.kl is None else self.rec + self.kl
+
+    @property
+    def tokens(self) -> float | None:
+        """Subword tokens per sentence that the row implies: (rec + KL) / ln PPL."""
+        return None if self.nelbo is None or self.ppl is None else self.nelbo / math.log(self.ppl)
+
+
+def printed_rows() -> list[PrintedRow]:
+    """All rows, in the order of the print."""
+    text = (resources.files("vae_ds.studies.paper") / "tables.csv").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return [_row(cells) for cells in csv.DictReader(lines)]
+
+
+def _row(cells: dict[str, str]) -> PrintedRow:
+    printed = _number(cells["nelbo_printed"])
+    meant = _number(cells["nelbo_meant"])
+    return PrintedRow(
+        table=int(cells["table"]),
+        corpus=cells["corpus"],
+        model=cells["model"],
+        ppl=_number(cells["ppl"]),
+        kl=_number(cells["kl"]),
+        nelbo_printed=printed,
+        nelbo_meant=printed if meant is None else meant,
+        mi=_number(cells["mi"]),
+        au=int(cells["au"]) if cells["au"] else None,
+        quoted=cells["quoted"] == "1",
+        note=cells["note"],
+    )
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None

@@ -1,0 +1,26 @@
+"""The training of a VAE: phases and their schedules, the loop, checkpoints, what a run reports, and its watch.
+
+Stands on `evaluation`, `latents`, `model`, `engine`, `data`, `distributed`, `runtime` and `config`.
+"""
+
+from vae_ds.training import checkpoint
+from vae_ds.training.monitor import Monitor
+from vae_ds.training.phases import learning_rate
+from vae_ds.training.preparation import prepare, write_headers
+from vae_ds.training.saver import Saver, Wishes
+from vae_ds.training.schedules import LearningRate
+from vae_ds.training.trainer import train
+from vae_ds.training.watch import Watch
+
+__all__ = [
+    "LearningRate",
+    "Monitor",
+    "Saver",
+    "Watch",
+    "Wishes",
+    "checkpoint",
+    "learning_rate",
+    "prepare",
+    "train",
+    "write_headers",
+]

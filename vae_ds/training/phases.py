@@ -1,0 +1,156 @@
+"""The phase manager: what is frozen, which beta, how long. Knows no DeepSpeed.
+
+A run is a list of phases (README, The method). Planning turns a recipe's epochs and fractions into applied optimizer
+steps, once the data's size is known; freezing turns groups and patterns into `requires_grad` and eval mode.
+"""
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from vae_ds.config import ConstantBeta, CyclicalBeta, LearningRateConfig, LinearBeta, OptimizerConfig, PhaseConfig
+from vae_ds.errors import ConfigError
+from vae_ds.training import schedules
+
+GROUPS = ("encoder", "decoder", "embeddings", "memory", "bottleneck")
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """A phase with its lengths in applied optimizer steps."""
+
+    index: int
+    settings: PhaseConfig
+    first_step: int
+    steps: int
+    steps_per_epoch: int | None
+    beta: schedules.Beta
+    learning_rate: schedules.LearningRate
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+
+def plan(phases: Sequence[PhaseConfig], steps_per_epoch: int | None) -> list[PhasePlan]:
+    """Lay out the phases one after the other.
+
+    `steps_per_epoch` comes from the real data and the real global batch; None where the data is not counted. Raises
+    ConfigError if a phase comes out empty, or has a length in epochs of such data.
+    """
+    plans: list[PhasePlan] = []
+    first = 0
+    for index, phase in enumerate(phases):
+        if steps_per_epoch is None:
+            _need_steps(phase, index)
+        steps = phase.steps if phase.steps is not None else round(float(phase.epochs or 0) * (steps_per_epoch or 0))
+        if steps < 1:
+            raise ConfigError(f"phases.{index}.epochs: {phase.epochs:g} epochs of {steps_per_epoch} steps is no step")
+        beta = _beta(phase, steps, steps_per_epoch)
+        rate = learning_rate(phase.optimizer, phase.learning_rate, steps)
+        plans.append(PhasePlan(index, phase, first, steps, steps_per_epoch, beta, rate))
+        first += steps
+    return plans
+
+
+def learning_rate(optimizer: OptimizerConfig, settings: LearningRateConfig, steps: int) -> schedules.LearningRate:
+    """The learning-rate schedule of `steps` applied steps."""
+    return schedules.LearningRate(settings.schedule, optimizer.lr, settings.warmup_steps, steps, settings.final)
+
+
+def _need_steps(phase: PhaseConfig, index: int) -> None:
+    """Raise ConfigError for a length in epochs."""
+    for key, value in (("epochs", phase.epochs), ("beta.over_epochs", getattr(phase.beta, "over_epochs", None))):
+        if value is not None:
+            raise ConfigError(f"phases.{index}.{key}: data.streaming does not count the text; state steps")
+
+
+def _beta(phase: PhaseConfig, steps: int, steps_per_epoch: int | None) -> schedules.Beta:
+    beta = phase.beta
+    if isinstance(beta, ConstantBeta):
+        return schedules.Constant(beta.value)
+    if isinstance(beta, CyclicalBeta):
+        return schedules.Cyclical(beta.max, steps, beta.cycles, beta.zero, beta.ramp)
+    if isinstance(beta, LinearBeta):
+        length = max(1.0, float(beta.over_fraction or 0) * steps)
+        if beta.over_steps is not None:
+            length = beta.over_steps
+        elif beta.over_epochs is not None:
+            length = beta.over_epochs * (steps_per_epoch or 0)
+        return schedules.Linear(beta.max, length, beta.start)
+    return schedules.Target(beta.kl, beta.start, beta.rate, beta.max)
+
+
+def number_of(phase: str, names: Sequence[str]) -> int:
+    """The index of a phase that a user means: its name, or its number from 1. Raises ConfigError."""
+    if phase in names:
+        return names.index(phase)
+    if phase.isdecimal() and 1 <= int(phase) <= len(names):
+        return int(phase) - 1
+    raise ConfigError(f"no phase {phase!r}; the recipe has {', '.join(names)}")
+
+
+def group_of(name: str) -> str:
+    """The freezing group of a parameter of T5VAE, by its name; each parameter is in exactly one."""
+    if name.startswith("bottleneck."):
+        return "bottleneck"
+    if ".memory." in name:
+        return "memory"
+    if name.startswith("t5.shared."):
+        return "embeddings"
+    if name.startswith("t5.encoder."):
+        return "encoder"
+    if name.startswith(("t5.decoder.", "t5.lm_head.")):
+        return "decoder"
+    raise ValueError(f"parameter {name} belongs to no group")
+
+
+def frozen_names(names: Iterable[str], patterns: Sequence[str], where: str = "freeze") -> set[str]:
+    """The parameters that `patterns` freeze: groups, or shell patterns of parameter names.
+
+    Raises ConfigError for a pattern that matches nothing, or if nothing is left to train.
+    """
+    every = list(names)
+    frozen: set[str] = set()
+    for pattern in patterns:
+        matched = {
+            name
+            for name in every
+            if (group_of(name) == pattern if pattern in GROUPS else fnmatch.fnmatch(name, pattern))
+        }
+        if not matched:
+            raise ConfigError(f"{where}: `{pattern}` matches no parameter; groups are {', '.join(GROUPS)}")
+        frozen |= matched
+    if len(frozen) == len(every):
+        raise ConfigError(f"{where}: {', '.join(patterns)} leaves nothing to train")
+    return frozen
+
+
+def freeze(model: nn.Module, patterns: Sequence[str], where: str = "freeze") -> set[str]:
+    """Set `requires_grad` of every parameter for a phase, before its engine is built. Returns the frozen names."""
+    frozen = frozen_names([name for name, _ in model.named_parameters()], patterns, where)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return frozen
+
+
+def train_mode(model: nn.Module) -> None:
+    """Training mode, but eval for what is frozen: frozen modules run without dropout (README, The method).
+
+    A module without parameters of its own, a Dropout, follows the nearest module above it that has some. The memory
+    projection does not count there: a frozen decoder with a trainable memory inside runs without dropout.
+    """
+    model.train()
+    _set_mode(model, "", True)
+
+
+def _set_mode(module: nn.Module, prefix: str, inherited: bool) -> None:
+    own = [(f".{prefix}{name}", parameter) for name, parameter in module.named_parameters()]
+    # A stack names the shared embeddings among its own, and its dropout should not follow them.
+    told = [weight.requires_grad for name, weight in own if ".memory." not in name and ".embed_tokens." not in name]
+    active = any(told) if told else any(weight.requires_grad for _, weight in own) if own else inherited
+    module.training = active
+    for name, child in module.named_children():
+        _set_mode(child, f"{prefix}{name}.", active)

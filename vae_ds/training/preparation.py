@@ -1,0 +1,74 @@
+"""What is settled before any weight is loaded: checks, data, the phases' lengths."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vae_ds import config as configuration
+from vae_ds import distributed, engine
+from vae_ds.config import RunConfig, Settings
+from vae_ds.data import Source, Streamed, TokenSet, Whole, cache_dir, corpora, micro_batch, steps_per_epoch, tokenise
+from vae_ds.distributed import Ranks
+from vae_ds.model import check_base, load_tokenizer
+from vae_ds.runtime import records
+from vae_ds.training import phases
+from vae_ds.training.phases import PhasePlan
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is known before any weight is loaded."""
+
+    config: RunConfig
+    run_dir: Path
+    ranks: Ranks
+    precision: str
+    ds_config: dict[str, Any]
+    micro: int
+    tokenizer: Any
+    train: Source
+    valid: TokenSet
+    plans: list[PhasePlan]
+
+    @property
+    def accumulation(self) -> int:
+        return self.config.batch.global_size // (self.micro * self.ranks.world)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(plan.steps for plan in self.plans)
+
+
+def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Job:
+    """Check everything that can be checked, then make the data ready. Raises UserError; loads no weights."""
+    corpora.check(config.data)
+    check_base(config.model.base)
+    precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
+    clips = {"gradient_clipping": [phase.optimizer.clip for phase in config.phases]}
+    ds_config = engine.resolve(config.deepspeed, precision, ranks.device, stated=clips)
+    micro = micro_batch(config.batch.global_size, ranks.world, config.batch.micro)
+    tokenizer = load_tokenizer(config.model.base)
+    corpus = distributed.rank0_first(lambda: corpora.load(config.data))
+    cache = cache_dir(config.data.cache_dir)
+
+    def tokens_of(split: str) -> TokenSet:
+        return distributed.rank0_first(lambda: tokenise(corpus, split, tokenizer, config.data.max_tokens, cache))
+
+    if config.data.streaming:
+        source: Source = Streamed(corpora.open_stream(config.data), tokenizer, config.data.max_tokens)
+        plans = phases.plan(config.phases, None)
+    else:
+        train_set = tokens_of("train")
+        source = Whole(train_set)
+        plans = phases.plan(config.phases, steps_per_epoch(len(train_set), config.batch.global_size))
+    valid_set = tokens_of("valid").first(config.validation.sentences)
+    return Job(config, run_dir, ranks, precision, ds_config, micro, tokenizer, source, valid_set, plans)
+
+
+def write_headers(run_dir: Path, config: Settings, ranks: Ranks) -> None:
+    """Make the run directory, with its complete recipe and its environment. A collective; rank 0 writes."""
+    if ranks.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+        records.write_environment(run_dir, ranks.world, ranks.device.type)
+    distributed.barrier()

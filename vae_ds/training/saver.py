@@ -1,0 +1,141 @@
+"""Saving beside the training: it waits for the gather into host memory, not for the disk.
+
+A rank's thread writes its shard while the next steps run; the marker is written once every rank has told, in a
+reduction that a step makes anyway, that its shard is on the disk.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vae_ds.config import CheckpointConfig
+from vae_ds.distributed import Ranks
+from vae_ds.engine import PhaseState
+from vae_ds.errors import CheckpointError, StorageError
+from vae_ds.training import checkpoint
+from vae_ds.training.monitor import Monitor
+
+_log = logging.getLogger(__name__)
+
+
+class Wishes(NamedTuple):
+    """What the ranks agreed on at a step: to stop, to save now, to publish what all have written."""
+
+    stop: bool
+    save: bool
+    written: bool
+
+
+class Saver:
+    """Writes a run's checkpoints, one at a time: on each rank at most one copy of its share of the state is held.
+
+    A checkpoint that cannot be written (a full disk) is told in a warning and the training goes on, unless it must be
+    there (`must`): at a stop, and at the end.
+    """
+
+    def __init__(self, run_dir: Path, ranks: Ranks, settings: CheckpointConfig, monitor: Monitor | None = None) -> None:
+        """`monitor` is told of each published checkpoint. The steps between checkpoints are the loop's affair."""
+        self._run_dir, self._ranks, self._settings, self._monitor = Path(run_dir), ranks, settings, monitor
+        self._writer: _Writer | None = None
+        self._final = Path()
+        self._manifest: dict[str, Any] = {}
+        self._began_s = time.monotonic()
+        self._stall_s = 0.0
+
+    def wishes(self, stop: bool) -> list[float]:
+        """This rank's wishes as numbers, to be summed over the ranks."""
+        minutes = self._settings.every_minutes
+        due = minutes is not None and self._ranks.is_main and time.monotonic() - self._began_s > 60 * minutes
+        written = self._writer is not None and not self._writer.is_alive()
+        return [float(stop), float(due), float(written)]
+
+    def agreed(self, sums: Sequence[float]) -> Wishes:
+        """The sums of all ranks' `wishes`, read in the same way by each."""
+        return Wishes(sums[0] > 0, sums[1] > 0, sums[2] == self._ranks.world)
+
+    def begin(self, gather: Callable[[], PhaseState], progress: dict[str, Any], must: bool = False) -> None:
+        """Start a checkpoint named by progress["global_step"]; the one before is finished first. A collective.
+
+        `gather` gives the state in host memory, whole or this rank's share, and may be a collective; `progress` is
+        plain JSON data, rank 0's counts. With `must`, raises StorageError on every rank if one of them cannot.
+        """
+        self.finish()
+        self._began_s = time.monotonic()
+        try:
+            writing, self._final = checkpoint.prepare(self._run_dir, int(progress["global_step"]), self._ranks)
+        except CheckpointError as error:
+            self._failed(error, must)
+            return
+        state = gather()
+        self._manifest = checkpoint.describe(state, progress, self._ranks)
+        self._writer = _Writer(writing, state, self._ranks)
+        self._writer.start()
+        self._stall_s = time.monotonic() - self._began_s
+
+    def finish(self, must: bool = False) -> None:
+        """Wait for what `begin` started, publish it, delete older ones. A collective; nothing if nothing was begun.
+
+        With `must`, raises StorageError on every rank if one of them could not; the one before it stays anyway.
+        """
+        if self._writer is None:
+            return
+        writer, self._writer = self._writer, None
+        began_s = time.monotonic()
+        try:
+            shards = checkpoint.together(writer.result, "write")
+            manifest = self._manifest | {"shards": shards}
+            checkpoint.together(lambda: self._publish(writer.folder, manifest), "publish")
+        except CheckpointError as error:
+            self._failed(error, must)
+            return
+        checkpoint.prune(self._run_dir, self._settings.keep, self._ranks, self._settings.keep_best)
+        if self._monitor is not None:
+            self._monitor.checkpoint(
+                int(manifest["progress"]["global_step"]),
+                size_bytes=sum(shard["size"] for shard in shards),
+                stall_s=self._stall_s + time.monotonic() - began_s,
+                write_s=writer.duration_s,
+            )
+
+    def _publish(self, writing: Path, manifest: dict[str, Any]) -> None:
+        if self._ranks.is_main:
+            checkpoint.publish(writing, self._final, manifest)
+
+    def _failed(self, error: CheckpointError, must: bool) -> None:
+        if must:
+            raise StorageError(str(error)) from None
+        if self._ranks.is_main:
+            _log.warning("%s", error)
+
+
+class _Writer(threading.Thread):
+    """Writes one rank's shard."""
+
+    def __init__(self, folder: Path, state: PhaseState, ranks: Ranks) -> None:
+        super().__init__(name="checkpoint writer", daemon=True)
+        self.folder = folder
+        self.duration_s = 0.0
+        self._work: Callable[[], dict[str, Any]] | None = lambda: checkpoint.write_shard(folder, state, ranks)
+        self._entry: dict[str, Any] = {}
+        self._fault: Exception | None = None
+
+    def run(self) -> None:
+        assert self._work is not None
+        began_s = time.monotonic()
+        try:
+            self._entry = self._work()
+        except Exception as error:  # raised by `result`, on the thread that can tell the other ranks
+            self._fault = error
+        # With the work goes the copy of the state.
+        self._work = None
+        self.duration_s = time.monotonic() - began_s
+
+    def result(self) -> dict[str, Any]:
+        """Wait for it. The manifest's entry of this shard; raises what the writing raised."""
+        self.join()
+        if self._fault is not None:
+            raise self._fault
+        return self._entry
