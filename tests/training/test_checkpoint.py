@@ -254,11 +254,11 @@ def test_the_training_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: py
     progress = {"global_step": 1, "window": {"steps": 1}}
     saver.begin(lambda: state_of(1), progress)
     progress["window"] = {}
-    assert saver.wishes(stop=False) == [0, 0, 0]
+    assert saver.requests(stop=False) == [0, 0, 0]
     assert checkpoint.newest(tmp_path) is None
     slow.set()
     deadline = time.monotonic() + 60
-    while not saver.agreed(saver.wishes(stop=False)).written:
+    while not saver.agreed(saver.requests(stop=False)).written:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert checkpoint.newest(tmp_path) is None
@@ -301,11 +301,11 @@ def test_a_checkpoint_is_due_by_the_clock_of_rank_0_alone(tmp_path: Path) -> Non
     settings = CheckpointConfig(every_minutes=1e-9)
     saver = Saver(tmp_path, ALONE, settings)
     time.sleep(0.01)
-    assert saver.agreed(saver.wishes(stop=True)) == (True, True, False)
+    assert saver.agreed(saver.requests(stop=True)) == (True, True, False)
     other = Saver(tmp_path, Ranks(1, 1, 2, torch.device("cpu")), settings)
     time.sleep(0.01)
-    assert other.wishes(stop=False) == [0, 0, 0]
-    assert Saver(tmp_path, ALONE, CheckpointConfig()).wishes(stop=False) == [0, 0, 0]
+    assert other.requests(stop=False) == [0, 0, 0]
+    assert Saver(tmp_path, ALONE, CheckpointConfig()).requests(stop=False) == [0, 0, 0]
 
 
 def test_only_rank_0_prunes(tmp_path: Path) -> None:

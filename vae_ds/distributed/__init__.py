@@ -4,6 +4,7 @@ Stands on `runtime` and `errors`.
 """
 
 from vae_ds.distributed.collectives import (
+    NamedSums,
     all_sum,
     barrier,
     broadcast_object,
@@ -24,6 +25,7 @@ from vae_ds.distributed.ranks import (
 
 __all__ = [
     "VARIABLES",
+    "NamedSums",
     "Ranks",
     "all_sum",
     "barrier",

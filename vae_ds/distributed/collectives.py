@@ -3,7 +3,7 @@
 Shapes: N rows of this rank, X any further dimensions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +21,36 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
     return total
+
+
+class NamedSums:
+    """Sums of this rank by name, which one reduction adds over all ranks. Float64.
+
+    All sums lie in one vector, so a step costs one collective, however many it reports.
+    """
+
+    def __init__(self, device: torch.device, **sizes: int) -> None:
+        """`sizes`: the number of elements of each sum."""
+        self._sizes = sizes
+        self._packed = torch.zeros(sum(sizes.values()), dtype=torch.float64, device=device)
+        self._sums = dict(zip(sizes, self._packed.split(list(sizes.values())), strict=True))
+        # Numbers that the host knows wait here: one copy to the device a reduction, not one an addition.
+        self._host = torch.zeros_like(self._packed, device="cpu")
+        self._host_sums = dict(zip(sizes, self._host.split(list(sizes.values())), strict=True))
+
+    @torch.no_grad()
+    def add(self, **values: torch.Tensor | float | Sequence[float]) -> None:
+        """Add to some of the sums: tensors with as many elements, or plain numbers."""
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                self._sums[name] += value.detach().double()
+            else:
+                self._host_sums[name] += torch.tensor(value, dtype=torch.float64)
+
+    def reduce(self) -> dict[str, torch.Tensor]:
+        """The sums over all ranks, on the CPU, and on GPUs the only synchronisation. A collective."""
+        total = all_sum(self._packed + self._host.to(self._packed.device)).cpu()
+        return dict(zip(self._sizes, total.split(list(self._sizes.values())), strict=True))
 
 
 def gather_rows(rows_NX: torch.Tensor) -> torch.Tensor:

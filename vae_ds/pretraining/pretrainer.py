@@ -22,7 +22,7 @@ from vae_ds.pretraining.inputs import Job, prepare
 from vae_ds.pretraining.modelcard import base_card
 from vae_ds.pretraining.span_corruption import Plan, cut_texts, plan_epoch, whole_texts
 from vae_ds.runtime import StopFlag, heeded, records
-from vae_ds.training import LearningRate, Monitor, Saver, Watch, Wishes, checkpoint, write_headers
+from vae_ds.training import LearningRate, Monitor, Saver, Watch, Requests, checkpoint, write_headers
 
 # What a resumed run may set anew: how it is watched and stored, and when it ends.
 FREE_ON_RESUME = ("name", "logging.", "timeouts.", "checkpoint.", "validation.", "deepspeed", "batch.micro")
@@ -124,8 +124,8 @@ class Pretrainer:
             epoch, number = divmod(state.position, self.job.steps_per_epoch)
             if epoch != epoch_of_plan:
                 epoch_of_plan, (plan, order_SG) = epoch, self._order(epoch)
-            wishes = self.step(trained, plan, order_SG[number], epoch)
-            if wishes.written:
+            requests = self.step(trained, plan, order_SG[number], epoch)
+            if requests.written:
                 self.saver.finish()
             # One clock for all ranks: what they do next must not differ.
             state.duration_s = distributed.broadcast_object(before_s + time.monotonic() - began)
@@ -139,10 +139,10 @@ class Pretrainer:
                 self.validate(trained)
                 clock = time.monotonic()
             due = fresh and (finished or state.step % config.checkpoint.every_steps == 0)
-            if due or wishes.save or wishes.stop:
-                self.save(trained, must=wishes.stop)
+            if due or requests.save or requests.stop:
+                self.save(trained, must=requests.stop)
                 clock = time.monotonic()
-            if wishes.stop and not finished:
+            if requests.stop and not finished:
                 self.saver.finish(must=True)
                 self._status("stopped")
                 self.monitor.close()
@@ -154,7 +154,7 @@ class Pretrainer:
         by_time = 0.0 if config.minutes is None else self.state.duration_s / (60 * config.minutes)
         return max(self.state.step / config.steps, by_time)
 
-    def step(self, trained: PhaseEngine, plan: Plan, index_G: np.ndarray, epoch: int) -> Wishes:
+    def step(self, trained: PhaseEngine, plan: Plan, index_G: np.ndarray, epoch: int) -> Requests:
         """One global batch: forward, backward, update. What the ranks wish after it."""
         job, state, ranks = self.job, self.state, self.job.ranks
         # A decay that ends with the run, whichever limit ends it; the warm-up counts steps.
@@ -162,7 +162,7 @@ class Pretrainer:
         lr = self.learning_rate.at(state.step if warm else int(self.progress() * job.config.steps))
         tokens = int(plan.target_N[index_G].sum())
         shares = share(index_G, plan.order_N, ranks.rank, ranks.world, job.micro)
-        # Nats, padded target positions, 3 wishes: one reduction a step.
+        # Nats, padded target positions, 3 requests: one reduction a step.
         sums = torch.zeros(5, dtype=torch.float64, device=ranks.device)
         outcome = None
         for index_B in shares:
@@ -175,13 +175,13 @@ class Pretrainer:
             sums[0] += nats.detach().double()
             sums[1] += batch.labels_BT.numel()
         self.watch.advance()
-        sums[2:] = torch.tensor(self.saver.wishes(stop=self.stop.raised is not None))
-        nats_sum, positions, *wished = distributed.all_sum(sums).tolist()
-        wishes = self.saver.agreed(wished)
+        sums[2:] = torch.tensor(self.saver.requests(stop=self.stop.raised is not None))
+        nats_sum, positions, *requested = distributed.all_sum(sums).tolist()
+        requests = self.saver.agreed(requested)
         state.position += 1
         if outcome is None or not outcome.applied:
             self._skip()
-            return wishes
+            return requests
         state.skipped_in_row = 0
         state.step += 1
         state.tokens += tokens
@@ -190,7 +190,7 @@ class Pretrainer:
             state.window[key] = state.window.get(key, 0.0) + value
         state.window["lr"] = lr
         self.monitor.advance(1)
-        return wishes
+        return requests
 
     def validate(self, trained: PhaseEngine) -> None:
         """Measure the held-out sentences and replace the exported model."""

@@ -7,7 +7,7 @@ from vae_ds.training import checkpoint
 from vae_ds.training.monitor import Monitor
 from vae_ds.training.phases import learning_rate
 from vae_ds.training.preparation import prepare, write_headers
-from vae_ds.training.saver import Saver, Wishes
+from vae_ds.training.saver import Requests, Saver
 from vae_ds.training.schedules import LearningRate
 from vae_ds.training.trainer import train
 from vae_ds.training.watch import Watch
@@ -15,9 +15,9 @@ from vae_ds.training.watch import Watch
 __all__ = [
     "LearningRate",
     "Monitor",
+    "Requests",
     "Saver",
     "Watch",
-    "Wishes",
     "checkpoint",
     "learning_rate",
     "prepare",

@@ -16,7 +16,7 @@ from vae_ds.training.phases import PhasePlan
 
 
 @dataclass(frozen=True)
-class Job:
+class Setup:
     """What is known before any weight is loaded."""
 
     config: RunConfig
@@ -39,7 +39,7 @@ class Job:
         return sum(plan.steps for plan in self.plans)
 
 
-def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Job:
+def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
     """Check everything that can be checked, then make the data ready. Raises UserError; loads no weights."""
     corpora.check(config.data)
     check_base(config.model.base)
@@ -62,7 +62,7 @@ def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Job:
         source = Whole(train_set)
         plans = phases.plan(config.phases, steps_per_epoch(len(train_set), config.batch.global_size))
     valid_set = tokens_of("valid").first(config.validation.sentences)
-    return Job(config, run_dir, ranks, precision, ds_config, micro, tokenizer, source, valid_set, plans)
+    return Setup(config, run_dir, ranks, precision, ds_config, micro, tokenizer, source, valid_set, plans)
 
 
 def write_headers(run_dir: Path, config: Settings, ranks: Ranks) -> None:

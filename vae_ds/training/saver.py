@@ -21,7 +21,7 @@ from vae_ds.training.monitor import Monitor
 _log = logging.getLogger(__name__)
 
 
-class Wishes(NamedTuple):
+class Requests(NamedTuple):
     """What the ranks agreed on at a step: to stop, to save now, to publish what all have written."""
 
     stop: bool
@@ -45,16 +45,16 @@ class Saver:
         self._began_s = time.monotonic()
         self._stall_s = 0.0
 
-    def wishes(self, stop: bool) -> list[float]:
-        """This rank's wishes as numbers, to be summed over the ranks."""
+    def requests(self, stop: bool) -> list[float]:
+        """This rank's requests as numbers, to be summed over the ranks."""
         minutes = self._settings.every_minutes
         due = minutes is not None and self._ranks.is_main and time.monotonic() - self._began_s > 60 * minutes
         written = self._writer is not None and not self._writer.is_alive()
         return [float(stop), float(due), float(written)]
 
-    def agreed(self, sums: Sequence[float]) -> Wishes:
-        """The sums of all ranks' `wishes`, read in the same way by each."""
-        return Wishes(sums[0] > 0, sums[1] > 0, sums[2] == self._ranks.world)
+    def agreed(self, sums: Sequence[float]) -> Requests:
+        """The sums of all ranks' `requests`, read in the same way by each."""
+        return Requests(sums[0] > 0, sums[1] > 0, sums[2] == self._ranks.world)
 
     def begin(self, gather: Callable[[], PhaseState], progress: dict[str, Any], must: bool = False) -> None:
         """Start a checkpoint named by progress["global_step"]; the one before is finished first. A collective.

@@ -1,0 +1,43 @@
+"""What a phase is built from: a new float32 module with the phase's freezing, and the engine that takes it over."""
+
+import torch
+
+from vae_ds.engine import PhaseEngine
+from vae_ds.model import T5VAE
+from vae_ds.training import phases
+from vae_ds.training.aggressive import half_of
+from vae_ds.training.phases import PhasePlan
+from vae_ds.training.preparation import Setup
+
+Weights = dict[str, torch.Tensor]
+"""Float32 CPU tensors by parameter name."""
+
+
+def build_model(setup: Setup, plan: PhasePlan, weights: Weights | None, is_start: bool) -> T5VAE:
+    """A new float32 module on the CPU. `weights` None stands for the base's.
+
+    With `reset_decoder`, a phase starts (`is_start`) with the base's decoder again (Li et al. 2019).
+    """
+    model = T5VAE.from_base(setup.config.model, setup.config.seed)
+    is_reset = is_start and plan.settings.reset_decoder
+    if weights is not None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if not (is_reset and phases.group_of(name) == "decoder"):
+                    parameter.copy_(weights[name])
+    phases.freeze(model, plan.settings.freeze, f"phases.{plan.index}.freeze")
+    return model
+
+
+def build_engine(setup: Setup, plan: PhasePlan, model: T5VAE) -> PhaseEngine:
+    """The engine of a phase."""
+    return PhaseEngine(
+        model,
+        optimizer=plan.settings.optimizer,
+        micro=setup.micro,
+        accumulation=setup.accumulation,
+        ranks=setup.ranks,
+        precision=setup.precision,
+        ds_config=setup.ds_config,
+        half_of=half_of if plan.settings.aggressive else None,
+    )

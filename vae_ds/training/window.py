@@ -1,0 +1,44 @@
+"""The window between two rows of the log: sums over its applied steps, and the means that the row reports.
+
+A window is a plain dictionary, since it goes into each checkpoint.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+Window = dict[str, float]
+
+# Means over the window's steps, each a mean over the sentences of its global batches; nats, but for grad_norm.
+MEANS = ("rec", "kl", "kl_weighted", "loss", "grad_norm")
+
+
+def add_step(
+    window: Window, totals: Mapping[str, float], sentences: int, kl: float, beta: float, lr: float, grad_norm: float
+) -> None:
+    """Add one applied step.
+
+    `totals`: sums of the global batch, `loss`, `rec` and `penalty` (the thresholded KL) in nats, `tokens` and
+    `positions` of the targets. `kl` is the raw KL in nats a sentence.
+    """
+    adds = {
+        "steps": 1.0,
+        "loss": totals["loss"] / sentences,
+        "rec": totals["rec"] / sentences,
+        "kl": kl,
+        "kl_weighted": beta * totals["penalty"] / sentences,
+        "grad_norm": grad_norm,
+        "tokens": totals["tokens"],
+        "positions": totals["positions"],
+    }
+    for key, value in adds.items():
+        window[key] = window.get(key, 0.0) + value
+    window |= {"beta": beta, "lr": lr}
+
+
+def row_of(window: Window, duration_s: float) -> dict[str, Any]:
+    """What the row says of the window: means, the last beta and learning rate, tokens a second, share of padding."""
+    row: dict[str, Any] = {key: window[key] / window["steps"] for key in MEANS}
+    row["nelbo"] = row["rec"] + row["kl"]
+    row |= {"beta": window["beta"], "lr": window["lr"], "tokens_per_s": window["tokens"] / max(duration_s, 1e-9)}
+    row["padding"] = 1.0 - window["tokens"] / window["positions"]
+    return row
