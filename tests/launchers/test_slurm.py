@@ -354,8 +354,8 @@ def test_a_cut_link_ends_both_sides(longer: list[str], quiet: Path, tmp_path: Pa
         assert int(apart.field(job, "Restarts")) >= 1
         same_curve(run, quiet)
         same_weights(run, quiet)
-        assert "no sign of life from rank 1" in rank_log(apart, job, 0)
-        assert "rank 0 is gone or has been silent for 10 s" in rank_log(apart, job, 1)
+        assert "no heartbeat from rank 1" in rank_log(apart, job, 0)
+        assert "rank 0 is lost or has been silent for 10 s" in rank_log(apart, job, 1)
     finally:
         apart.close()
 

@@ -160,7 +160,7 @@ BREAKS = [
     (no_marker, "incomplete, manifest.json is missing"),
     (garbled_marker, "unreadable"),
     (other_schema, "schema version 2; this vae_ds reads 1"),
-    (no_shards_named, "names no shards"),
+    (no_shards_named, "lists no shards"),
     (cut_shard, "bytes, not"),
     (missing_shard, "missing, not"),
     (flipped_bit, "checksum"),
@@ -288,7 +288,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_unless_it_must_be(
     saver.begin(lambda: state_of(2), {"global_step": 2})
     with caplog.at_level(logging.WARNING):
         saver.finish()
-    assert "No space left on device; the one before it stays" in caplog.text
+    assert "No space left on device; the previous checkpoint stays" in caplog.text
     saver.begin(lambda: state_of(3), {"global_step": 3})
     with pytest.raises(StorageError, match="No space left"):
         saver.finish(must=True)

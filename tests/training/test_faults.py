@@ -184,7 +184,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(new_run: Callable[..., Run]
     code = run.end_of(process)
     assert code == EXIT_LOST
     assert time.monotonic() - began_s < END_S
-    assert "no sign of life from rank 1 on " in run.output.read_text(encoding="utf-8")
+    assert "no heartbeat from rank 1 on " in run.output.read_text(encoding="utf-8")
     status = json.loads((run.run_dir / "status.json").read_text(encoding="utf-8"))
     assert status["state"] == "failed"
     assert "rank 1" in status["reason"]
@@ -247,7 +247,7 @@ def test_text_that_changed_is_refused_unless_told_otherwise(
     (text / "train.txt").write_text("\n".join(ENGLISH[1:61]) + "\n", encoding="utf-8")
     longer = ["phases.0.steps=2", "phases.1.steps=4"]
     assert code_of(*run, *longer) == 2
-    assert "the training text is not what it was" in capsys.readouterr().err
+    assert "the training text has changed" in capsys.readouterr().err
     assert code_of(*run, *longer, "--changed-data") == 0
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
@@ -281,7 +281,7 @@ def test_on_a_full_disk_the_older_checkpoint_stays_whole(
     assert code_of(*again) == 1
     said = capfd.readouterr().err
     assert "No space left on device" in said
-    assert "the one before it stays" in said
+    assert "the previous checkpoint stays" in said
     assert "Traceback" not in said
     assert state_of(run) == "failed"
     filler.unlink()
@@ -337,13 +337,13 @@ def test_the_board_names_who_is_silent_and_who_is_behind() -> None:
     for rank in (0, 1):
         board.note(rank, f"1 5 node{rank}", 1.0)
     assert board.verdict(9.0) is None
-    assert board.verdict(10.5) == "no sign of life from rank 2 for 10 s"
+    assert board.verdict(10.5) == "no heartbeat from rank 2 for 10 s"
     board.note(2, "1 4 node2", 10.5)
     for turn in range(2, 120):
         for rank, advanced in ((0, 5), (1, 5), (2, 4)):
             board.note(rank, f"{turn} {advanced} node{rank}", float(turn))
     assert board.verdict(100.0) is None
-    assert board.verdict(119.0) == "nothing has gone on for 100 s, rank 2 on node2 behind the others"
+    assert board.verdict(119.0) == "no progress for 100 s, rank 2 on node2 behind the others"
     board.note(0, "200 6 node0", 119.0)
     assert board.verdict(119.0) is None
 

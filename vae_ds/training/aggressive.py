@@ -1,9 +1,9 @@
-"""Aggressive training: the encoder catches up before each step of the decoder, until it lags no more.
+"""Aggressive training: several encoder steps before each decoder step, as long as the encoder lags behind.
 
-He et al. 2019, "Lagging Inference Networks and Posterior Collapse in Variational Autoencoders", algorithm 1: encoder
-steps until the loss of a stretch of them is above that of the one before, then one step of the decoder; for good once
-the mutual information of the validation stops rising. Every step of either counts as a step of the phase, so that the
-phase costs what it says.
+He et al. 2019, "Lagging Inference Networks and Posterior Collapse in Variational Autoencoders", algorithm 1. The
+encoder takes steps until the mean loss of a stretch of them exceeds that of the previous stretch; then the decoder
+takes one step. The alternation ends when the mutual information of the validation stops rising. Each step of either half counts
+as a step of the phase, so the cost of a phase is its number of steps.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ ENCODER, DECODER = "encoder", "decoder"
 
 @dataclass
 class Aggressive:
-    """Where the alternation stands; goes into each checkpoint. Losses are in nats, summed over a stretch's tokens."""
+    """The state of the alternation, stored in each checkpoint. Losses are in nats, summed over a stretch of steps."""
 
     is_on: bool = True
     turn: str = ENCODER
@@ -27,11 +27,11 @@ class Aggressive:
     best_mi: float | None = None  # of the validations so far
 
     def half(self) -> str | None:
-        """Which half of the model the next step updates; None: all of it."""
+        """The half of the model that the next step updates; None is the whole model."""
         return self.turn if self.is_on else None
 
     def after_step(self, settings: AggressiveConfig, loss_nats: float, tokens: float) -> None:
-        """An applied step, with its loss summed over the global batch: whose turn is next."""
+        """Record an applied step, with its loss summed over the global batch, and decide whose turn is next."""
         if self.turn == DECODER:
             self.turn, self.taken, self.loss, self.tokens, self.before = ENCODER, 0, 0.0, 0.0, None
             return
@@ -47,7 +47,7 @@ class Aggressive:
             self.turn = DECODER
 
     def after_validation(self, mi: float | None) -> None:
-        """End it once the mutual information, in nats, is below the best so far."""
+        """End the alternation if the mutual information, in nats, is below the best so far."""
         if mi is None:
             return
         if self.best_mi is not None and mi < self.best_mi:
@@ -56,5 +56,5 @@ class Aggressive:
 
 
 def half_of(name: str) -> str:
-    """The half of a parameter of T5VAE: q(z|x) is the encoder's, p(x|z) the decoder's with the shared embeddings."""
+    """The half of a parameter of T5VAE: the encoder for q(z|x), the decoder for p(x|z) and the shared embeddings."""
     return ENCODER if group_of(name) in ("encoder", "bottleneck") else DECODER

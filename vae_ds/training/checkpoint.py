@@ -1,8 +1,9 @@
 """Portable checkpoints: whole float32 weights and Adam moments, resumable at any world size, stage and precision.
 
-RUN/checkpoints/step-00000123/ holds one safetensors shard a rank (parameter i in shard i mod world, its keys
-`weights/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`) and `manifest.json`, the marker: sizes and SHA-256 of the shards,
-progress, and each rank's random generators. It is written last, and a directory without it is no checkpoint.
+RUN/checkpoints/step-00000123/ holds one safetensors shard per rank (parameter i in shard i mod world, with the keys
+`weights/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`) and `manifest.json`: sizes and SHA-256 of the shards, the progress,
+and the random generators of each rank. The manifest is the marker. It is written last, and a directory without it is
+not a checkpoint.
 """
 
 import copy
@@ -30,9 +31,9 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})")
-# Metrics of a validation by which the best checkpoint may be kept: 1 where more is better, -1 where less is.
+# Metrics of a validation by which the best checkpoint can be kept: 1 if higher is better, -1 if lower is.
 BETTER = {"nelbo": -1, "rec": -1, "mi": 1, "z_gain": 1}
-# Directories that are being written or deleted; their contents mean nothing.
+# Prefixes of directories that are being written or deleted; their contents are not valid.
 WRITING, LEAVING = ".writing-", ".leaving-"
 
 _log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: where it is, after how many applied steps of the run, and its manifest."""
+    """A complete checkpoint: its directory, the applied steps of the run before it, and its manifest."""
 
     path: Path
     step: int
@@ -51,7 +52,7 @@ class Checkpoint:
 
 
 def prepare(run_dir: Path, step: int, ranks: Ranks) -> tuple[Path, Path]:
-    """The directory to write a checkpoint of `step` into, and what it will be called. A collective."""
+    """The directory to write a checkpoint of `step` into, and its final name. A collective."""
     root = Path(run_dir) / FOLDER
     final = root / f"step-{step:08d}"
     writing = root / f"{WRITING}{final.name}"
@@ -60,7 +61,7 @@ def prepare(run_dir: Path, step: int, ranks: Ranks) -> tuple[Path, Path]:
 
 
 def describe(state: PhaseState, progress: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """The manifest, the shards' entries left out: progress and the generators as they are now. A collective."""
+    """The manifest without the entries of the shards; the generators are captured now. A collective."""
     return {
         "schema_version": SCHEMA_VERSION,
         "world": ranks.world,
@@ -73,15 +74,15 @@ def describe(state: PhaseState, progress: dict[str, Any], ranks: Ranks) -> dict[
 
 
 def newest(run_dir: Path, *, verify: bool = True) -> Checkpoint | None:
-    """The newest checkpoint whose manifest, sizes and (with `verify`) checksums hold; None if there is none.
+    """The newest checkpoint whose manifest, sizes and (with `verify`) checksums are right; None if there is none.
 
-    Broken ones are skipped with a warning.
+    A broken one is skipped with a warning.
     """
     for path in _directories(Path(run_dir)):
         try:
             return _open(path, verify)
         except CheckpointError as error:
-            _log.warning("%s; taking the one before it", error)
+            _log.warning("%s; using the previous checkpoint", error)
     return None
 
 
@@ -90,8 +91,8 @@ def resume(
 ) -> tuple[PhaseState, dict[str, Any]] | None:
     """State and progress of the newest checkpoint, as `load` gives them; None if there is none. A collective.
 
-    Rank 0 looks for it, so that the shards are read for their checksums once. Raises CheckpointError if the training
-    data were not `data` when it was saved, unless `changed_data`.
+    Rank 0 searches, so that the shards are read only once for their checksums. Raises CheckpointError if the training
+    data differ from `data`, unless `changed_data`.
     """
     found = newest(run_dir) if ranks.is_main else None
     path = distributed.broadcast_object(None if found is None else str(found.path))
@@ -100,16 +101,17 @@ def resume(
     state, progress = load(found or _open(Path(path), verify=False), ranks)
     if progress["data"] != data and not changed_data:
         raise CheckpointError(
-            f"{path}: the training text is not what it was at this checkpoint, and the run would not be the one it "
-            "was; use another --run-dir, or --changed-data to go on all the same"
+            f"{path}: the training text has changed since this checkpoint; use another --run-dir, or --changed-data to "
+            "resume on the changed text"
         )
     return state, progress
 
 
 def load(checkpoint: Checkpoint, ranks: Ranks | None = None) -> tuple[PhaseState, dict[str, Any]]:
-    """The whole state and the progress, at any world size. With `ranks` also this rank's generators, if that world's.
+    """The whole state and the progress, at any world size.
 
-    The generators are restored by PhaseEngine.load, once the engine is built: building draws numbers too.
+    With `ranks` of the same world size, the state has this rank's generators. PhaseEngine.load restores them after the
+    engine is built, since building draws random numbers.
     Raises CheckpointError if a shard cannot be read or a tensor is missing.
     """
     manifest = checkpoint.manifest
@@ -136,10 +138,10 @@ def load(checkpoint: Checkpoint, ranks: Ranks | None = None) -> tuple[PhaseState
 
 
 def prune(run_dir: Path, keep: int, ranks: Ranks, best: str | None = None) -> None:
-    """Delete all but the newest `keep` whole checkpoints and the best, and broken ones older than a whole one.
+    """Delete all checkpoints but the newest `keep` complete ones and the best one. Rank 0 deletes.
 
-    `best` names a metric of BETTER: of the checkpoints whose progress["valid"] has it, the best one stays, too.
-    Rank 0 deletes. Nothing goes while no whole checkpoint is newer.
+    `best` is a metric of BETTER; it rates the checkpoints whose progress["valid"] has it. A broken checkpoint is
+    deleted only if a complete one is newer.
     """
     if not ranks.is_main:
         return
@@ -157,21 +159,21 @@ def prune(run_dir: Path, keep: int, ranks: Ranks, best: str | None = None) -> No
 
 
 def together(work: Callable[[], Any], verb: str) -> list[Any]:
-    """Run `work` on this rank, gather the values; where one rank fails, all raise, so that none waits for it."""
+    """Run `work` on this rank and gather the values. If one rank fails, all raise: none waits for it. A collective."""
     value, fault = None, None
     try:
         value = work()
-    except Exception as error:  # told to all below: the others wait for an answer
+    except Exception as error:  # gathered below: the other ranks wait for it
         fault = f"{type(error).__name__}: {error}"
     answers = distributed.gather_objects((value, fault))
     for rank, (_, told) in enumerate(answers):
         if told is not None:
-            raise CheckpointError(f"rank {rank} could not {verb} the checkpoint: {told}; the one before it stays")
+            raise CheckpointError(f"rank {rank} could not {verb} the checkpoint: {told}; the previous checkpoint stays")
     return [found for found, _ in answers]
 
 
 def _clear(root: Path, writing: Path) -> None:
-    """Remove what an interrupted save or prune left, and make the directory to write into."""
+    """Remove leftovers of an interrupted save or prune, and make the directory to write into."""
     root.mkdir(parents=True, exist_ok=True)
     for path in root.iterdir():
         if path.name.startswith((WRITING, LEAVING)):
@@ -192,7 +194,7 @@ def write_shard(folder: Path, state: PhaseState, ranks: Ranks) -> dict[str, Any]
 
 
 def publish(writing: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Give the directory its name, then write the marker: from then on the checkpoint exists. Rank 0 alone."""
+    """Rename the directory, then write the marker, which makes the checkpoint valid. Call it on rank 0 alone."""
     replaced = None
     if final.exists():
         replaced = final.with_name(f"{LEAVING}{final.name}")
@@ -209,7 +211,7 @@ def publish(writing: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 
 def _directories(run_dir: Path) -> Iterator[Path]:
-    """Directories with a checkpoint's name, newest first."""
+    """Directories that are named like a checkpoint, newest first."""
     root = run_dir / FOLDER
     if not root.is_dir():
         return
@@ -219,7 +221,7 @@ def _directories(run_dir: Path) -> Iterator[Path]:
 
 
 def _open(path: Path, verify: bool) -> Checkpoint:
-    """Read the manifest and hold the shards against it. Raises CheckpointError that says what is wrong."""
+    """Read the manifest and check the shards against it. Raises CheckpointError that says what is wrong."""
     marker = path / MANIFEST
     try:
         manifest = json.loads(marker.read_text(encoding="utf-8"))
@@ -231,14 +233,14 @@ def _open(path: Path, verify: bool) -> Checkpoint:
         found = manifest.get("schema_version") if isinstance(manifest, dict) else None
         raise CheckpointError(f"{marker}: schema version {found!r}; this vae_ds reads {SCHEMA_VERSION}")
     if not isinstance(manifest.get("shards"), list):
-        raise CheckpointError(f"{marker}: it names no shards")
+        raise CheckpointError(f"{marker}: it lists no shards")
     for shard in manifest["shards"]:
         file = path / shard["file"]
         size = file.stat().st_size if file.is_file() else None
         if size != shard["size"]:
             raise CheckpointError(f"{file}: {'missing' if size is None else f'{size} bytes'}, not {shard['size']}")
         if verify and _sha256(file) != shard["sha256"]:
-            raise CheckpointError(f"{file}: its checksum is not the manifest's")
+            raise CheckpointError(f"{file}: its checksum differs from the manifest's")
     match = NAME.fullmatch(path.name)
     return Checkpoint(path, int(match[1]) if match else 0, manifest)
 
@@ -251,13 +253,13 @@ def _whole(path: Path) -> Checkpoint | None:
 
 
 def _remove(path: Path) -> None:
-    """Take the name away first: a half-deleted directory must not look like a checkpoint."""
+    """Delete a checkpoint. It is renamed first: a partly deleted directory must not look like a checkpoint."""
     leaving = path.with_name(f"{LEAVING}{path.name}")
     try:
         os.replace(path, leaving)
         shutil.rmtree(leaving)
     except OSError as error:
-        _log.warning("%s: could not be deleted: %s", path, error)
+        _log.warning("%s: cannot be deleted: %s", path, error)
 
 
 def _read_shard(path: Path) -> dict[str, torch.Tensor]:
@@ -274,7 +276,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Ask the disk to keep a file, or a directory's entries, before anything refers to it."""
+    """Flush a file, or the entries of a directory, to the disk before anything refers to it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,8 @@
-"""The phase manager: what is frozen, which beta, how long. Knows no DeepSpeed.
+"""The phase manager: length, freezing and schedules of each phase. Independent of DeepSpeed.
 
-A run is a list of phases (README, The method). Planning turns a recipe's epochs and fractions into applied optimizer
-steps, once the data's size is known; freezing turns groups and patterns into `requires_grad` and eval mode.
+A run is a list of phases (docs/method.md). `plan` converts the epochs and fractions of a recipe into applied optimizer
+steps, once the size of the data is known. `freeze` and `train_mode` convert groups and patterns into `requires_grad`
+and eval mode.
 """
 
 import fnmatch
@@ -19,7 +20,7 @@ GROUPS = ("encoder", "decoder", "embeddings", "memory", "bottleneck")
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """A phase with its lengths in applied optimizer steps."""
+    """A phase whose lengths are in applied optimizer steps."""
 
     index: int
     settings: PhaseConfig
@@ -35,10 +36,10 @@ class PhasePlan:
 
 
 def plan(phases: Sequence[PhaseConfig], steps_per_epoch: int | None) -> list[PhasePlan]:
-    """Lay out the phases one after the other.
+    """The plans of all phases, one after the other.
 
-    `steps_per_epoch` comes from the real data and the real global batch; None where the data is not counted. Raises
-    ConfigError if a phase comes out empty, or has a length in epochs of such data.
+    `steps_per_epoch` comes from the real data and the real global batch; it is None for a stream, whose sentences are
+    not counted. Raises ConfigError if a phase has no step, or a length in epochs of a stream.
     """
     plans: list[PhasePlan] = []
     first = 0
@@ -47,7 +48,9 @@ def plan(phases: Sequence[PhaseConfig], steps_per_epoch: int | None) -> list[Pha
             _need_steps(phase, index)
         steps = phase.steps if phase.steps is not None else round(float(phase.epochs or 0) * (steps_per_epoch or 0))
         if steps < 1:
-            raise ConfigError(f"phases.{index}.epochs: {phase.epochs:g} epochs of {steps_per_epoch} steps is no step")
+            raise ConfigError(
+                f"phases.{index}.epochs: {phase.epochs:g} epochs of {steps_per_epoch} steps is less than one step"
+            )
         beta = _beta(phase, steps, steps_per_epoch)
         rate = learning_rate(phase.optimizer, phase.learning_rate, steps)
         plans.append(PhasePlan(index, phase, first, steps, steps_per_epoch, beta, rate))
@@ -64,7 +67,7 @@ def _need_steps(phase: PhaseConfig, index: int) -> None:
     """Raise ConfigError for a length in epochs."""
     for key, value in (("epochs", phase.epochs), ("beta.over_epochs", getattr(phase.beta, "over_epochs", None))):
         if value is not None:
-            raise ConfigError(f"phases.{index}.{key}: data.streaming does not count the text; state steps")
+            raise ConfigError(f"phases.{index}.{key}: data.streaming does not count the sentences; set steps")
 
 
 def _beta(phase: PhaseConfig, steps: int, steps_per_epoch: int | None) -> schedules.Beta:
@@ -84,7 +87,7 @@ def _beta(phase: PhaseConfig, steps: int, steps_per_epoch: int | None) -> schedu
 
 
 def number_of(phase: str, names: Sequence[str]) -> int:
-    """The index of a phase that a user means: its name, or its number from 1. Raises ConfigError."""
+    """The index of a phase given by its name or its number from 1. Raises ConfigError."""
     if phase in names:
         return names.index(phase)
     if phase.isdecimal() and 1 <= int(phase) <= len(names):
@@ -93,7 +96,7 @@ def number_of(phase: str, names: Sequence[str]) -> int:
 
 
 def group_of(name: str) -> str:
-    """The freezing group of a parameter of T5VAE, by its name; each parameter is in exactly one."""
+    """The freezing group of a parameter of T5VAE, by its name. Each parameter is in exactly one group."""
     if name.startswith("bottleneck."):
         return "bottleneck"
     if ".memory." in name:
@@ -137,10 +140,10 @@ def freeze(model: nn.Module, patterns: Sequence[str], where: str = "freeze") -> 
 
 
 def train_mode(model: nn.Module) -> None:
-    """Training mode, but eval for what is frozen: frozen modules run without dropout (README, The method).
+    """Set training mode, but eval mode for frozen modules, so that they run without dropout (docs/method.md).
 
-    A module without parameters of its own, a Dropout, follows the nearest module above it that has some. The memory
-    projection does not count there: a frozen decoder with a trainable memory inside runs without dropout.
+    A module without parameters, such as Dropout, follows the nearest module above it that has parameters. The memory
+    projection does not count: a frozen decoder with a trainable memory inside runs without dropout.
     """
     model.train()
     _set_mode(model, "", True)
@@ -148,7 +151,7 @@ def train_mode(model: nn.Module) -> None:
 
 def _set_mode(module: nn.Module, prefix: str, inherited: bool) -> None:
     own = [(f".{prefix}{name}", parameter) for name, parameter in module.named_parameters()]
-    # A stack names the shared embeddings among its own, and its dropout should not follow them.
+    # A T5 stack lists the shared embeddings among its parameters, but its dropout must not follow them.
     told = [weight.requires_grad for name, weight in own if ".memory." not in name and ".embed_tokens." not in name]
     active = any(told) if told else any(weight.requires_grad for _, weight in own) if own else inherited
     module.training = active

@@ -1,4 +1,4 @@
-"""What is settled before any weight is loaded: checks, data, the phases' lengths."""
+"""The setup of a training, before any weight is loaded: checks, data, lengths of the phases."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from vae_ds.training.phases import PhasePlan
 
 @dataclass(frozen=True)
 class Setup:
-    """What is known before any weight is loaded."""
+    """Everything about a run that does not change, known before any weight is loaded."""
 
     config: RunConfig
     run_dir: Path
@@ -40,7 +40,7 @@ class Setup:
 
 
 def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
-    """Check everything that can be checked, then make the data ready. Raises UserError; loads no weights."""
+    """Check everything that can be checked, then prepare the data. Raises UserError. Loads no weights. A collective."""
     corpora.check(config.data)
     check_base(config.model.base)
     precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
@@ -66,7 +66,7 @@ def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
 
 
 def write_headers(run_dir: Path, config: Settings, ranks: Ranks) -> None:
-    """Make the run directory, with its complete recipe and its environment. A collective; rank 0 writes."""
+    """Make the run directory with its complete recipe and its environment. A collective; rank 0 writes."""
     if ranks.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")

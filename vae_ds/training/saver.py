@@ -1,7 +1,7 @@
-"""Saving beside the training: it waits for the gather into host memory, not for the disk.
+"""Checkpoints are written beside the training: a step waits for the copy to host memory, not for the disk.
 
-A rank's thread writes its shard while the next steps run; the marker is written once every rank has told, in a
-reduction that a step makes anyway, that its shard is on the disk.
+A thread of each rank writes the rank's shard while the next steps run. The marker is written after every rank has
+reported, in the reduction that each step makes anyway, that its shard is on the disk.
 """
 
 import logging
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class Requests(NamedTuple):
-    """What the ranks agreed on at a step: to stop, to save now, to publish what all have written."""
+    """What the ranks agreed on at a step: to stop, to save now, and that all shards of a checkpoint are written."""
 
     stop: bool
     save: bool
@@ -30,14 +30,14 @@ class Requests(NamedTuple):
 
 
 class Saver:
-    """Writes a run's checkpoints, one at a time: on each rank at most one copy of its share of the state is held.
+    """Writes a run's checkpoints, one at a time. A rank holds at most one copy of its share of the state.
 
-    A checkpoint that cannot be written (a full disk) is told in a warning and the training goes on, unless it must be
-    there (`must`): at a stop, and at the end.
+    A checkpoint that cannot be written (a full disk) is a warning, and the training continues. With `must`, at a stop
+    and at the end of a run, it is an error.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, settings: CheckpointConfig, monitor: Monitor | None = None) -> None:
-        """`monitor` is told of each published checkpoint. The steps between checkpoints are the loop's affair."""
+        """`monitor` records each published checkpoint. The caller decides when to save."""
         self._run_dir, self._ranks, self._settings, self._monitor = Path(run_dir), ranks, settings, monitor
         self._writer: _Writer | None = None
         self._final = Path()
@@ -46,21 +46,21 @@ class Saver:
         self._stall_s = 0.0
 
     def requests(self, stop: bool) -> list[float]:
-        """This rank's requests as numbers, to be summed over the ranks."""
+        """This rank's requests as numbers. Their sums over the ranks go to `agreed`."""
         minutes = self._settings.every_minutes
         due = minutes is not None and self._ranks.is_main and time.monotonic() - self._began_s > 60 * minutes
         written = self._writer is not None and not self._writer.is_alive()
         return [float(stop), float(due), float(written)]
 
     def agreed(self, sums: Sequence[float]) -> Requests:
-        """The sums of all ranks' `requests`, read in the same way by each."""
+        """What the sums of all ranks' `requests` mean; the same on every rank."""
         return Requests(sums[0] > 0, sums[1] > 0, sums[2] == self._ranks.world)
 
     def begin(self, gather: Callable[[], PhaseState], progress: dict[str, Any], must: bool = False) -> None:
-        """Start a checkpoint named by progress["global_step"]; the one before is finished first. A collective.
+        """Start the checkpoint of progress["global_step"], after the previous one is finished. A collective.
 
-        `gather` gives the state in host memory, whole or this rank's share, and may be a collective; `progress` is
-        plain JSON data, rank 0's counts. With `must`, raises StorageError on every rank if one of them cannot.
+        `gather` returns the state in host memory, whole or this rank's share; it may be a collective. `progress` is
+        plain JSON data; rank 0's is stored. With `must`, raises StorageError on every rank if one rank fails.
         """
         self.finish()
         self._began_s = time.monotonic()
@@ -76,9 +76,10 @@ class Saver:
         self._stall_s = time.monotonic() - self._began_s
 
     def finish(self, must: bool = False) -> None:
-        """Wait for what `begin` started, publish it, delete older ones. A collective; nothing if nothing was begun.
+        """Wait for the checkpoint that `begin` started, publish it, and delete older ones. A collective.
 
-        With `must`, raises StorageError on every rank if one of them could not; the one before it stays anyway.
+        Does nothing if no checkpoint was started. With `must`, raises StorageError on every rank if one rank failed.
+        The previous checkpoint stays in that case.
         """
         if self._writer is None:
             return
@@ -112,7 +113,7 @@ class Saver:
 
 
 class _Writer(threading.Thread):
-    """Writes one rank's shard."""
+    """The thread that writes one rank's shard."""
 
     def __init__(self, folder: Path, state: PhaseState, ranks: Ranks) -> None:
         super().__init__(name="checkpoint writer", daemon=True)
@@ -127,14 +128,14 @@ class _Writer(threading.Thread):
         began_s = time.monotonic()
         try:
             self._entry = self._work()
-        except Exception as error:  # raised by `result`, on the thread that can tell the other ranks
+        except Exception as error:  # `result` raises it on the main thread, which reports it to the other ranks
             self._fault = error
-        # With the work goes the copy of the state.
+        # Frees the copy of the state.
         self._work = None
         self.duration_s = time.monotonic() - began_s
 
     def result(self) -> dict[str, Any]:
-        """Wait for it. The manifest's entry of this shard; raises what the writing raised."""
+        """Wait for the thread. Returns the manifest's entry of this shard; raises what the writing raised."""
         self.join()
         if self._fault is not None:
             raise self._fault

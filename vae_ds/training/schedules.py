@@ -1,8 +1,8 @@
 """Schedules of the KL weight beta and of the learning rate: functions of the applied optimizer step.
 
-A step that was skipped (non-finite gradients) is not applied and advances no schedule. Steps count from 0 in each
-phase: the first update of a phase uses `at(0)`. The schedule `Target` alone has state, one number that the caller
-carries (and checkpoints).
+A skipped step (non-finite gradients) is not applied and advances no schedule. Steps count from 0 in each phase: the
+first update of a phase uses `at(0)`. Only the schedule `Target` has state: one number, which the caller carries from
+step to step and stores in checkpoints.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Constant:
-    """Beta is `value` throughout."""
+    """Beta is always `value`."""
 
     value: float
 
@@ -21,7 +21,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """Beta goes from `start` to `max` over `over_steps` steps and stays there (Park & Lee 2021, equation 6)."""
+    """Beta rises from `start` to `max` over `over_steps` steps, then stays (Park & Lee 2021, equation 6)."""
 
     max: float
     over_steps: float
@@ -53,9 +53,9 @@ class Cyclical:
 
 @dataclass(frozen=True)
 class Target:
-    """Beta steered so that the raw KL comes to `kl` nats: up while the KL is above it, down while below.
+    """Beta is controlled so that the raw KL reaches `kl` nats: it rises while the KL is higher, else it falls.
 
-    Integral control on the relative error, clipped to [-1, 1]; beta stays in [0, `max`].
+    Integral control on the relative error, which is clipped to [-1, 1]. Beta stays in [0, `max`].
     """
 
     kl: float
@@ -86,7 +86,7 @@ class LearningRate:
     final: float
 
     def at(self, step: int) -> float:
-        """The rate of update number `step` (from 0); the warm-up's first update already moves."""
+        """The rate of update number `step` (from 0). It is above 0 at the first update of a warm-up, too."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         if self.schedule == "constant":

@@ -1,8 +1,9 @@
-"""Notices that a launcher is gone, or that a rank is gone or hangs, and ends this rank within seconds.
+"""The watchdog of a rank: ends it within seconds if its launcher is lost, or if another rank is lost or hangs.
 
-A launcher that dies leaves its ranks behind (DeepSpeed's does, and may exit 0): they then stop as after a signal, with
-a checkpoint. A rank that is gone leaves the others waiting in a collective for as long as its time-out: each rank
-gives a sign of life through a store beside the process group, rank 0 looks at all, and its verdict ends everybody.
+- A launcher that dies leaves its ranks running (DeepSpeed's does, and can exit 0). The ranks then stop as after a
+  signal, with a checkpoint.
+- A rank that is lost leaves the others waiting in a collective until its time-out. So each rank writes heartbeats to
+  a store beside the process group. Rank 0 reads them all, and its diagnosis ends every rank.
 """
 
 import os
@@ -29,12 +30,12 @@ SAVE_WITHIN_S = 120.0
 
 
 class Watch:
-    """Threads of this rank, from `with` to its end. Every rank enters and leaves it; entering is a collective."""
+    """The watchdog of this rank, as a context manager. Every rank enters and leaves it; entering is a collective."""
 
     def __init__(
         self, ranks: Ranks, stop: StopFlag, timeouts: TimeoutConfig, on_end: Callable[[str], None] | None = None
     ) -> None:
-        """`stop` is raised when a launcher is lost; `on_end` is told the reason before this process ends itself."""
+        """`stop` is raised when a launcher is lost. `on_end` gets the reason before the watchdog ends this process."""
         self._ranks, self._stop, self._timeouts, self._on_end = ranks, stop, timeouts, on_end
         self._launchers = launchers_of(psutil.Process())
         self._advanced = 0
@@ -46,20 +47,20 @@ class Watch:
         self._verdict: str | None = None
 
     def advance(self) -> None:
-        """The training goes on: call it before whatever may wait for the other ranks."""
+        """Report progress. Call it before each operation that can wait for other ranks."""
         self._advanced += 1
 
     def __enter__(self) -> Self:
         if self._ranks.world > 1:
             self._store = self._open_store()
-            threading.Thread(target=self._talk, args=(self._store,), name="signs of life", daemon=True).start()
+            threading.Thread(target=self._talk, args=(self._store,), name="heartbeats", daemon=True).start()
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
         self._closing.set()
         self._thread.join(timeout=2 * POLL_S)
-        # Rank 0's store ends with it: the others must not miss it while they still look.
+        # Rank 0's store ends with its process; the others must not look for it after that.
         if kind is None:
             distributed.barrier()
 
@@ -69,7 +70,7 @@ class Watch:
         store = distributed.open_store(0, True, patience) if self._ranks.is_main else None
         port = distributed.broadcast_object(store.port if store is not None else 0)
         store = store or distributed.open_store(port, False, patience)
-        # Before any training, so that every rank's host is known whenever it falls silent.
+        # Before any training, so that the host of every rank is known if the rank falls silent.
         self._sign(store, 0)
         return store
 
@@ -78,7 +79,7 @@ class Watch:
             self._look_at_launchers()
             if self._store is None:
                 continue
-            # Turns and not seconds: a process that was suspended has heard nothing, and is not to blame anyone.
+            # Counted in turns, not in seconds: a process that was suspended received nothing, and no rank is at fault.
             self._unheard += 1
             if self._verdict is None and self._unheard * POLL_S > self._timeouts.silent_s:
                 self._verdict = self._lost("no answer")
@@ -86,7 +87,7 @@ class Watch:
                 self._end(self._verdict, EXIT_LOST)
 
     def _talk(self, store: dist.TCPStore) -> None:
-        """Exchange signs of life; in a thread of its own, since nothing ends a wait on a link that was cut."""
+        """Exchange heartbeats. Runs in a thread of its own, since a wait on a broken link never ends."""
         board = Board(self._ranks.world, self._timeouts)
         turns = 0
         while self._verdict is None and not self._closing.wait(POLL_S):
@@ -98,7 +99,7 @@ class Watch:
             self._unheard = 0
 
     def _lost(self, how: str) -> str:
-        return f"rank 0 is gone or has been silent for {self._timeouts.silent_s:g} s ({how})"
+        return f"rank 0 is lost or has been silent for {self._timeouts.silent_s:g} s ({how})"
 
     def _look_at_launchers(self) -> None:
         lost = next((one for one in self._launchers if not is_alive(one)), None)
@@ -109,12 +110,12 @@ class Watch:
             self._stop.raised = self._stop.raised or f"the loss of its launcher, process {lost.pid}"
         if time.monotonic() > self._deadline_s:
             self._end(
-                f"its launcher, process {lost.pid}, is gone, and the ranks did not stop in {SAVE_WITHIN_S:g} s",
+                f"its launcher, process {lost.pid}, is lost, and the ranks did not stop within {SAVE_WITHIN_S:g} s",
                 EXIT_FAULT,
             )
 
     def _exchange(self, store: dist.TCPStore, board: "Board", turns: int) -> str | None:
-        """Give this rank's sign of life; rank 0 reads all of them. The verdict, if there is one."""
+        """Write this rank's heartbeat; rank 0 also reads all of them. Returns the diagnosis if a rank is lost."""
         self._sign(store, turns)
         if self._ranks.is_main:
             for rank in range(self._ranks.world):
@@ -124,7 +125,7 @@ class Watch:
             if verdict is None:
                 return None
             store.set("verdict", verdict)
-            # Time for the others to read it: the store ends with this process.
+            # The others need time to read it: the store ends with this process.
             time.sleep(3 * POLL_S)
             return verdict
         return store.get("verdict").decode() if store.check(["verdict"]) else None
@@ -133,7 +134,7 @@ class Watch:
         store.set(f"sign/{self._ranks.rank}", f"{turns} {self._advanced} {socket.gethostname()}")
 
     def _end(self, reason: str, code: int) -> None:
-        print(f"error: rank {self._ranks.rank} ends: {reason}", file=sys.stderr, flush=True)
+        print(f"error: rank {self._ranks.rank} exits: {reason}", file=sys.stderr, flush=True)
         if self._on_end is not None:
             self._on_end(reason)
         note_exit(code)
@@ -142,7 +143,7 @@ class Watch:
 
 @dataclass
 class Board:
-    """What rank 0 knows of the ranks: their last signs, and when these last changed."""
+    """What rank 0 knows of the ranks: their last heartbeats, and when these last changed."""
 
     world: int
     timeouts: TimeoutConfig
@@ -152,7 +153,7 @@ class Board:
     advanced_s: dict[int, float] = field(default_factory=dict)
 
     def note(self, rank: int, sign: str, now_s: float) -> None:
-        """A rank's sign of life as it stands in the store: turns of its watch, advances of its training, host."""
+        """Record a heartbeat as the store has it: turns of the watchdog, advances of the training, host."""
         turns, advanced, host = sign.split(" ", 2)
         before = self.signs.get(rank)
         self.signs[rank] = (int(turns), int(advanced), host)
@@ -162,17 +163,17 @@ class Board:
             self.advanced_s[rank] = now_s
 
     def verdict(self, now_s: float) -> str | None:
-        """What is wrong, in words that name the ranks; None while all is well."""
+        """What is wrong, with the names of the ranks; None if nothing is."""
         silent = [r for r in range(self.world) if now_s - self.alive_s.get(r, self.begun_s) > self.timeouts.silent_s]
         if silent:
-            return f"no sign of life from {self._names(silent)} for {self.timeouts.silent_s:g} s"
+            return f"no heartbeat from {self._names(silent)} for {self.timeouts.silent_s:g} s"
         still = [r for r in self.signs if now_s - self.advanced_s[r] > self.timeouts.stalled_s]
         if len(still) < self.world:
             return None
         least = min(self.signs[rank][1] for rank in still)
         behind = [rank for rank in still if self.signs[rank][1] == least]
-        who = f"{self._names(behind)} behind the others" if len(behind) < self.world else "all ranks alike"
-        return f"nothing has gone on for {self.timeouts.stalled_s:g} s, {who}"
+        who = f"{self._names(behind)} behind the others" if len(behind) < self.world else "on all ranks"
+        return f"no progress for {self.timeouts.stalled_s:g} s, {who}"
 
     def _names(self, ranks: Sequence[int]) -> str:
         known = {rank: f" on {self.signs[rank][2]}" for rank in ranks if rank in self.signs}
