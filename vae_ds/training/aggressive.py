@@ -2,8 +2,8 @@
 
 He et al. 2019, "Lagging Inference Networks and Posterior Collapse in Variational Autoencoders", algorithm 1. The
 encoder takes steps until the mean loss of a stretch of them exceeds that of the previous stretch; then the decoder
-takes one step. The alternation ends when the mutual information of the validation stops rising. Each step of either half counts
-as a step of the phase, so the cost of a phase is its number of steps.
+takes one step. The alternation ends when the mutual information of the validation stops rising. Each step of either
+half counts as a step of the phase, so the cost of a phase is its number of steps.
 """
 
 from dataclasses import dataclass
