@@ -217,7 +217,7 @@ def test_a_run_ends_after_a_phase_and_goes_on(recipe: Path, tmp_path: Path, caps
         assert code_of(*run, "--until", until) == 0
         status = records.read_status(tmp_path / "run")
         assert status is not None
-        assert (status["state"], status["reason"], status["step"]) == ("stopped", "after phase warmup, as asked", 3)
+        assert (status["state"], status["reason"], status["step"]) == ("stopped", "after phase warmup, as requested", 3)
         assert len(rows(tmp_path / "run")) == 3
     assert code_of(*run) == 0
     assert state_of(tmp_path / "run") == "done"
@@ -262,7 +262,7 @@ def test_what_may_change_on_the_way_is_told_and_what_may_not_is_named(
         assert code_of(*run, "phases.1.steps=3", fatal) == 2
         assert fatal.partition("=")[0] in capsys.readouterr().err
     assert code_of(*run, "phases.1.steps=5", "checkpoint.every_steps=2", "logging.every=2") == 0
-    assert "goes on with another phases.1.steps, checkpoint.every_steps, logging.every" in caplog.text
+    assert "resumes with changed settings: phases.1.steps, checkpoint.every_steps, logging.every" in caplog.text
     assert rows(tmp_path / "run")[-1]["step"] == 8
     assert state_of(tmp_path / "run") == "done"
 
@@ -311,7 +311,7 @@ def test_a_soak_of_no_recipe_starts_nothing(tmp_path: Path) -> None:
 
 def test_a_soak_whose_ranks_fail_says_where_to_read_why(recipe: Path, tmp_path: Path) -> None:
     settings = ["data.corpus=text", f"data.path={tmp_path / 'nothing'}"]
-    with pytest.raises(Failed, match=r"the ranks ended by themselves; see .*output\.log"):
+    with pytest.raises(Failed, match=r"the ranks exited before the run was done, without a kill; see .*output\.log"):
         bench.soak(str(recipe), tmp_path / "soak", overrides=settings)
     assert "nothing" in (tmp_path / "soak" / "output.log").read_text(encoding="utf-8")
 

@@ -22,7 +22,7 @@ from vae_ds.pretraining.inputs import Job, prepare
 from vae_ds.pretraining.modelcard import base_card
 from vae_ds.pretraining.span_corruption import Plan, cut_texts, plan_epoch, whole_texts
 from vae_ds.runtime import StopFlag, heeded, records
-from vae_ds.training import LearningRate, Monitor, Saver, Watch, Requests, checkpoint, write_headers
+from vae_ds.training import LearningRate, Monitor, Requests, Saver, Watch, checkpoint, resumption, write_headers
 
 # What a resumed run may set anew: how it is watched and stored, and when it ends.
 FREE_ON_RESUME = ("name", "logging.", "timeouts.", "checkpoint.", "validation.", "deepspeed", "batch.micro")
@@ -58,7 +58,7 @@ def pretrain(
     """
     directory = Path(run_dir)
     ranks = distributed.start()
-    if records.is_done(directory, config, FREE_ON_RESUME, ENDS, resume, tell=ranks.is_main):
+    if resumption.is_done(directory, config, FREE_ON_RESUME, ENDS, resume, tell=ranks.is_main):
         return directory
     job = prepare(config, directory, ranks)
     with heeded(stop) as flag:

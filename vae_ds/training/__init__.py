@@ -3,7 +3,7 @@
 Stands on `evaluation`, `latents`, `model`, `engine`, `data`, `distributed`, `runtime` and `config`.
 """
 
-from vae_ds.training import checkpoint
+from vae_ds.training import checkpoint, resumption
 from vae_ds.training.monitor import Monitor
 from vae_ds.training.phases import learning_rate
 from vae_ds.training.preparation import prepare, write_headers
@@ -21,6 +21,7 @@ __all__ = [
     "checkpoint",
     "learning_rate",
     "prepare",
+    "resumption",
     "train",
     "write_headers",
 ]

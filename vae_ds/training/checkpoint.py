@@ -54,10 +54,15 @@ class Checkpoint:
 def prepare(run_dir: Path, step: int, ranks: Ranks) -> tuple[Path, Path]:
     """The directory to write a checkpoint of `step` into, and its final name. A collective."""
     root = Path(run_dir) / FOLDER
-    final = root / f"step-{step:08d}"
+    final = root / name_of(step)
     writing = root / f"{WRITING}{final.name}"
     together(lambda: _clear(root, writing) if ranks.is_main else None, "prepare")
     return writing, final
+
+
+def name_of(step: int) -> str:
+    """The directory name of the checkpoint after `step` applied steps of the run."""
+    return f"step-{step:08d}"
 
 
 def describe(state: PhaseState, progress: dict[str, Any], ranks: Ranks) -> dict[str, Any]:

@@ -34,10 +34,6 @@ class Setup:
     def accumulation(self) -> int:
         return self.config.batch.global_size // (self.micro * self.ranks.world)
 
-    @property
-    def total_steps(self) -> int:
-        return sum(plan.steps for plan in self.plans)
-
 
 def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
     """Check everything that can be checked, then prepare the data. Raises UserError. Loads no weights. A collective."""

@@ -37,10 +37,11 @@ class Saver:
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, settings: CheckpointConfig, monitor: Monitor | None = None) -> None:
-        """`monitor` records each published checkpoint. The caller decides when to save."""
+        """`monitor` records each published checkpoint; `newest` is its name. The caller decides when to save."""
         self._run_dir, self._ranks, self._settings, self._monitor = Path(run_dir), ranks, settings, monitor
         self._writer: _Writer | None = None
         self._final = Path()
+        self.newest: str | None = None
         self._manifest: dict[str, Any] = {}
         self._began_s = time.monotonic()
         self._stall_s = 0.0
@@ -93,6 +94,7 @@ class Saver:
             self._failed(error, must)
             return
         checkpoint.prune(self._run_dir, self._settings.keep, self._ranks, self._settings.keep_best)
+        self.newest = self._final.name
         if self._monitor is not None:
             self._monitor.checkpoint(
                 int(manifest["progress"]["global_step"]),

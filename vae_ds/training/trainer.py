@@ -18,11 +18,11 @@ from vae_ds import distributed, latents
 from vae_ds.config import RunConfig
 from vae_ds.data import Batch, Feed, collate, share
 from vae_ds.engine import PhaseEngine, PhaseState, StepOutcome
-from vae_ds.errors import Stopped
+from vae_ds.errors import ConfigError, Stopped
 from vae_ds.evaluation import evaluate
 from vae_ds.model import T5VAE, gaussian
-from vae_ds.runtime import StopFlag, heeded, records
-from vae_ds.training import checkpoint, phases, window
+from vae_ds.runtime import StopFlag, heeded
+from vae_ds.training import checkpoint, phases, resumption, window
 from vae_ds.training.aggressive import Aggressive
 from vae_ds.training.build import Weights, build_engine, build_model
 from vae_ds.training.monitor import Monitor
@@ -31,6 +31,7 @@ from vae_ds.training.preparation import Setup, prepare, write_headers
 from vae_ds.training.saver import Requests, Saver
 from vae_ds.training.schedules import Target
 from vae_ds.training.state import TrainState
+from vae_ds.training.status import Status
 from vae_ds.training.watch import Watch
 
 # Settings that a resumed run may change: how it is watched and stored, not what it computes.
@@ -69,7 +70,7 @@ def train(
     ranks = distributed.start()
     last = len(config.phases) - 1
     ends = (f"phases.{last}.steps", f"phases.{last}.epochs")
-    if records.is_done(directory, config, FREE_ON_RESUME, ends, resume, tell=ranks.is_main):
+    if resumption.is_done(directory, config, FREE_ON_RESUME, ends, resume, tell=ranks.is_main):
         return directory
     if until is not None:
         last = phases.number_of(until, [phase.name for phase in config.phases])
@@ -99,6 +100,7 @@ class Trainer:
         logging = setup.config.logging
         self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress)
         self.saver = Saver(setup.run_dir, setup.ranks, setup.config.checkpoint, self.monitor)
+        self.status = Status(setup.run_dir, setup.ranks, setup.plans)
         self.watch = Watch(setup.ranks, stop, setup.config.timeouts, self._write_failure)
 
     # A run
@@ -146,6 +148,7 @@ class Trainer:
         if resumed is not None:
             engine.load(resumed)
         self.monitor.begin_phase(plan.name, plan.steps, self.state.step)
+        self.status.begin_phase(self.state)
         phases.train_mode(engine.module)
         try:
             self.steps(plan, engine)
@@ -241,6 +244,7 @@ class Trainer:
         pairs, samples = latents.shown(model, setup.tokenizer, sources, setup.config.seed, setup.config.data.max_tokens)
         step = plan.first_step + state.step
         self.monitor.evaluation(step, "valid", metrics, metrics.get("kl_per_dim"), pairs, samples)
+        self.status.validated(step, metrics)
         if state.aggressive:
             state.aggressive.after_validation(metrics.get("mi"))
         if state.best is None or metrics["nelbo"] < state.best:
@@ -270,7 +274,14 @@ class Trainer:
             return None
         saved, progress = found
         self.state = TrainState(**progress["state"])
+        plan = setup.plans[self.state.phase]
+        if self.state.step > plan.steps:
+            raise ConfigError(
+                f"phases.{plan.index}: the recipe has {plan.steps} steps, but {self.state.step} are done; a run cannot "
+                "be shortened; choose another --run-dir"
+            )
         self.monitor.resume_from(progress["global_step"])
+        self.saver.newest = checkpoint.name_of(progress["global_step"])
         return saved
 
     def export(self, weights: Weights) -> None:
@@ -293,6 +304,7 @@ class Trainer:
             row["aggressive"] = float(state.aggressive.is_on)
         state.window = {}
         self.monitor.log(row)
+        self._write_status("running", epoch=row["epoch"])
 
     # Parts of a step
 
@@ -376,10 +388,8 @@ class Trainer:
     def _write_failure(self, reason: str) -> None:
         self._write_status("failed", reason)
 
-    def _write_status(self, state: str, reason: str | None = None) -> None:
-        if self.setup.ranks.is_main:
-            facts = {"phase": self.state.phase, "step": self.state.step, "total_steps": self.setup.total_steps}
-            records.write_status(self.setup.run_dir, state, reason=reason, **facts)
+    def _write_status(self, word: str, reason: str | None = None, epoch: float | None = None) -> None:
+        self.status.write(word, self.state, reason=reason, epoch=epoch, checkpoint=self.saver.newest)
 
 
 def _model_of(engine: PhaseEngine) -> T5VAE:
