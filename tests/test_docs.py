@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import functools
 import math
 import re
 from collections import Counter
@@ -27,6 +28,8 @@ PAGES = sorted(
     ]
 )
 REFERENCE = DOCS / "reference"
+# Messages of PyTorch, of the system and of SLURM.
+OTHERS_MESSAGES = {"CUDA out of memory", "No space left on device", "DependencyNeverSatisfied"}
 FENCE = re.compile(r"^ *(`{3,}|~{3,}).*?^ *\1[`~]*[ \t]*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 
@@ -82,6 +85,45 @@ def test_the_arithmetic_on_the_paper_holds() -> None:
         assert round(printed / math.log(ppl), 1) == naive
         assert round(printed + kl, 1) == rec
         assert round((printed + 2 * kl) / math.log(ppl), 1) == corrected == 113.0
+
+
+# Messages
+
+
+@functools.cache
+def words_of_the_code() -> str:
+    """All strings of the package and the launchers; a placeholder of an f-string is left out."""
+    told = []
+    for file in [*(ROOT / "vae_ds").rglob("*.py"), *(ROOT / "launchers").rglob("*.py")]:
+        for node in ast.walk(ast.parse(text(file))):
+            if isinstance(node, ast.JoinedStr):
+                told.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                told.append(node.value)
+    scripts = [file for file in (ROOT / "launchers").rglob("*") if file.suffix in (".sh", ".sbatch")]
+    return "\n".join([*told, *map(text, scripts)])
+
+
+@pytest.mark.parametrize("page", [ROOT / "launchers" / "README.md", DOCS / "troubleshooting.md"], ids=lambda p: p.stem)
+def test_the_messages_are_those_of_the_code(page: Path) -> None:
+    """Of each message in a table, three words in a row are in the code; what varies is `...` or an example."""
+    code = words_of_the_code()
+    tables = re.findall(r"^\| message .*\n\|[-| ]+\n((?:\|.*\n)+)", text(page), re.MULTILINE)
+    messages = [
+        found
+        for table in tables
+        for row in table.splitlines()
+        for found in re.findall("`([^`]+)`", row[: row.index("|", 2)])
+    ]
+    assert len(messages) > 5
+    missing = []
+    for message in sorted(set(messages) - OTHERS_MESSAGES):
+        # What has a digit, a dot or a bracket is an example of what varies.
+        parts = [part.split() for part in re.split(r"\S*[\d._(]\S*", message)]
+        known = [" ".join(words[i : i + 3]) in code for words in parts for i in range(len(words) - 2)]
+        if known and not any(known):
+            missing.append(message)
+    assert missing == []
 
 
 # Links
