@@ -96,9 +96,9 @@ def test_what_cannot_be_a_stream_is_refused(tmp_path: Path, capsys: pytest.Captu
     write_splits(tmp_path / "text", ENGLISH[:200], ENGLISH[200:210], ENGLISH[210:220])
     text = ["data.corpus=text", f"data.path={tmp_path / 'text'}", "data.streaming=true"]
     for settings, said in (
-        (["data.corpus=grammar", "data.streaming=true"], "data.streaming reads files of text; grammar is not one"),
+        (["data.corpus=grammar", "data.streaming=true"], "data.streaming needs text files; grammar has none"),
         ([*text, "data.limit=5"], "`limit` counts sentences"),
-        ([*text, "phases.1={name: full, epochs: 1}"], "phases.1.epochs: data.streaming does not count the text"),
+        ([*text, "phases.1={name: full, epochs: 1}"], "phases.1.epochs: data.streaming does not count the sentences"),
         (
             [*text, "phases.1.beta={schedule: linear, over_epochs: 2}"],
             "phases.1.beta.over_epochs: data.streaming does not count",

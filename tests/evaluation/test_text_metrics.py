@@ -211,4 +211,4 @@ def test_two_ranks_write_what_one_writes(exports: Path) -> None:
 def test_a_yardstick_with_a_latent_is_refused(exports: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["evaluate", exports / "vae", "--recipe", exports / "recipe.yaml", "--yardstick", exports / "vae"]
     assert command([str(word) for word in words]) == 2
-    assert "has injection `cross_attention`; a yardstick is a run with `none`" in capsys.readouterr().err
+    assert "has injection `cross_attention`; a yardstick must be a run with `none`" in capsys.readouterr().err

@@ -204,7 +204,7 @@ def test_a_long_text_is_cut_with_a_warning(model, tokenizer):
         (DataError, "sentence 1 is empty", lambda m, t: generate.traverse(m, t, "", 0)),
         (ConfigError, "found 0", lambda m, t: generate.sample(m, t, 0)),
         (ConfigError, "found 1 steps", lambda m, t: generate.interpolate(m, t, "a", "b", 1)),
-        (ConfigError, "linear or slerp", lambda m, t: generate.interpolate(m, t, "a", "b", path="bent")),
+        (ConfigError, "must be linear or slerp", lambda m, t: generate.interpolate(m, t, "a", "b", path="bent")),
         (ConfigError, "units are 0 to 4; found 5", lambda m, t: generate.traverse(m, t, "a", 5)),
         (ConfigError, "found -1", lambda m, t: generate.traverse(m, t, "a", -1)),
         (ConfigError, "at least 1 step", lambda m, t: generate.traverse(m, t, "a", 0, steps=0)),
@@ -212,8 +212,8 @@ def test_a_long_text_is_cut_with_a_warning(model, tokenizer):
         (ConfigError, "give a temperature", lambda m, t: generate.sample(m, t, 1, top_p=0.5)),
         (ConfigError, "at most 1", lambda m, t: generate.sample(m, t, 1, temperature=1.0, top_p=1.5)),
         (ConfigError, "not both", lambda m, t: generate.sample(m, t, 1, temperature=1.0, beams=2)),
-        (ConfigError, "beams is at least 1", lambda m, t: generate.sample(m, t, 1, beams=0)),
-        (ConfigError, "max_tokens is at least 2", lambda m, t: generate.reconstruct(m, t, ["a"], max_tokens=1)),
+        (ConfigError, "beams must be at least 1", lambda m, t: generate.sample(m, t, 1, beams=0)),
+        (ConfigError, "max_tokens must be at least 2", lambda m, t: generate.reconstruct(m, t, ["a"], max_tokens=1)),
     ],
 )
 def test_wrong_input_gets_one_clear_error(model, tokenizer, error, message, use):

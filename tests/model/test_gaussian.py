@@ -149,5 +149,5 @@ def test_paper_s_threshold_is_a_floor_of_96_nats():
 
 
 def test_unknown_mode_is_an_error():
-    with pytest.raises(ValueError, match="per_batch"):
+    with pytest.raises(ValueError, match="unknown free-bits mode 'per_batch'"):
         gaussian.thresholded_kl(KL_BL, "per_batch", 1.0)  # type: ignore[arg-type]

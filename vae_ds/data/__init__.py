@@ -1,6 +1,6 @@
-"""Text to batches: corpora, token ids on disk, global batches, and each rank's share of them.
+"""Convert text into batches: corpora, token ids on disk, global batches and each rank's share of them.
 
-Stands on `distributed`, `config` and `errors`.
+Depends on `distributed`, `config` and `errors`.
 """
 
 from vae_ds.data import corpora

@@ -1,10 +1,10 @@
-"""Token ids to batches: bucket by length, divide among ranks, delete tokens, draw eps, collate.
+"""Convert token ids into batches: bucket by length, divide among ranks, delete tokens, draw eps, collate.
 
 Shapes: N sentences of a split, S steps of an epoch, G sentences of a global batch, B sentences of a micro batch,
-T padded tokens, L latent units. Lengths are in subword tokens with the end-of-sentence token counted.
+T padded tokens, L latent units. Lengths are in subword tokens and include the end-of-sentence token.
 
-Nothing here depends on the cluster: global batches are functions of (seed, phase, epoch), and what is drawn for a
-sentence is a function of (seed, purpose, keys, sentence). Ranks and micro batches only divide a global batch.
+The results do not depend on the cluster. Global batches are functions of (seed, phase, epoch). The random numbers of a
+sentence are a function of (seed, purpose, keys, sentence). Ranks and micro batches only divide a global batch.
 """
 
 from collections.abc import Iterator
@@ -35,21 +35,24 @@ __all__ = [
 Ints = NDArray[np.integer[Any]]
 Floats = NDArray[np.float32]
 
-IGNORED = -100  # the label that a cross entropy leaves out
+IGNORED = -100  # label that the cross entropy ignores
 
 
 def steps_per_epoch(sentences: int, global_batch: int) -> int:
-    """Global batches in one epoch; the incomplete last one is dropped. Raises DataError if there is none."""
+    """Number of global batches in one epoch; the incomplete last one is dropped. Raises DataError if there is none."""
     steps = sentences // global_batch
     if steps == 0:
-        raise DataError(f"batch.global is {global_batch} but the training split has only {sentences} sentences")
+        raise DataError(
+            f"batch.global is {global_batch} but the training split has only {sentences} sentences; reduce batch.global"
+        )
     return steps
 
 
 def micro_batch(global_batch: int, world: int, micro: int | str, cap: int = 64) -> int:
-    """Sentences a rank and forward pass; `auto` is the largest size up to `cap` that divides.
+    """Number of sentences per rank and forward pass; `auto` is the largest valid size up to `cap`.
 
-    Raises ConfigError, naming the nearest sizes that do divide, if the ranks or the micro batch do not divide.
+    Raises ConfigError if the global batch is not divisible by the ranks or by the micro batch. The message names the
+    nearest valid sizes.
     """
     rest = global_batch % world
     if rest:
@@ -75,13 +78,14 @@ def _listed(sizes: list[int]) -> str:
 
 
 def epoch_batches(lengths_N: Ints, global_batch: int, bucket_batches: int, seed: int, *keys: int) -> NDArray[np.int64]:
-    """The global batches of an epoch, int64 (S, G), each sentence at most once; a function of its arguments alone.
+    """Global batches of an epoch, int64 (S, G). Each sentence occurs at most once.
 
-    `keys` name the epoch: the phase, the epoch's number in it, and the window of one that is read as a stream.
+    The result is a function of the arguments only. `keys` identify the epoch: the phase, the number of the epoch in the
+    phase and, for a streamed file, the window.
 
-    A permutation of the split is cut into chunks of `bucket_batches` global batches, each chunk is sorted by length and
-    cut into batches of like length, and the order of all batches is shuffled. What an incomplete last batch would hold
-    is drawn anew each epoch. Raises DataError if the split is smaller than one batch.
+    A permutation of the split is cut into chunks of `bucket_batches` global batches. Each chunk is sorted by length and
+    cut into batches of similar length. Then the order of all batches is shuffled. The sentences of the incomplete last
+    batch are dropped; each epoch drops a new random selection. Raises DataError if the split is smaller than one batch.
     """
     steps = steps_per_epoch(len(lengths_N), global_batch)
     random = stream(seed, "order", *keys)
@@ -95,10 +99,11 @@ def epoch_batches(lengths_N: Ints, global_batch: int, bucket_batches: int, seed:
 
 
 def share(index_G: Ints, lengths_N: Ints, rank: int, world: int, micro: int) -> list[NDArray[np.int64]]:
-    """The micro batches of one rank, each int64 (micro,); over all ranks they hold each sentence of the batch once.
+    """Micro batches of one rank, each int64 (micro,). All ranks together hold each sentence of the batch once.
 
-    Sorted by length, the longest first (what does not fit into memory fails at once); at each micro step the ranks take
-    neighbouring pieces, so that they work for about the same time. Raises ConfigError if it does not divide.
+    The sentences are sorted by length, longest first, so that a batch that does not fit into memory fails at once. At
+    each micro step the ranks take adjacent pieces, so that they compute for about the same time. Raises ConfigError if
+    the batch is not divisible.
     """
     if len(index_G) % (world * micro):
         raise ConfigError(f"{len(index_G)} sentences do not divide over {world} ranks in micro batches of {micro}")
@@ -107,10 +112,10 @@ def share(index_G: Ints, lengths_N: Ints, rank: int, world: int, micro: int) -> 
 
 
 def evaluation_batches(lengths_N: Ints, batch: int, rank: int, world: int) -> list[tuple[NDArray[np.int64], Floats]]:
-    """One rank's (index_B, weight_B) for an evaluation: over all ranks each sentence has weight 1 exactly once.
+    """Evaluation batches (index_B, weight_B) of one rank. Each sentence has weight 1 in exactly one batch of one rank.
 
-    All ranks get the same number of batches, of at most `batch` sentences of like length; a rank for which the last
-    ones do not suffice gets a filler of weight 0.
+    All ranks get the same number of batches, each of at most `batch` sentences of similar length. If the last sentences
+    do not suffice for all ranks, a rank gets one filler sentence of weight 0.
     """
     order = np.argsort(-lengths_N.astype(np.int64), kind="stable")
     batches = []
@@ -125,7 +130,10 @@ def evaluation_batches(lengths_N: Ints, batch: int, rank: int, world: int) -> li
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro batch. `tokens`: target tokens of weight 1; `positions`: target positions with padding, B times T."""
+    """One micro batch.
+
+    `tokens`: number of target tokens of sentences of weight 1. `positions`: target positions with padding, B * T.
+    """
 
     index_B: torch.Tensor
     input_ids_BT: torch.Tensor
@@ -142,7 +150,7 @@ class Batch:
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     def arguments(self) -> dict[str, torch.Tensor]:
-        """What the model's forward takes."""
+        """Keyword arguments of the model's `forward`."""
         return {
             "input_ids_BT": self.input_ids_BT,
             "attention_mask_BT": self.attention_mask_BT,
@@ -164,13 +172,16 @@ def collate(
     eval: bool = False,
     weight_B: Floats | None = None,
 ) -> Batch:
-    """Pad some sentences into a batch: noisy encoder input, clean labels, eps ~ N(0, I) of each sentence.
+    """Pad sentences into a batch: noisy encoder input, clean labels, eps ~ N(0, I) for each sentence.
 
-    Noise and eps are functions of (seed, keys, sentence). `denoise`: probability that a token of the encoder's input,
-    the end of the sentence excepted, is deleted (README, The method); never in evaluation (`eval`), whose eps are not
-    those of training either. `sample` False gives eps 0, so z = mu. `weight_B` None means 1 each.
+    Noise and eps are functions of (seed, keys, sentence).
+
+    denoise: probability of deleting a token of the encoder's input, except the end-of-sentence token
+        (docs/method.md, Denoising). Evaluation (`eval`) deletes nothing and draws other eps than training.
+    sample: False gives eps 0, so z = mu.
+    weight_B: None means weight 1 for each sentence.
     """
-    names = tuple(int(key) for key in keys)  # a numpy integer's repr, which the stream hashes, differs
+    stream_keys = tuple(int(key) for key in keys)  # the stream hashes the repr, which differs for a numpy integer
     rows_B: NDArray[np.int64] = np.array(index_B, np.int64)
     lengths_B = tokens.lengths_N[rows_B].astype(np.int64)
     flat = tokens.flat(rows_B)
@@ -178,13 +189,13 @@ def collate(
     labels_BT = _padded(flat, lengths_B, IGNORED)
     kept, kept_B = flat, lengths_B
     if denoise > 0 and not eval:
-        keep = _survivors(lengths_B, rows_B, denoise, stream(seed, "delete", *names))
+        keep = _keep_mask(lengths_B, rows_B, denoise, stream(seed, "delete", *stream_keys))
         starts_B = np.cumsum(lengths_B) - lengths_B
         kept, kept_B = flat[keep], np.add.reduceat(keep.astype(np.int64), starts_B)
     eps_BL = np.zeros((len(rows_B), latent_dim), np.float32)
     if sample and latent_dim:
-        random = stream(seed, "eval-eps" if eval else "eps", *names)
-        for row, own in enumerate(_each_sentence(random, rows_B)):
+        random = stream(seed, "eval-eps" if eval else "eps", *stream_keys)
+        for row, own in enumerate(_sentence_streams(random, rows_B)):
             own.standard_normal(out=eps_BL[row], dtype=np.float32)
     input_ids_BT = _padded(kept, kept_B, pad_id)
     mask_BT = np.arange(input_ids_BT.shape[1]) < kept_B[:, None]
@@ -207,27 +218,27 @@ def _padded(flat: NDArray[np.int64], lengths_B: NDArray[np.int64], filler: int) 
     return ids_BT
 
 
-def _survivors(
+def _keep_mask(
     lengths_B: NDArray[np.int64], index_B: NDArray[np.int64], denoise: float, random: np.random.Generator
 ) -> NDArray[np.bool_]:
-    """Which tokens of the sentences, one after another, the deletion noise leaves; the end of each always stays."""
+    """Mask of the tokens to keep, for the concatenated sentences. End-of-sentence tokens always stay."""
     chances = np.ones(int(lengths_B.sum()))
     ends_B = np.cumsum(lengths_B)
-    for start, end, own in zip(ends_B - lengths_B, ends_B - 1, _each_sentence(random, index_B), strict=True):
+    for start, end, own in zip(ends_B - lengths_B, ends_B - 1, _sentence_streams(random, index_B), strict=True):
         if end > start:
             chance = own.random(end - start)
-            # At least one token stays: the last to go as the probability rises.
+            # Keep the token with the largest draw, so that at least one token stays.
             chance[chance.argmax()] = max(chance.max(), denoise)
             chances[start:end] = chance
     return chances >= denoise
 
 
-def _each_sentence(random: np.random.Generator, index_B: NDArray[np.int64]) -> Iterator[np.random.Generator]:
-    """`random`, set in turn to the beginning of each sentence's own stream.
+def _sentence_streams(random: np.random.Generator, index_B: NDArray[np.int64]) -> Iterator[np.random.Generator]:
+    """Yield `random` once per sentence, set to the start of that sentence's own stream.
 
-    Philox is counter-based (Salmon et al. 2011): the stream's key comes from the hash of seed and keys, and the
-    sentence is the highest of the counter's four 64-bit words, so that streams never meet. Setting the counter takes
-    2 microseconds where a generator of its own takes 10.
+    Philox is counter-based (Salmon et al. 2011). Its key comes from the hash of seed and keys. The sentence index is
+    the highest of the counter's four 64-bit words, so that streams never overlap. Setting the counter takes
+    2 microseconds; creating a generator takes 10.
     """
     fresh: Any = random.bit_generator.state
     for sentence in index_B:

@@ -1,4 +1,4 @@
-"""The cache of prepared text: where it is, and Arrow files that appear only when they are complete."""
+"""The cache of prepared text: its directory, and Arrow files that get their name only when they are complete."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ _ROWS_A_BATCH = 10_000
 
 
 def cache_dir(configured: str | None = None) -> Path:
-    """Where prepared corpora are kept: the setting, else $VAE_DS_CACHE, else ~/.cache/vae_ds."""
+    """Directory of the prepared corpora: the setting, else $VAE_DS_CACHE, else ~/.cache/vae_ds."""
     chosen = configured or os.environ.get("VAE_DS_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -26,12 +26,15 @@ def cache_dir(configured: str | None = None) -> Path:
 
 
 def cache_error(folder: Path, error: OSError) -> DataError:
-    """What to say when a prepared corpus cannot be kept."""
+    """The error for a prepared corpus that cannot be written to the cache."""
     return DataError(f"{folder}: cannot write the cache ({error.strerror}); set data.cache_dir or $VAE_DS_CACHE")
 
 
 def digest(parts: Iterable[str]) -> str:
-    """A hash of strings in order, 16 hexadecimal digits; no two lists share one by joining differently."""
+    """Hash of a list of strings, 16 hexadecimal digits. The length of each string is hashed too.
+
+    Lists that differ only in where the strings are separated therefore have different hashes.
+    """
     state = hashlib.blake2b(digest_size=8)
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")
@@ -41,7 +44,7 @@ def digest(parts: Iterable[str]) -> str:
 
 
 def write_rows(target: Path, rows: Iterator[tuple[Any, ...]], schema: pa.Schema = TEXT) -> None:
-    """Stream rows into an Arrow file that appears under its name only when whole. Raises DataError: no room for it."""
+    """Stream rows into an Arrow file, which gets its name when it is complete. Raises DataError if writing fails."""
     make_folder(target.parent)
     temporary = target.with_name(f".partial-{uuid4().hex}")
     try:
@@ -57,7 +60,7 @@ def write_rows(target: Path, rows: Iterator[tuple[Any, ...]], schema: pa.Schema 
 
 
 def read_rows(path: Path) -> Dataset:
-    """The rows of such a file, memory-mapped. Raises DataError if it is broken."""
+    """Rows of a file of `write_rows`, memory-mapped. Raises DataError if the file is broken."""
     try:
         return Dataset.from_file(str(path))
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -65,13 +68,13 @@ def read_rows(path: Path) -> Dataset:
 
 
 def hash_file(path: Path) -> str:
-    """A hash of a file's bytes. Raises OSError."""
+    """Hash of the bytes of a file. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder of the cache, if it is not there. Raises DataError."""
+    """Create a folder of the cache if it does not exist. Raises DataError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,7 +1,8 @@
-"""The batches of a phase, in order: of a split that is there whole, or of a file that is read as a stream.
+"""The batches of a phase, in order. The source is a tokenised split or a file that is read as a stream.
 
-A portion is what is shuffled together: a whole epoch, or a window of the stream. Its batches, and what is drawn for its
-sentences, are functions of (seed, phase, epoch, window) alone, so that a place in it is all that a resumption needs.
+A portion is a set of sentences that are shuffled together: a whole epoch, or one window of the stream. Its batches and
+the random numbers of its sentences are functions of (seed, phase, epoch, window) only. Therefore a resumed run needs
+only the position in the portion.
 
 Shapes: G sentences of a global batch, S batches of a portion.
 """
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from vae_ds.config import BatchConfig
 from vae_ds.data.batches import TokenSet, epoch_batches, from_texts
 from vae_ds.data.corpora import LineStream
-from vae_ds.data.tokens import tell_cut
+from vae_ds.data.tokens import report_truncation
 
 
 class Whole:
@@ -27,12 +28,12 @@ class Whole:
         self.facts: dict[str, Any] = {"fingerprint": tokens.fingerprint, "sentences": len(tokens)}
 
     def portion(self, window: int, seed: int, phase: int, epoch: int) -> tuple[TokenSet, tuple[int, ...]]:
-        """The sentences, and the keys that name them and their order."""
+        """The sentences, and the keys that identify them and their order."""
         return self._tokens, (phase, epoch)
 
 
 class Streamed:
-    """A file whose windows are tokenised when their turn comes, on every rank alike."""
+    """A file that is tokenised window by window when needed, identically on every rank."""
 
     def __init__(self, lines: LineStream, tokenizer: Any, max_tokens: int) -> None:
         self._lines, self._tokenizer, self._max_tokens = lines, tokenizer, max_tokens
@@ -40,11 +41,11 @@ class Streamed:
         self.facts: dict[str, Any] = {"fingerprint": lines.fingerprint, "bytes": lines.size}
 
     def portion(self, window: int, seed: int, phase: int, epoch: int) -> tuple[TokenSet, tuple[int, ...]]:
-        """The sentences, and the keys that name them and their order. Raises DataError for a line that is no text."""
+        """The sentences, and the keys that identify them and their order. Raises DataError for an invalid line."""
         texts = self._lines.window(window, seed, phase, epoch)
         tokens = from_texts(texts, self._tokenizer, self._max_tokens)
         name = f"{self._lines.path}, epoch {epoch + 1}, window {window + 1} of {self.windows}"
-        tell_cut(name, tokens, self._max_tokens)
+        report_truncation(name, tokens, self._max_tokens)
         return tokens, (phase, epoch, window)
 
 
@@ -52,10 +53,10 @@ Source = Whole | Streamed
 
 
 class Feed:
-    """One phase's batches from `place` on: [epoch, window, batch], which moves on with each batch taken."""
+    """The batches of one phase, starting at `place` = [epoch, window, batch]. `take` advances `place`."""
 
     def __init__(self, source: Source, batch: BatchConfig, seed: int, phase: int, place: list[int]) -> None:
-        """`place` is the caller's own, who keeps it in checkpoints."""
+        """`place` is changed in place: the caller owns it and stores it in checkpoints."""
         self._source, self._batch, self._seed, self._phase = source, batch, seed, phase
         self._place = place
         self._read: tuple[int, int] | None = None
@@ -64,9 +65,9 @@ class Feed:
         self._order_SG: NDArray[np.int64] = np.empty((0, 0), dtype=np.int64)
 
     def take(self) -> NDArray[np.int64]:
-        """The next global batch, int64 (G,), of `tokens`; `keys` are those of what is drawn for it.
+        """The next global batch: indices into `tokens`, int64 (G,). `keys` are the keys of its random numbers.
 
-        Raises DataError if a portion is smaller than one batch, or its text cannot be read.
+        Raises DataError if a portion is smaller than one batch or its text cannot be read.
         """
         epoch, window, number = self._place
         if self._read != (epoch, window):
@@ -85,6 +86,6 @@ class Feed:
 
     @property
     def epoch(self) -> float:
-        """Epochs taken so far."""
+        """Number of epochs taken so far, with the fraction of the current one."""
         epoch, window, number = self._place
         return epoch + (window + number / max(1, len(self._order_SG))) / self._source.windows

@@ -1,10 +1,10 @@
-"""Text to token ids: tokenise a split once into Arrow files, shard by shard, and read them memory-mapped.
+"""Convert text into token ids: tokenise a split once into Arrow files, shard by shard, and memory-map them.
 
-What is interrupted goes on after the last whole shard. Memory does not grow with the text but for the lengths, 4 bytes
-a sentence.
+An interrupted tokenisation continues after the last complete shard. Memory does not grow with the text, except for the
+lengths: 4 bytes per sentence.
 
-Shapes: N sentences of a split, B some of them, T tokens of one. Lengths are in subword tokens with the
-end-of-sentence token counted; each sentence ends with the one such token it has.
+Shapes: N sentences of a split, B sentences of a subset, T tokens of one sentence. Lengths are in subword tokens and
+include the end-of-sentence token. Each sentence ends with exactly one such token.
 """
 
 import hashlib
@@ -32,9 +32,9 @@ from vae_ds.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE_FORMAT = 1  # part of the cache's key: raise it when a row's meaning changes
-ROWS_AT_ONCE = 10_000  # a chunk of the cache; few enough that 10 million sentences are a thousand chunks
-SHARD_ROWS = 200_000  # a file of the cache: what an interruption can cost
+CACHE_FORMAT = 1  # part of the cache key: increase it when the meaning of a row changes
+ROWS_AT_ONCE = 10_000  # rows of a chunk in the cache; 10 million sentences are a thousand chunks
+SHARD_ROWS = 200_000  # rows of a file in the cache; an interruption loses at most one file
 
 ROW_FEATURES = Features(
     {"ids": List(Value("int32")), "words": Value("int32"), "unknown": Value("int32"), "truncated": Value("bool")}
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class TextCorpus(Protocol):
-    """What `tokenise` needs of a corpus; each split has a column `text`."""
+    """The attributes of a corpus that `tokenise` needs. Each split has a column `text`."""
 
     @property
     def name(self) -> str: ...
@@ -57,16 +57,16 @@ class TextCorpus(Protocol):
 
 
 class TokenSet:
-    """The token ids of N sentences, memory-mapped where they come from the cache; `tokens[i]` is int64 (T,).
+    """The token ids of N sentences, memory-mapped if they come from the cache. `tokens[i]` is int64 (T,).
 
-    lengths_N: tokens kept, the end-of-sentence token counted. `fingerprint` changes with the texts, the tokenizer and
-    the maximum length.
+    lengths_N: number of kept tokens, with the end-of-sentence token. `fingerprint` changes with the texts, the
+    tokenizer and the maximum length.
     """
 
     def __init__(self, rows: pa.Table, text: Callable[[int], str], fingerprint: str) -> None:
-        """`rows` has the columns of ROW_FEATURES; `text(i)` gives sentence i as it was before it was cut."""
+        """`rows` has the columns of ROW_FEATURES; `text(i)` gives the uncut sentence i."""
         self._chunks = [
-            (chunk.offsets.to_numpy(), chunk.values.to_numpy())  # views: Arrow's own memory, not copies
+            (chunk.offsets.to_numpy(), chunk.values.to_numpy())  # views of Arrow's memory, not copies
             for chunk in rows.column("ids").chunks
         ]
         self._first_N = np.cumsum([0] + [len(offsets) - 1 for offsets, _ in self._chunks])
@@ -77,12 +77,12 @@ class TokenSet:
 
     @cached_property
     def words_N(self) -> NDArray[np.int32]:
-        """Whitespace words kept whole, plus 1 for the end of the sentence."""
+        """Number of complete whitespace words that were kept, plus 1 for the end of the sentence."""
         return self._column("words")
 
     @cached_property
     def unknown_N(self) -> NDArray[np.int32]:
-        """Unknown subwords among the kept."""
+        """Number of unknown subwords among the kept ones."""
         return self._column("unknown")
 
     @cached_property
@@ -97,7 +97,7 @@ class TokenSet:
         return self._view(index).astype(np.int64)
 
     def text(self, index: int) -> str:
-        """Sentence `index` as the corpus has it, uncut. Raises IndexError."""
+        """The uncut text of sentence `index`. Raises IndexError."""
         return self._text(self._checked(index))
 
     def first(self, count: int) -> "TokenSet":
@@ -107,7 +107,7 @@ class TokenSet:
         return TokenSet(self._rows.slice(0, count), self._text, _digest(self.fingerprint, count))
 
     def flat(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The ids of some sentences, one after another: int64 (sum of their lengths,)."""
+        """The concatenated ids of sentences: int64 (sum of their lengths,)."""
         views = [self._view(int(index)) for index in index_B]
         return np.concatenate(views).astype(np.int64) if views else np.zeros(0, np.int64)
 
@@ -131,11 +131,11 @@ class TokenSet:
 def tokenise(
     corpus: TextCorpus, split: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int, cache_dir: Path | str | None
 ) -> TokenSet:
-    """The token ids of a split, from the cache if they are there; sentences longer than `max_tokens` are cut.
+    """The token ids of a split, from the cache if it has them. Sentences longer than `max_tokens` are cut.
 
-    The names of the cache's files hold a hash of the corpus, the split, the tokenizer and `max_tokens`; each appears
-    under its name only once it is whole, and a later call writes those that are missing. How many sentences are cut is
-    logged. `cache_dir` None means the default place. Raises DataError if there is no such split or the cache cannot be
+    The file names in the cache contain a hash of the corpus, the split, the tokenizer and `max_tokens`. A file gets its
+    name when it is complete, and a later call writes the missing files. The number of cut sentences is logged.
+    `cache_dir` None means the default directory. Raises DataError if there is no such split or the cache cannot be
     written, ConfigError if the tokenizer has no end-of-sentence token.
     """
     if split not in corpus.splits:
@@ -152,12 +152,12 @@ def tokenise(
         _write(texts, split, tokenizer, max_tokens, missing)
     rows = pa.concat_tables([_read(shard.path) for shard in shards])
     found = TokenSet(rows, lambda index: str(texts[index]["text"]), key)
-    tell_cut(f"{corpus.name}, {split}", found, max_tokens)
+    report_truncation(f"{corpus.name}, {split}", found, max_tokens)
     return found
 
 
 def from_texts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> TokenSet:
-    """The token ids of sentences in memory, as `tokenise` makes them. Raises ConfigError as it does."""
+    """The token ids of sentences in memory, made as in `tokenise`. Raises ConfigError like `tokenise`."""
     _require_end(tokenizer)
     kept = list(texts)
     starts = range(0, max(1, len(kept)), ROWS_AT_ONCE)
@@ -167,11 +167,11 @@ def from_texts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_t
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A hash of all that decides a tokenizer's ids: its vocabulary, its model and its special tokens."""
+    """Hash of everything that determines the ids of a tokenizer: its vocabulary, its model and its special tokens."""
     parts: list[Any] = [type(tokenizer).__name__, sorted(tokenizer.special_tokens_map.items(), key=str)]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # Truncation and padding are settings of the last call, not of the tokenizer.
+        # Truncation and padding are settings of the most recent call, not of the tokenizer.
         state = json.loads(backend.to_str())
         parts.append({name: value for name, value in state.items() if name not in ("truncation", "padding")})
     else:
@@ -189,7 +189,7 @@ def _require_end(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 @dataclass(frozen=True)
 class _Shard:
-    """A file of the cache, and which rows of the split it holds."""
+    """A file of the cache and the range of rows of the split that it holds."""
 
     path: Path
     first: int
@@ -224,7 +224,7 @@ def _write(
 
 @contextmanager
 def _partial(shard: _Shard) -> Iterator[BinaryIO]:
-    """A file to write a shard into, which gets the shard's name when it is whole, and goes if it is not."""
+    """A temporary file for a shard. It is renamed to the shard when it is complete, and deleted after an error."""
     temporary = shard.path.with_name(f".{shard.path.name}.{uuid4().hex}")
     with temporary.open("wb") as file:
         try:
@@ -239,28 +239,28 @@ def _publish(temporary: Path, shard: _Shard) -> None:
     try:
         temporary.replace(shard.path)
     except FileNotFoundError:
-        # Another process was quicker with the same shard, and swept.
+        # Another process has published the same shard first and deleted this temporary file.
         if not _readable(shard):
             raise
     for left in shard.path.parent.glob(f".{shard.path.name}.*"):
-        left.unlink(missing_ok=True)  # of a process that was killed
+        left.unlink(missing_ok=True)  # temporary file of a killed process
 
 
-def tell_cut(name: str, tokens: TokenSet, max_tokens: int) -> None:
-    """Log how many sentences were cut, on rank 0: a warning if there are any."""
+def report_truncation(name: str, tokens: TokenSet, max_tokens: int) -> None:
+    """Log on rank 0 how many sentences were cut, as a warning if there are any."""
     cut = int(tokens.truncated_N.sum())
     if dist.is_initialized() and dist.get_rank():
         return
     if cut:
         share = 100 * cut / len(tokens)
-        told = "%s: %d of %d sentences (%.2f %%) are longer than data.max_tokens %d and were cut"
-        log.warning(told, name, cut, len(tokens), share, max_tokens)
+        message = "%s: %d of %d sentences (%.2f %%) are longer than data.max_tokens %d and were cut"
+        log.warning(message, name, cut, len(tokens), share, max_tokens)
     else:
         log.info("%s: none of %d sentences is longer than data.max_tokens %d", name, len(tokens), max_tokens)
 
 
 def _readable(shard: _Shard) -> bool:
-    """Whether the file is there and whole; a full disk or a copy cut short may leave one that is not."""
+    """Whether the file exists and is complete. A full disk or an interrupted copy may leave an incomplete file."""
     try:
         return _read(shard.path).num_rows == shard.end - shard.first
     except (OSError, pa.ArrowInvalid):
@@ -273,7 +273,7 @@ def _read(path: Path) -> pa.Table:
 
 
 def _rows(texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> pa.Table:
-    """Rows of ROW_FEATURES for some texts; each one's ids end with the one end-of-sentence token they hold."""
+    """Rows of ROW_FEATURES for texts. The ids of each row end with the only end-of-sentence token of the row."""
     found = (
         tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False
@@ -281,11 +281,11 @@ def _rows(texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: in
         if texts
         else []
     )
-    # Each of these is a search in the tokenizer, which a sentence can do without.
+    # Look these up once: each is a search in the tokenizer, too slow to repeat for each sentence.
     end, unknown, pad = tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id
     rows: dict[str, list[Any]] = {name: [] for name in ROW_FEATURES}
     for text, text_ids in zip(texts, found, strict=True):
-        ids = _plain(text_ids, {end, pad}, unknown)
+        ids = _without_controls(text_ids, {end, pad}, unknown)
         cut = len(ids) > max_tokens - 1
         kept = ids[: max_tokens - 1]
         words = _words_kept(ids, kept, tokenizer) if cut else len(text.split())
@@ -296,8 +296,12 @@ def _rows(texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: in
     return pa.table(rows, schema=ROW_FEATURES.arrow_schema)
 
 
-def _plain(ids: list[int], controls: set[int | None], unknown: int | None) -> list[int]:
-    """A text may hold the characters of `</s>` or `<pad>`; Unigram models then find those ids, which mean no text."""
+def _without_controls(ids: list[int], controls: set[int | None], unknown: int | None) -> list[int]:
+    """Replace control ids by the unknown id, or remove them if there is none.
+
+    A text may contain the characters of `</s>` or `<pad>`. Unigram models then return the ids of these control tokens,
+    which do not represent text.
+    """
     if controls.isdisjoint(ids):
         return ids
     plain = [unknown if token in controls else token for token in ids]
@@ -305,8 +309,8 @@ def _plain(ids: list[int], controls: set[int | None], unknown: int | None) -> li
 
 
 def _words_kept(ids: list[int], kept: list[int], tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Whitespace words that a cut sentence keeps whole: the last one counts only if the cut did not go through it."""
-    # The end of the word that the cut may go through lies within the next tokens, or is longer than the count minds.
+    """Number of complete whitespace words in a cut sentence. The last word counts only if it was not cut."""
+    # The next tokens contain the end of a cut word. If the word is longer than that, the count is the same.
     whole, part = (
         str(tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False)).split()
         for some in (ids[: 2 * len(kept) + 8], kept)

@@ -1,4 +1,4 @@
-"""Jobs on a finished run: load its model, evaluate a split, export."""
+"""Operations on a finished run: load its model, evaluate a split, export the model."""
 
 import json
 import shutil
@@ -19,17 +19,17 @@ from vae_ds.runtime import records
 
 @dataclass(frozen=True)
 class Place:
-    """A run directory or an exported model: where its model is, and the configuration of its run, if any."""
+    """A run directory or an exported model: the directory of the model, and the configuration of the run if any."""
 
     model_dir: Path
     config: RunConfig | None
 
 
 def locate(run: Path) -> Place:
-    """Where a RUN argument's model is. Raises CheckpointError if there is none."""
+    """Find the model of a RUN argument. Raises CheckpointError if there is none."""
     if (run / "config.yaml").is_file():
         if not (run / "model" / "config.json").is_file():
-            raise CheckpointError(f"{run}: no model/ yet; `vae-ds status {run}` tells how far the run is")
+            raise CheckpointError(f"{run}: no model/ yet; `vae-ds status {run}` shows the progress of the run")
         return Place(run / "model", configuration.load(RunConfig, str(run / "config.yaml")))
     if (run / "config.json").is_file():
         return Place(run, None)
@@ -37,7 +37,7 @@ def locate(run: Path) -> Place:
 
 
 def load_model(run: Path) -> tuple[T5VAE, Any]:
-    """A run's exported model in eval mode, and its tokenizer."""
+    """The exported model of a run in eval mode, and its tokenizer."""
     place = locate(run)
     model = T5VAE.from_pretrained(place.model_dir)
     model.eval()
@@ -45,7 +45,7 @@ def load_model(run: Path) -> tuple[T5VAE, Any]:
 
 
 def sentences(run: Path, split: str, number: int) -> list[str]:
-    """The first sentences of one of the run's splits."""
+    """The first `number` sentences of a split of the run."""
     config = _config_of(run, None)
     corpora.check(config.data)
     corpus = corpora.load(config.data)
@@ -57,11 +57,11 @@ def sentences(run: Path, split: str, number: int) -> list[str]:
 def evaluate_run(
     run: Path, split: str, settings: dict[str, int | None], recipe: str | None = None, yardstick: str | None = None
 ) -> dict[str, Any] | None:
-    """Every metric of the README on one split, over all ranks; written to RUN/eval-SPLIT.json.
+    """Compute all metrics of docs/metrics.md on one split, over all ranks, and write them to RUN/eval-SPLIT.json.
 
     `yardstick` is a run of a plain language model, for `lm_gain` and `forward_ppl`. Returns the metrics on rank 0, None
-    on the others. Raises UserError if the run, its data or the yardstick's evaluation of the same split is missing, or
-    if the yardstick has a latent.
+    on the other ranks. Raises UserError if the run, its data or the yardstick's evaluation of the same split is
+    missing, or if the yardstick has a latent code.
     """
     place, config = locate(run), _config_of(run, recipe)
     corpora.check(config.data)
@@ -76,12 +76,19 @@ def evaluate_run(
     tokens = distributed.rank0_first(lambda: tokenise(corpus, split, tokenizer, config.data.max_tokens, cache))
     model.to(ranks.device)
     metrics = evaluate(model, tokens, ranks, chosen, seed=config.seed, yardstick=nll, pad_id=tokenizer.pad_token_id)
-    judge = None
+    language_model = None
     if yardstick is not None and chosen.samples:
-        judge = load_model(Path(yardstick))
-        judge[0].to(ranks.device)
+        language_model = load_model(Path(yardstick))
+        language_model[0].to(ranks.device)
     metrics |= text_metrics(
-        model, tokenizer, tokens, ranks, chosen, seed=config.seed, max_tokens=config.data.max_tokens, yardstick=judge
+        model,
+        tokenizer,
+        tokens,
+        ranks,
+        chosen,
+        seed=config.seed,
+        max_tokens=config.data.max_tokens,
+        yardstick=language_model,
     )
     if not ranks.is_main:
         return None
@@ -91,7 +98,7 @@ def evaluate_run(
 
 
 def export(run: Path, to: Path) -> None:
-    """Copy a run's model to a directory of its own. Raises ConfigError if the directory is not empty."""
+    """Copy the model of a run to a new directory. Raises ConfigError if that directory is not empty."""
     place = locate(run)
     if to.exists() and any(to.iterdir()):
         raise ConfigError(f"{to} is not empty; name a new directory")
@@ -103,7 +110,7 @@ def _config_of(run: Path, recipe: str | None) -> RunConfig:
         return configuration.load(RunConfig, recipe)
     config = locate(run).config
     if config is None:
-        raise ConfigError(f"{run} is an exported model, which has no text of its own: name a --recipe")
+        raise ConfigError(f"{run} is an exported model, which has no data settings; select the data with --recipe")
     return config
 
 
@@ -111,7 +118,7 @@ def _yardstick_nll(run: Path, split: str) -> float:
     injection = read_export(locate(run).model_dir).get("model", {}).get("injection")
     if injection != "none":
         raise ConfigError(
-            f"{run} has injection `{injection}`; a yardstick is a run with `none`, a plain language model"
+            f"{run} has injection `{injection}`; a yardstick must be a run with `none`, a plain language model"
         )
     stored = run / f"eval-{split}.json"
     if not stored.is_file():

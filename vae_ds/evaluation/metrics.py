@@ -1,9 +1,9 @@
-"""The metrics of the README: over the whole split, all ranks together.
+"""The metrics of docs/metrics.md, over the whole split, by all ranks together.
 
 Shapes: N sentences of the split, M of them in the importance-weighted subset, S of this rank, B in a batch,
-K importance samples a sentence, P (sentence, sample) pairs in one forward pass, L latent units, T tokens.
-Everything is in nats. Numbers a sentence are gathered and summed in float64 in the order of the split, so that
-they do not depend on how sentences were shared among ranks, beyond the rounding of one forward pass.
+K importance samples per sentence, P (sentence, sample) pairs in one forward pass, L latent units, T tokens.
+All quantities are in nats. Values per sentence are gathered and summed in float64 in the order of the split. Therefore
+they do not depend on the distribution of the sentences over the ranks, except for the rounding of one forward pass.
 """
 
 import math
@@ -25,11 +25,11 @@ from vae_ds.model import T5VAE, gaussian
 
 Metrics = dict[str, Any]
 
-WINDOW = 1024  # sentences whose importance weights are held at a time
+WINDOW = 1024  # sentences whose importance weights are in memory at the same time
 
 
 class Posterior(NamedTuple):
-    """What the encoder says of each sentence of the split, in its order; z is the one sample of each, in float64."""
+    """The posterior of each sentence of the split, in order, and one sample z of each. All are float64."""
 
     mu_NL: torch.Tensor
     logvar_NL: torch.Tensor
@@ -48,23 +48,24 @@ def evaluate(
     full: bool = True,
     beta: float | None = None,
 ) -> Metrics:
-    """Every metric of the README on `tokens`, as plain numbers ready for JSON. A collective.
+    """Compute the metrics of docs/metrics.md, except those of text quality, as plain numbers ready for JSON.
 
-    A function of (weights, tokens, settings, seed), on any number of ranks; touches no global random generator and
-    leaves each module in the mode that it had. All ranks make the same number of forward calls, as ZeRO 3 needs.
+    This is a collective operation. The result is a function of (weights, tokens, settings, seed), for any number of
+    ranks. Global random generators and the modes of the modules do not change. All ranks make the same number of
+    forward calls, as ZeRO 3 requires.
 
-    yardstick: `rec` of an injection-`none` run on the same split; with it there is a `lm_gain`.
-    full: False leaves out the importance-weighted likelihood, by far the most costly, for use during training.
-    beta: the weight of the KL now, for a verdict during training; None judges a finished model (`verdict`).
+    yardstick: `rec` of a run with injection `none` on the same split, to compute `lm_gain`.
+    full: False skips the importance-weighted likelihood, by far the most expensive metric, during training.
+    beta: the current weight of the KL, for the verdict during training. None means a finished model (`verdict`).
 
-    What a model does not have, or what was not asked for, is None. A model with injection `none` has an exact
-    likelihood: its `nelbo` is its `rec`, and its `iw_nll` and `iw_ppl` are exact on the same first `iw_sentences`
-    sentences as another model's (with `iw_samples` None), so that the two can be compared. `unk` and `truncated`
-    are shares of `tokens` and of `sentences`. A perplexity past the largest float is infinite.
+    Metrics that do not exist for the model, or were not requested, are None. A model with injection `none` has an exact
+    likelihood: its `nelbo` is its `rec`, its `iw_samples` is None, and its `iw_nll` and `iw_ppl` are exact. They use
+    the same first `iw_sentences` sentences as for another model, so that both can be compared. `unk` is a share of
+    `tokens`, `truncated` of `sentences`. A perplexity above the largest float is infinite.
     Raises DataError if there are no sentences.
     """
     if not len(tokens):
-        raise DataError("the split has no sentences to evaluate")
+        raise DataError("the split has no sentences to evaluate; choose another split")
     plain = model.bottleneck is None
     with inference(model):
         work = _Work(model, tokens, ranks, settings, seed, pad_id)
@@ -87,18 +88,18 @@ def evaluate(
 
 
 def log_weights(rec_P: torch.Tensor, z_PL: torch.Tensor, mu_PL: torch.Tensor, logvar_PL: torch.Tensor) -> torch.Tensor:
-    """log p(x|z) p(z) / q(z|x) of one sample each, float64, from rec = -log p(x|z) in nats (Burda et al. 2016)."""
+    """log p(x|z) p(z) / q(z|x) of each sample, float64, from rec = -log p(x|z) in nats (Burda et al. 2016)."""
     z, mu, logvar = z_PL.double(), mu_PL.double(), logvar_PL.double()
     return gaussian.log_prior(z) - gaussian.log_density(z, mu, logvar) - rec_P.double()
 
 
 def importance_nll(log_weights_SK: torch.Tensor) -> torch.Tensor:
-    """-log 1/K sum_k w_k for each sentence, nats: an upper bound on -log p(x) in expectation, tight as K grows."""
+    """-log 1/K sum_k w_k of each sentence, nats: in expectation an upper bound on -log p(x), tighter for larger K."""
     return math.log(log_weights_SK.shape[1]) - torch.logsumexp(log_weights_SK, dim=1)
 
 
 def derangement(count: int, seed: int) -> np.ndarray:
-    """For each of `count` >= 2 sentences another one, each one used once: a uniformly drawn single cycle."""
+    """Assign another sentence to each of `count` >= 2 sentences: a uniformly drawn cycle, so each is used once."""
     order_N = stream(seed, "derangement").permutation(count)
     mate_N = np.empty(count, dtype=np.int64)
     mate_N[order_N] = np.roll(order_N, -1)
@@ -106,7 +107,7 @@ def derangement(count: int, seed: int) -> np.ndarray:
 
 
 class _Work:
-    """The forward passes over one split: what they share is this rank's part of it."""
+    """The forward passes of this rank over its share of the split."""
 
     def __init__(
         self, model: T5VAE, tokens: TokenSet, ranks: Ranks, settings: EvaluationConfig, seed: int, pad_id: int
@@ -116,7 +117,7 @@ class _Work:
         self.shares = evaluation_batches(tokens.lengths_N, settings.batch, ranks.rank, ranks.world)
 
     def own(self) -> tuple[torch.Tensor, Posterior]:
-        """rec_N, and the posteriors and samples (of width L = 0 for a model without a latent): one sample each."""
+        """rec_N with one posterior sample per sentence, and the posteriors (width L = 0 for a plain language model)."""
 
         def rows(index_B: np.ndarray) -> tuple[torch.Tensor, ...]:
             batch = self._collate(index_B, sample=True)
@@ -131,7 +132,7 @@ class _Work:
         return rec_N, Posterior(mu_NL, logvar_NL, z_NL)
 
     def z_gain(self, rec_N: torch.Tensor, posterior: Posterior) -> float:
-        """Mean rec with another sentence's z, minus mean rec with a sentence's own."""
+        """Mean rec with the z of another sentence, minus mean rec with the right z."""
         mate_N = derangement(len(self.tokens), self.seed)
 
         def rows(index_B: np.ndarray) -> tuple[torch.Tensor, ...]:
@@ -144,15 +145,15 @@ class _Work:
     def importance_weighted(self, posterior: Posterior, count: int) -> torch.Tensor:
         """The importance-weighted estimate of -log p(x), nll_M, of the first `count` sentences.
 
-        The pairs of sentences and samples are walked in order of sentence length, `batch` pairs a forward pass, and
-        the weights of a window of sentences are held at a time: memory is bounded whatever K and M are. A sentence's
-        noise is drawn from its own stream, whole: neither the walk nor the rank can change it.
+        The (sentence, sample) pairs are processed in order of sentence length, `batch` pairs per forward pass. Only the
+        weights of one window of sentences are in memory, so memory is bounded for any K and M. The noise of a sentence
+        is always drawn completely from its own stream, so it depends neither on the order nor on the rank.
         """
         shares = evaluation_batches(self.tokens.lengths_N[:count], 1, self.ranks.rank, self.ranks.world)
         index_S = np.concatenate([index_B for index_B, _ in shares])
         weight_S = np.concatenate([np.asarray(weight_B) for _, weight_B in shares])
         pairs = len(index_S) * self.settings.iw_samples
-        quiet = None if self.ranks.is_main else True  # None: shown only where there is a terminal
+        quiet = None if self.ranks.is_main else True  # None shows the progress bar only on a terminal
         with tqdm(total=pairs, desc="likelihood", disable=quiet, leave=False) as bar:
             starts = range(0, len(index_S), WINDOW)
             parts = [self._window_nll(posterior, index_S[start : start + WINDOW], bar.update) for start in starts]
@@ -188,7 +189,7 @@ class _Work:
         return batch.to(self.ranks.device)
 
     def _over_split(self, rows: Callable[[np.ndarray], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
-        """`rows` of a batch's sentences, over this rank's batches; of all ranks, float64, in the split's order."""
+        """Apply `rows` to the batches of this rank. Return the rows of all ranks in the order of the split, float64."""
         parts = [rows(index_B) for index_B, _ in self.shares]
         index_S = np.concatenate([index_B for index_B, _ in self.shares])
         weight_S = np.concatenate([np.asarray(weight_B) for _, weight_B in self.shares])
@@ -201,18 +202,18 @@ def _inputs(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _in_order(index_S: np.ndarray, weight_S: np.ndarray, rows_SX: torch.Tensor, count: int) -> torch.Tensor:
-    """Rows of all ranks in the split's order, fillers (weight 0) left out; float64. A collective."""
+    """Rows of all ranks in the order of the split, without fillers (weight 0); float64. A collective operation."""
     real_S = torch.as_tensor(weight_S > 0, device=rows_SX.device)
     index_N = gather_rows(torch.as_tensor(index_S, device=rows_SX.device)[real_S])
     rows_NX = gather_rows(rows_SX[real_S])
     order_N = index_N.argsort()
     if not torch.equal(index_N[order_N], torch.arange(count, device=index_N.device)):
-        raise RuntimeError(f"{len(index_N)} rows for {count} sentences: each belongs to exactly one rank")
+        raise RuntimeError(f"{len(index_N)} rows for {count} sentences; each sentence must be on exactly one rank")
     return rows_NX[order_N]
 
 
 def _likelihood(tokens: TokenSet, rec_N: torch.Tensor, posterior: Posterior) -> Metrics:
-    """Sizes of the split, and the bound on its likelihood. A model without a latent has no KL: null, not 0."""
+    """Sizes of the split, and the bound on its likelihood. Without a latent code, the KL is None, not 0."""
     has_latent = posterior.mu_NL.shape[1] > 0
     kl_NL = gaussian.kl_per_dim(posterior.mu_NL, posterior.logvar_NL)
     nelbo_N = rec_N + kl_NL.sum(dim=1)
@@ -235,13 +236,13 @@ def _likelihood(tokens: TokenSet, rec_N: torch.Tensor, posterior: Posterior) -> 
 
 
 def _latent(posterior: Posterior, ranks: Ranks) -> Metrics:
-    """Mutual information, its ceiling, active units. Each rank takes every world-th sentence against all of them."""
+    """Mutual information, its ceiling, active units. Each rank compares every world-th sentence with all sentences."""
     mine = slice(ranks.rank, None, ranks.world)
     mu, logvar, z = (part.double() for part in posterior)
     joint_n = gaussian.log_density(z[mine], mu[mine], logvar[mine])
     marginal_n = gaussian.log_aggregate(z[mine], mu, logvar)
     ceiling = math.log(len(mu))
-    # No term passes the ceiling but by rounding, as in `gaussian.mutual_information`, which is not shared over ranks.
+    # A term exceeds the ceiling only by rounding. The same in `gaussian.mutual_information`, which runs on one rank.
     information = all_sum((joint_n - marginal_n).clamp(max=ceiling).sum())
     return {
         "mi": float(information) / len(mu),
@@ -251,6 +252,6 @@ def _latent(posterior: Posterior, ranks: Ranks) -> Metrics:
 
 
 def perplexity(nll_N: torch.Tensor, units_N: np.ndarray) -> float:
-    """exp(total nats / total units), of N sentences; infinite where a float cannot hold it."""
+    """exp(total nats / total units) of N sentences; infinite if a float cannot represent it."""
     nats_a_unit = float(nll_N.sum()) / float(np.sum(units_N))
     return math.exp(nats_a_unit) if nats_a_unit < math.log(sys.float_info.max) else math.inf

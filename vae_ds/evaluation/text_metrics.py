@@ -1,8 +1,8 @@
-"""Metrics of the texts that a model writes: reconstructions against their sources, samples of the prior as a corpus.
+"""Metrics of the texts that a model writes: reconstructions against their sources, and samples of the prior.
 
-The texts are made in groups of a fixed size, which the ranks share: a group is the same on any number of ranks, and so
-is each metric. What counts as a word is stated at each. For a whole model on each rank (not one that ZeRO 3 has
-partitioned): ranks make different numbers of forward calls.
+The texts are made in groups of a fixed size, which are divided among the ranks. A group does not depend on the number
+of ranks, so neither does a metric. Each metric states what counts as a word. The ranks make different numbers of
+forward calls. Therefore each rank needs the whole model, not one partitioned by ZeRO 3.
 """
 
 import math
@@ -26,7 +26,7 @@ LanguageModel = tuple[T5VAE, Any]
 """A model with injection `none`, and its tokenizer."""
 
 GROUP = 16
-ORDERS = (1, 2, 3, 4)  # of n-grams: BLEU's
+ORDERS = (1, 2, 3, 4)  # n-gram orders of BLEU
 
 
 def text_metrics(
@@ -40,19 +40,19 @@ def text_metrics(
     max_tokens: int,
     yardstick: LanguageModel | None = None,
 ) -> Metrics:
-    """The metrics below on `tokens`, a split of `tokenizer`'s, as plain numbers ready for JSON. A collective.
+    """Compute these metrics on `tokens`, a split tokenised with `tokenizer`, as plain numbers ready for JSON.
 
-    - `bleu`: sacrebleu's corpus BLEU, 0 to 100, of greedy reconstructions from the posterior mean against the first
-      `bleu_sentences` sentences, each as far as `max_tokens` keeps it; `bleu_signature` says how it was counted.
-    - Of `samples` texts of the model, z ~ N(0, I) and then tokens drawn at `sample_temperature` (None: the likeliest):
-      `self_bleu`: mean of sacrebleu's sentence BLEU of each against all others, 0 to 100; high where they are alike.
-      `distinct_1` to `distinct_4`: different n-grams as a share of all, in BLEU's words (13a).
-      `forward_ppl`: their perplexity per word under the yardstick, tokenised its way; None without one.
-      `reverse_ppl`: perplexity per word of `tokens`, all of them, under a trigram model of the samples (`Trigram`).
-      Each of these depends on the number of samples, which is in the result: compare like with like.
+    - `bleu`: corpus BLEU of sacrebleu, 0 to 100, of greedy reconstructions from the posterior mean. The references are
+      the first `bleu_sentences` sentences, cut to `max_tokens`. `bleu_signature` records how it was computed.
+    - Of `samples` texts of the model, from z ~ N(0, I), with tokens drawn at `sample_temperature` (None: greedy):
+      `self_bleu`: mean sentence BLEU of each text against all others, 0 to 100; high if the texts are alike.
+      `distinct_1` to `distinct_4`: share of different n-grams among all n-grams, in the words of BLEU (13a).
+      `forward_ppl`: perplexity per word of the texts under the yardstick, with its tokenizer; None without yardstick.
+      `reverse_ppl`: perplexity per word of all of `tokens` under a trigram model of the texts (`Trigram`).
+      These metrics depend on the number of samples, which is in the result: compare only equal numbers.
 
-    Words are those of `ppl`, whitespace words and one for the end, where it does not say otherwise. What a setting
-    turns off, and what a model does not have, is None.
+    If not stated otherwise, words are those of `ppl`: whitespace words and one for the end of the sentence. Metrics
+    that are turned off, or do not exist for the model, are None. This is a collective operation.
     """
     found: Metrics = dict.fromkeys(("bleu", "bleu_sentences", "bleu_signature", "samples", "sample_temperature"))
     found |= dict.fromkeys(["self_bleu", *(f"distinct_{n}" for n in ORDERS), "forward_ppl", "reverse_ppl"])
@@ -73,11 +73,11 @@ def text_metrics(
 
 
 class Trigram:
-    """A trigram model over token ids with Witten-Bell's interpolation (1991), down to a uniform distribution.
+    """A trigram model over token ids with Witten-Bell interpolation (1991), down to a uniform distribution.
 
-    p(w | h) = (c(h w) + t(h) p(w | h')) / (c(h) + t(h)): c counts, t(h) is the number of different successors of h,
-    and h' is h without its oldest token. The uniform end over the whole vocabulary makes models of different samples
-    comparable: what a sample never used costs something and is not left out.
+    p(w | h) = (c(h w) + t(h) p(w | h')) / (c(h) + t(h)), where c is the count, t(h) the number of different successors
+    of h, and h' is h without its oldest token. The recursion ends with the uniform distribution over the whole
+    vocabulary. It gives a probability to tokens that no sample contains, so models of different samples are comparable.
     """
 
     def __init__(self, sentences: Iterable[Sequence[int]], vocabulary: int) -> None:
@@ -91,7 +91,7 @@ class Trigram:
         self._totals = {history: counts.total() for history, counts in self._after.items()}
 
     def probability(self, token: int, history: tuple[int, ...]) -> float:
-        """Of `token` after up to two ids, -1 standing for what is before a sentence. Sums to 1 over the vocabulary."""
+        """Probability of `token` after up to two ids; -1 means before the sentence. Sums to 1 over the vocabulary."""
         value = 1.0 / self.vocabulary
         for start in range(len(history), -1, -1):
             counts = self._after.get(history[start:])
@@ -111,7 +111,7 @@ def _histories(ids: Sequence[int]) -> Iterable[tuple[tuple[int, int], int]]:
 
 
 def distinct(grams: Sequence[Ngrams], order: int) -> float | None:
-    """Different n-grams of one order as a share of all in these texts (Li et al. 2016); None if there is none."""
+    """Share of different n-grams of one order among all in the texts (Li et al. 2016); None if there are no n-grams."""
     total: Ngrams = Counter()
     for counts in grams:
         total.update({gram: count for gram, count in counts.items() if len(gram) == order})
@@ -119,16 +119,17 @@ def distinct(grams: Sequence[Ngrams], order: int) -> float | None:
 
 
 def self_bleu(grams: Sequence[Ngrams], ranks: Ranks) -> float | None:
-    """Mean BLEU of each text against all others (Zhu et al. 2018), 0 to 100; None for fewer than two. A collective.
+    """Mean BLEU of each text against all others (Zhu et al. 2018), 0 to 100; None for fewer than two texts.
 
-    Each one is `sacrebleu.sentence_bleu(text, others)`, from n-grams that are counted once a text and not once a pair.
+    Each value equals `sacrebleu.sentence_bleu(text, others)`, but the n-grams are counted once per text instead of once
+    per pair. This is a collective operation.
     """
     from sacrebleu.metrics.bleu import BLEU
 
     if len(grams) < 2:
         return None
     sizes = [sum(count for gram, count in counts.items() if len(gram) == 1) for counts in grams]
-    # A reference's largest count clips a match; the two largest suffice to leave the text itself out.
+    # The largest count in a reference clips a match. Keep the two largest, to be able to exclude the text itself.
     largest: dict[tuple[str, ...], tuple[int, int, int]] = {}
     for row, counts in enumerate(grams):
         for gram, count in counts.items():
@@ -149,7 +150,7 @@ def self_bleu(grams: Sequence[Ngrams], ranks: Ranks) -> float | None:
 
 
 def ngrams(text: str) -> Ngrams:
-    """The n-grams of a text up to BLEU's order, in sacrebleu's words (13a)."""
+    """The n-grams of a text up to the order of BLEU, in the words of sacrebleu (13a)."""
     from sacrebleu.metrics.helpers import extract_all_word_ngrams
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
@@ -158,7 +159,7 @@ def ngrams(text: str) -> Ngrams:
 
 
 def _kept(tokens: TokenSet, tokenizer: Any, index: int) -> str:
-    """A sentence, or as much of it as its tokens hold."""
+    """The text of a sentence, or of its kept tokens if it was cut."""
     if not tokens.truncated_N[index]:
         return tokens.text(index)
     return str(tokenizer.decode(tokens[index], skip_special_tokens=True))
@@ -174,7 +175,7 @@ def _reconstructions(model: T5VAE, tokenizer: Any, texts: Sequence[str], ranks: 
 def _bleu(made: Sequence[str], sources: Sequence[str]) -> Metrics:
     from sacrebleu.metrics.bleu import BLEU
 
-    # `force` keeps it from warning about text that is tokenised already, as some corpora are.
+    # `force` suppresses the warning about tokenised text; some corpora are already tokenised.
     metric = BLEU(force=True)
     score = metric.corpus_score(list(made), [list(sources)]).score
     return {"bleu": float(score), "bleu_sentences": len(made), "bleu_signature": str(metric.get_signature())}
@@ -217,7 +218,7 @@ def _column(values: Sequence[float]) -> torch.Tensor:
 
 
 def _in_groups(count: int, ranks: Ranks, work: Callable[[range], list[Value]]) -> list[Value]:
-    """`work` of the rows 0 to `count`, GROUP at a time, the groups dealt out to the ranks; all of it, in order."""
+    """Apply `work` to the rows 0 to `count` in groups of GROUP, divided among the ranks. Return all values in order."""
     groups = [range(start, min(start + GROUP, count)) for start in range(0, count, GROUP)]
-    dealt = gather_objects([work(rows) for rows in groups[ranks.rank :: ranks.world]])
-    return [value for number in range(len(groups)) for value in dealt[number % ranks.world][number // ranks.world]]
+    gathered = gather_objects([work(rows) for rows in groups[ranks.rank :: ranks.world]])
+    return [value for number in range(len(groups)) for value in gathered[number % ranks.world][number // ranks.world]]

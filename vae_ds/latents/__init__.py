@@ -1,6 +1,6 @@
-"""Texts to latent codes and back: encode, decode, reconstruct, sample, interpolate, analogy, traverse.
+"""Convert texts to latent codes and back: encode, decode, reconstruct, sample, interpolate, analogy, traverse.
 
-Stands on `model`, `data` and `distributed`.
+Depends on `model`, `data` and `distributed`.
 """
 
 from vae_ds.latents.generate import (

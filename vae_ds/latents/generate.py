@@ -1,8 +1,8 @@
-"""What a latent space is for: reconstruct, sample, interpolate, analogy, traverse.
+"""Use the latent space: encode, decode, reconstruct, sample, interpolate, analogy, traverse.
 
-Shapes: B sentences or latents in a batch, N of them altogether, L latent units, T tokens.
-Latents are float32 on the model's device; texts come back in the order in which they were given. Every function takes
-the fields of `Decoding` as keywords.
+Shapes: B sentences or latents in a batch, N in total, L latent units, T tokens.
+Latents are float32 on the device of the model. Texts are returned in the order of the input. Every function takes the
+fields of `Decoding` as keyword arguments.
 """
 
 import warnings
@@ -23,15 +23,16 @@ from vae_ds.model import T5VAE, gaussian
 
 @dataclass(frozen=True)
 class Decoding:
-    """How texts are read and tokens chosen. The defaults are greedy, and then nothing is random.
+    """How to read texts and choose tokens. The default is greedy decoding, which is deterministic.
 
-    max_new_tokens: longest output in subword tokens, end-of-sentence included. max_tokens: the same of a given text,
-    longer ones are cut; None is `max_new_tokens`.
-    temperature: None is greedy (or a beam search); above 0, tokens are drawn, seeded by `seed`.
-    top_p: with a temperature, draw from the smallest set of tokens with this probability.
-    beams: width of the beam search; 1 is none. batch: sentences at a time; drawn tokens depend on it.
-    seed: of drawn tokens, and of posterior samples.
-    Raises ConfigError for values that make no sense, alone or together.
+    max_new_tokens: maximum length of the output in subword tokens, with the end-of-sentence token.
+    max_tokens: maximum length of an input text; longer texts are cut. None means `max_new_tokens`, but at least 2.
+    temperature: None means greedy decoding or beam search. A value above 0 draws the tokens, seeded by `seed`.
+    top_p: with a temperature, draw from the smallest set of tokens with this total probability.
+    beams: width of the beam search; 1 means no beam search.
+    batch: sentences per batch; drawn tokens depend on it.
+    seed: seed of drawn tokens and of posterior samples.
+    Raises ConfigError for invalid values or combinations.
     """
 
     max_new_tokens: int = 64
@@ -46,31 +47,31 @@ class Decoding:
         for name, least in (("max_new_tokens", 1), ("max_tokens", 2), ("beams", 1), ("batch", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ConfigError(f"{name} is at least {least}; found {value}")
+                raise ConfigError(f"{name} must be at least {least}; found {value}")
         if self.temperature is not None and not self.temperature > 0:
-            raise ConfigError(f"temperature is above 0, or left out for greedy decoding; found {self.temperature:g}")
+            raise ConfigError(f"temperature must be above 0; found {self.temperature:g}; omit it for greedy decoding")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is above 0 and at most 1; found {self.top_p:g}")
+            raise ConfigError(f"top_p must be above 0 and at most 1; found {self.top_p:g}")
         if self.top_p is not None and self.temperature is None:
-            raise ConfigError("top_p draws tokens: give a temperature with it, for example 1.0")
+            raise ConfigError("top_p needs drawn tokens; give a temperature too, for example 1.0")
         if self.beams > 1 and self.temperature is not None:
-            raise ConfigError("a beam search draws no tokens: give `beams` or a temperature, not both")
+            raise ConfigError("a beam search draws no tokens; give `beams` or a temperature, not both")
 
     def arguments(self) -> dict[str, Any]:
-        """The same as keyword arguments of transformers' `generate`."""
+        """The corresponding keyword arguments of transformers' `generate`."""
         if self.temperature is None:
             return {"do_sample": False, "num_beams": self.beams}
-        # top_k is said too: the library's own default would silently keep 50 tokens.
+        # Set top_k explicitly: the default of the library silently keeps only 50 tokens.
         nucleus = 1.0 if self.top_p is None else self.top_p
         return {"do_sample": True, "temperature": self.temperature, "top_p": nucleus, "top_k": 0}
 
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; afterwards each submodule has the mode that it had.
+    """Context manager for eval mode without gradients. It restores the mode of each submodule afterwards.
 
-    `no_grad` and not `inference_mode`: ZeRO 3 gathers weights inside, and inference tensors among them would
-    break the next backward pass.
+    It uses `no_grad` instead of `inference_mode`, because ZeRO 3 gathers weights inside the context, and inference
+    tensors among them would break the next backward pass.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -85,10 +86,10 @@ def inference(model: nn.Module) -> Iterator[None]:
 def encode(
     model: T5VAE, tokenizer: Any, texts: Sequence[str], *, sampled: bool = False, **decoding: Any
 ) -> torch.Tensor:
-    """Latents of `texts`, z_NL: the posterior's mean, or (`sampled`) one draw each, seeded by (seed, position).
+    """Latents of `texts`, z_NL: the posterior means or, with `sampled`, one sample each, seeded by (seed, position).
 
     Texts longer than `max_tokens` are cut, with a warning.
-    Raises DataError for an empty text or none at all, ConfigError for a model without a latent.
+    Raises DataError for an empty text or an empty list, ConfigError for a model without a latent code.
     """
     _need_latent(model)
     _check_texts(texts)
@@ -96,7 +97,7 @@ def encode(
     longest = how.max_tokens or max(how.max_new_tokens, 2)
     tokens = from_texts(texts, tokenizer, longest)
     if tokens.truncated_N.any():
-        # A constant text, so that Python shows it once however often a training run validates.
+        # The message is constant, so that Python shows it once per training run and not at each validation.
         warnings.warn(f"sentences longer than {longest} tokens are cut", stacklevel=2)
     device = _device(model)
     z_NL = torch.zeros(len(texts), model.latent_dim, device=device)
@@ -113,7 +114,7 @@ def encode(
 
 
 def decode(model: T5VAE, tokenizer: Any, z_NL: torch.Tensor, **decoding: Any) -> list[str]:
-    """Texts of the latents z_NL, special tokens left out. Leaves torch's own random generators as they were."""
+    """Texts of the latents z_NL, without special tokens. The state of torch's random generators does not change."""
     how = Decoding(**decoding)
     return _decode(model, tokenizer, list(z_NL.split(how.batch)), how)
 
@@ -121,21 +122,21 @@ def decode(model: T5VAE, tokenizer: Any, z_NL: torch.Tensor, **decoding: Any) ->
 def reconstruct(
     model: T5VAE, tokenizer: Any, texts: Sequence[str], *, sampled: bool = False, **decoding: Any
 ) -> list[str]:
-    """Each text through its own latent: z = mu, or (`sampled`) one draw from its posterior, seeded.
+    """Encode and decode each text, with z = mu or, with `sampled`, one seeded sample of its posterior.
 
-    Raises as `encode` does.
+    Raises the same errors as `encode`.
     """
     return decode(model, tokenizer, encode(model, tokenizer, texts, sampled=sampled, **decoding), **decoding)
 
 
 def sample(model: T5VAE, tokenizer: Any, n: int, seed: int = 0, **decoding: Any) -> list[str]:
-    """`n` texts from the prior z ~ N(0, I); latent i is a function of (seed, i) alone.
+    """`n` texts from the prior z ~ N(0, I). Latent i is a function of (seed, i) only.
 
-    A model without a latent is a plain language model: give a temperature, or all of its texts are one.
+    A model without a latent code is a plain language model: give a temperature, otherwise all texts are equal.
     Raises ConfigError if n is below 1.
     """
     if n < 1:
-        raise ConfigError(f"the number of samples is at least 1; found {n}")
+        raise ConfigError(f"the number of samples must be at least 1; found {n}")
     if model.bottleneck is None:
         how = Decoding(seed=seed, **decoding)
         sizes = [min(how.batch, n - start) for start in range(0, n, how.batch)]
@@ -155,21 +156,21 @@ def interpolate(
     path: Literal["linear", "slerp"] = "linear",
     **decoding: Any,
 ) -> list[str]:
-    """`steps` texts from `a` to `b`, both ends included, decoded from latents on a line or (slerp) on an arc.
+    """`steps` texts from `a` to `b`, both ends included, decoded from latents on a line or, with slerp, on an arc.
 
-    Raises ConfigError if there are fewer than 2 steps or the path has another name, and as `encode` does.
+    Raises ConfigError if `steps` is below 2 or `path` is unknown, and the same errors as `encode`.
     """
     if steps < 2:
-        raise ConfigError(f"an interpolation has at least its 2 ends; found {steps} steps")
+        raise ConfigError(f"an interpolation needs at least 2 steps; found {steps} steps")
     if path not in ("linear", "slerp"):
-        raise ConfigError(f"the path is linear or slerp; found {path}")
+        raise ConfigError(f"the path must be linear or slerp; found {path}")
     za_L, zb_L = encode(model, tokenizer, [a, b], **decoding)
     between = linear if path == "linear" else slerp
     return decode(model, tokenizer, between(za_L, zb_L, torch.linspace(0, 1, steps, device=za_L.device)), **decoding)
 
 
 def analogy(model: T5VAE, tokenizer: Any, a: str, b: str, c: str, **decoding: Any) -> str:
-    """The text d with a : b :: c : d, from z_c + z_b - z_a. Raises as `encode` does."""
+    """The text d with a : b :: c : d, decoded from z_c + z_b - z_a. Raises the same errors as `encode`."""
     za_L, zb_L, zc_L = encode(model, tokenizer, [a, b, c], **decoding)
     return decode(model, tokenizer, (zc_L + zb_L - za_L)[None], **decoding)[0]
 
@@ -184,16 +185,17 @@ def traverse(
     steps: int = 7,
     **decoding: Any,
 ) -> list[str]:
-    """`steps` texts around `text`: latent unit `unit` (from 0) moved by -reach ... +reach, the others held at mu.
+    """`steps` texts around `text`: latent unit `unit` (from 0) is moved by -reach ... +reach, the others stay at mu.
 
-    `reach` is in units of the prior's standard deviation; with an odd number of steps the middle one is the
-    reconstruction. Raises ConfigError if the model has no such unit or steps is below 1, and as `encode` does.
+    `reach` is in units of the standard deviation of the prior. With an odd number of steps, the middle text is the
+    reconstruction. Raises ConfigError if the model has no such unit or `steps` is below 1, and the same errors as
+    `encode`.
     """
     _need_latent(model)
     if not 0 <= unit < model.latent_dim:
         raise ConfigError(f"the latent units are 0 to {model.latent_dim - 1}; found {unit}")
     if steps < 1:
-        raise ConfigError(f"a traversal has at least 1 step; found {steps}")
+        raise ConfigError(f"a traversal needs at least 1 step; found {steps}")
     z_NL = encode(model, tokenizer, [text], **decoding).repeat(steps, 1)
     # Symmetric by construction, so that the middle of an odd number of steps is exactly zero.
     z_NL[:, unit] += reach * (2 * torch.arange(steps, device=z_NL.device) - (steps - 1)) / max(steps - 1, 1)
@@ -201,15 +203,15 @@ def traverse(
 
 
 def linear(a_L: torch.Tensor, b_L: torch.Tensor, share_N: torch.Tensor) -> torch.Tensor:
-    """Points on the line from a to b, at the shares 0 (a) to 1 (b), both exact; (N, L)."""
+    """Points on the line from a (share 0) to b (share 1), shape (N, L). The ends are exact."""
     return (1 - share_N)[:, None] * a_L + share_N[:, None] * b_L
 
 
 def slerp(a_L: torch.Tensor, b_L: torch.Tensor, share_N: torch.Tensor) -> torch.Tensor:
-    """Points on the arc from a to b (Shoemake 1985; White 2016 for latents); (N, L), the ends exact.
+    """Points on the arc from a to b (Shoemake 1985; White 2016 for latents), shape (N, L). The ends are exact.
 
-    A straight line through the middle of a Gaussian in many dimensions leaves the shell where its mass is.
-    Falls back to the line where no arc is defined: parallel or opposite latents, or one of length zero.
+    In many dimensions, a straight line between samples of a Gaussian leaves the shell that contains most of the mass.
+    Uses the line if no arc is defined: for parallel or opposite latents, or for a latent of length zero.
     """
     a, b = a_L.double(), b_L.double()
     lengths = a.norm() * b.norm()
@@ -224,7 +226,7 @@ def slerp(a_L: torch.Tensor, b_L: torch.Tensor, share_N: torch.Tensor) -> torch.
 
 
 def _decode(model: T5VAE, tokenizer: Any, parts: Sequence[torch.Tensor | int], how: Decoding) -> list[str]:
-    """Texts of latents z_BL, or (an int B, a model without a latent) of B plain samples."""
+    """Decode each part: latents z_BL or, for a model without a latent code, the number B of texts to write."""
     device = _device(model)
     texts: list[str] = []
     with inference(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -242,9 +244,9 @@ def _decode(model: T5VAE, tokenizer: Any, parts: Sequence[torch.Tensor | int], h
 def shown(
     model: T5VAE, tokenizer: Any, sources: Sequence[str], seed: int, max_new_tokens: int
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """What a training shows of itself: `sources` with their reconstructions, and as many samples from the prior.
+    """Examples to show during training: `sources` with their reconstructions, and as many samples from the prior.
 
-    A plain language model has the latter alone, drawn. Every rank makes the same, as ZeRO 3 needs.
+    A plain language model has samples only, with drawn tokens. Every rank makes the same texts, as ZeRO 3 requires.
     """
     if model.bottleneck is None:
         drawn = sample(model, tokenizer, len(sources), seed, max_new_tokens=max_new_tokens, temperature=1.0)
@@ -260,12 +262,12 @@ def _device(model: T5VAE) -> torch.device:
 
 def _need_latent(model: T5VAE) -> None:
     if model.bottleneck is None:
-        raise ConfigError("this model has injection `none`: it is a plain language model without a latent")
+        raise ConfigError("this model has injection `none` and so no latent code; it can only sample")
 
 
 def _check_texts(texts: Sequence[str]) -> None:
     if not texts:
-        raise DataError("no sentence was given")
+        raise DataError("no sentence was given; give at least one")
     for position, text in enumerate(texts):
         if not text.strip():
-            raise DataError(f"sentence {position + 1} is empty")
+            raise DataError(f"sentence {position + 1} is empty; remove it or add text")

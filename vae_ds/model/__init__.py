@@ -1,6 +1,6 @@
-"""`T5VAE`: a pretrained T5 with a Gaussian bottleneck, and the decoder's ways to read the latent code.
+"""`T5VAE`: a pretrained T5 with a Gaussian bottleneck, and the injections of the latent code into the decoder.
 
-Stands on `config` and `errors`.
+Depends on `config` and `errors`.
 """
 
 from vae_ds.model import gaussian

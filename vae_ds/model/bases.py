@@ -1,6 +1,6 @@
-"""The pretrained T5 that a model is built on, and its tokenizer: find, check, load. Also: which directory is an export.
+"""Find, check and load a pretrained T5 (the base) and its tokenizer. Recognise and describe exports.
 
-A base is `tiny` (in the package), a directory in the hub's layout, or a hub name.
+A base is `tiny` (shipped with the package), a directory in the hub's layout, or a hub name.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from vae_ds.errors import CheckpointError, ConfigError
 
 EXPORT_FORMAT = "vae_ds"
 EXPORT_VERSION = 1
-# The configuration's class and the model's, by model_type. byT5, v1.1 and Flan-T5 are `t5`.
+# Classes of the configuration and of the model by model_type. byT5, v1.1 and Flan-T5 have the type `t5`.
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "t5": (T5Config, T5ForConditionalGeneration),
     "mt5": (MT5Config, MT5ForConditionalGeneration),
@@ -43,16 +43,16 @@ SPIECE = "spiece.model"
 
 
 def check_base(base: str) -> PreTrainedConfig:
-    """The configuration of a base, without loading weights.
+    """Check a base and return its configuration, without loading weights.
 
-    Raises ConfigError if there is no such base, it cannot be reached, it is not of T5's architecture (T5, v1.1,
-    Flan-T5, mT5, byT5), or it is an export of our own.
+    Raises ConfigError if the base does not exist, cannot be reached, does not have the architecture of T5 (T5, v1.1,
+    Flan-T5, mT5, byT5), or is an export of vae_ds.
     """
     return _base_config(base)[0]
 
 
 def load_t5(settings: ModelConfig) -> Any:
-    """The stock pretrained model, float32, with the recipe's dropout. Raises ConfigError if weights are missing."""
+    """Load the stock model in float32, with the dropout of the recipe. Raises ConfigError if weights are missing."""
     config, raw, location = _base_config(settings.base)
     if settings.dropout is not None:
         config.dropout_rate = settings.dropout
@@ -68,13 +68,13 @@ def load_t5(settings: ModelConfig) -> Any:
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ConfigError(f"model.base {settings.base}: its weights lack {', '.join(missing[:3])}")
-    # transformers 5 ties a head whose stored values happen to be equal, whatever the configuration says.
+    # transformers 5 ties the output head if its stored values equal the embeddings, even against the configuration.
     tie(t5, head=t5.lm_head.weight is t5.shared.weight and raw.get("tie_word_embeddings") is not False)
     return t5
 
 
 def tie(t5: Any, head: bool) -> None:
-    """Make the stacks' embeddings one tensor with `shared`, and the output head too or surely not."""
+    """Tie the embeddings of the stacks to `shared`. Tie the output head too if `head`, otherwise untie it."""
     for stack in (getattr(t5, "encoder", None), t5.decoder):
         if stack is not None:  # injection `none` has no encoder
             stack.embed_tokens.weight = t5.shared.weight
@@ -85,9 +85,9 @@ def tie(t5: Any, head: bool) -> None:
 
 
 def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of `tiny`, a directory, a hub name or an export (one without its own has its base's).
+    """Load the tokenizer of `tiny`, a directory, a hub name or an export. An export without one uses that of its base.
 
-    Raises ConfigError if there is none, or it has no end-of-sentence or padding token.
+    Raises ConfigError if there is no tokenizer, or if it has no end-of-sentence or padding token.
     """
     location = _locate(str(base))
     if is_export(Path(location)) and not (Path(location) / "tokenizer_config.json").is_file():
@@ -97,7 +97,7 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         raise ConfigError(f"model.base {base}: its tokenizer cannot be loaded: {_line(error)}") from None
-    # transformers makes a T5 tokenizer of four pieces where there are no files to make one from.
+    # Without tokenizer files, transformers silently makes a T5 tokenizer of four pieces.
     if len(tokenizer) - len(tokenizer.all_special_tokens) < 2:
         raise ConfigError(f"model.base {base}: no tokenizer there; expected {SPIECE} or tokenizer.json")
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
@@ -106,7 +106,7 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The tokenizer's files, with the SentencePiece model, which a fast tokenizer leaves out."""
+    """Write the files of the tokenizer, and the SentencePiece model, which a fast tokenizer does not write."""
     tokenizer.save_pretrained(folder)
     source = getattr(tokenizer, "vocab_file", None)
     if not source and tokenizer.name_or_path:
@@ -127,28 +127,28 @@ def is_export(path: Path) -> bool:
 
 
 def read_export(path: Path) -> dict[str, Any]:
-    """The description of an export. Raises CheckpointError if it is missing, broken or of another version."""
+    """Read the description of an export. Raises CheckpointError if it is missing, broken or of another version."""
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path}: no exported model here (no config.json)")
     if not is_export(path):
-        raise CheckpointError(f"{file}: not written by vae_ds; a pretrained T5 goes into a recipe as model.base")
+        raise CheckpointError(f"{file}: not written by vae_ds; to use a pretrained T5, set model.base in a recipe")
     export: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if export.get("schema_version") != EXPORT_VERSION:
         found = export.get("schema_version")
-        raise CheckpointError(f"{file}: export version {found}; this vae_ds reads version {EXPORT_VERSION}")
+        raise CheckpointError(f"{file}: export version {found}, but this vae_ds reads version {EXPORT_VERSION}")
     return export
 
 
 def _base_config(base: str) -> tuple[PreTrainedConfig, dict[str, Any], str]:
-    """A base's configuration, the same as it stands in the file, and the base's directory or hub name."""
+    """The configuration of a base as an object and as stored in the file, and the directory or hub name of the base."""
     location = _locate(base)
     folder = Path(location)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"model.base {base}: no config.json in {folder}; name a T5 in the hub's layout")
+            raise ConfigError(f"model.base {base}: no config.json in {folder}; use a T5 in the hub's layout")
         if is_export(folder):
-            raise ConfigError(f"model.base {base}: an export of vae_ds, not a T5; a base is the T5 it was built on")
+            raise ConfigError(f"model.base {base}: an export of vae_ds, not a T5; use the T5 that it was built on")
         if not any(list(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")):
             raise ConfigError(f"model.base {base}: no weights in {folder}; expected model.safetensors")
     try:
@@ -161,37 +161,37 @@ def _base_config(base: str) -> tuple[PreTrainedConfig, dict[str, Any], str]:
         if folder.is_dir():
             raise ConfigError(f"model.base {base}: config.json cannot be read: {_line(error)}") from None
         raise ConfigError(
-            f"model.base {base}: no such directory, and the hub cannot be reached or has no such model; "
-            f"check the name, or download it where there is a network (`hf download {base}`) and name the directory"
+            f"model.base {base}: no such directory, and the hub cannot be reached or has no such model; check the name,"
+            f" or download it on a machine with a network (`hf download {base}`) and set model.base to the directory"
         ) from None
     raise ConfigError(f"model.base {base}: its model_type is {kind!r}; a base is a T5 or an mT5 (t5, mt5)")
 
 
 def _locate(base: str) -> str:
-    """A directory or a hub name. Raises ConfigError for what can only be a missing directory."""
+    """The directory or hub name of a base. Raises ConfigError for a path that cannot be a hub name."""
     if base == "tiny":
         folder = Path(str(resources.files("vae_ds"))) / "tiny"
         if not (folder / "config.json").is_file():
-            raise ConfigError("model.base tiny: this installation lacks it; reinstall vae_ds, or name another base")
+            raise ConfigError("model.base tiny: missing in this installation; reinstall vae_ds, or use another base")
         return str(folder)
     path = Path(base).expanduser()
     if path.is_dir():
         return str(path)
     if path.exists():
-        raise ConfigError(f"model.base {base}: a file; name the directory that holds config.json and the weights")
+        raise ConfigError(f"model.base {base}: is a file; use the directory that contains config.json and the weights")
     if base.startswith(("/", ".", "~")) or base.count("/") > 1 or not base:
-        raise ConfigError(f"model.base {base}: no such directory")
+        raise ConfigError(f"model.base {base}: no such directory; use tiny, a directory or a hub name")
     return base
 
 
 def _line(error: Exception) -> str:
-    """What an exception says, as one line."""
+    """The message of an exception as one line."""
     return " ".join(str(error).split()) or repr(error)
 
 
 @contextlib.contextmanager
 def _quiet(location: str) -> Iterator[None]:
-    """Keep transformers' progress bars, remarks about tied weights and vain tries off the user's terminal."""
+    """Suppress progress bars, messages about tied weights and warnings about failed requests of transformers."""
     level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()

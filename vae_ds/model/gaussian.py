@@ -1,4 +1,4 @@
-"""The diagonal Gaussian posterior: samples, KL, log densities, the aggregate posterior. Everything is in nats.
+"""The diagonal Gaussian posterior: samples, KL, log densities, the aggregate posterior. All quantities are in nats.
 
 Shapes: B sentences of a batch, L latent units, N samples, M mixture components (the sentences of a split).
 """
@@ -13,14 +13,14 @@ LOG_2PI = math.log(2.0 * math.pi)
 
 
 def sample(mu_BL: Tensor, logvar_BL: Tensor, eps_BL: Tensor) -> Tensor:
-    """z = mu + exp(logvar / 2) * eps, shape (B, L); eps 0 gives the mean (Kingma & Welling 2014)."""
+    """z = mu + exp(logvar / 2) * eps, shape (B, L) (Kingma & Welling 2014). eps 0 gives the mean."""
     return mu_BL + torch.exp(0.5 * logvar_BL) * eps_BL
 
 
 def kl_per_dim(mu_BL: Tensor, logvar_BL: Tensor) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(0, 1)) of each unit, shape (B, L), in nats.
 
-    `expm1` keeps the value exact and non-negative where the posterior is close to the prior.
+    `expm1` keeps the value accurate and non-negative if the posterior is close to the prior.
     """
     return 0.5 * (mu_BL.square() + torch.expm1(logvar_BL) - logvar_BL)
 
@@ -39,8 +39,9 @@ def log_prior(z_BL: Tensor) -> Tensor:
 def log_aggregate(z_NL: Tensor, mu_ML: Tensor, logvar_ML: Tensor, chunk: int = 2048) -> Tensor:
     """log q(z_n) = log 1/M sum_m q(z_n | x_m), shape (N,), float64, in nats.
 
-    The memory is that of a few `chunk` x `chunk` float64 matrices, whatever N and M. The squares are expanded, so that
-    two matrix products do the work; in float64, around the components' mean, this costs about 1e-15 / variance nats.
+    The memory is that of a few `chunk` x `chunk` float64 matrices, for any N and M. The squares are expanded, so that
+    two matrix products compute the result. In float64, centred at the mean of the components, the rounding error of
+    this is about 1e-15 / variance nats.
     """
     if len(mu_ML) == 0:
         raise ValueError("an aggregate posterior needs at least one component")
@@ -51,7 +52,7 @@ def log_aggregate(z_NL: Tensor, mu_ML: Tensor, logvar_ML: Tensor, chunk: int = 2
 
 
 def _log_sum(z_nL: Tensor, mu_ML: Tensor, logvar_ML: Tensor, chunk: int) -> Tensor:
-    """log sum_m q(z_n | x_m) of one chunk of samples, shape (n,); a running log-sum-exp over chunks of components."""
+    """log sum_m q(z_n | x_m) of one chunk of samples, shape (n,): a running log-sum-exp over chunks of components."""
     total_n = z_nL.new_full((len(z_nL),), -math.inf)
     for mu_mL, logvar_mL in zip(mu_ML.split(chunk), logvar_ML.split(chunk), strict=True):
         precision_mL = torch.exp(-logvar_mL)
@@ -65,7 +66,7 @@ def mutual_information(mu_NL: Tensor, logvar_NL: Tensor, z_NL: Tensor, chunk: in
     """I(x; z) under q, a float64 scalar in nats: mean_n of log q(z_n | x_n) - log q(z_n) (Hoffman & Johnson 2016).
 
     z_n is a sample of q(z | x_n), the same in both terms; q(z) is the mixture over all N given sentences. Since
-    q(z_n) >= q(z_n | x_n) / N, no term passes ln N but by rounding, which the clamp removes.
+    q(z_n) >= q(z_n | x_n) / N, a term exceeds ln N only by rounding. The clamp removes this excess.
     """
     conditional_N = log_density(z_NL.double(), mu_NL.double(), logvar_NL.double())
     gain_N = conditional_N - log_aggregate(z_NL, mu_NL, logvar_NL, chunk)
@@ -73,7 +74,7 @@ def mutual_information(mu_NL: Tensor, logvar_NL: Tensor, z_NL: Tensor, chunk: in
 
 
 def active_units(mu_ML: Tensor, threshold: float = 0.01) -> int:
-    """How many units have a variance of mu over the M sentences above `threshold` (Burda et al. 2016)."""
+    """Number of units whose variance of mu over the M sentences is above `threshold` (Burda et al. 2016)."""
     return int((mu_ML.double().var(0, correction=0) > threshold).sum())
 
 
@@ -83,12 +84,13 @@ def thresholded_kl(
     nats: float,
     held_L: Tensor | None = None,
 ) -> Tensor:
-    """The KL term of the objective with free bits, shape (B,), in nats (README, The method; paper, equation 2).
+    """The KL term of the loss with free bits, shape (B,), in nats (docs/method.md, KL threshold; paper, equation 2).
 
-    `nats` is lambda; 0 turns thresholding off. `per_dim` takes max(lambda, kl) of each unit and sentence, `total` of
-    each sentence's sum. `per_dim_batch` looks at `held_L`, the mean KL of each unit over the GLOBAL batch of the
-    previous optimizer step: a unit counts while that is above lambda, else it stands at lambda without gradient; None
-    (no step yet) counts all units. So neither micro batches nor ranks change the result.
+    `nats` is lambda; 0 turns the threshold off. `per_dim` takes max(lambda, kl) of each unit and sentence; `total`
+    takes it of the sum over the units of each sentence. `per_dim_batch` uses `held_L`, the mean KL of each unit over
+    the GLOBAL batch of the previous optimizer step. A unit counts with its KL if this mean is above lambda; otherwise
+    it counts as lambda, without gradient. None (before the first step) counts the KL of all units. Therefore the result
+    does not depend on micro batches or ranks.
     """
     if nats == 0 or kl_BL.shape[-1] == 0:
         return kl_BL.sum(-1)
@@ -100,4 +102,4 @@ def thresholded_kl(
         if held_L is None:
             return kl_BL.sum(-1)
         return torch.where(held_L.to(kl_BL.device) > nats, kl_BL, kl_BL.new_tensor(nats)).sum(-1)
-    raise ValueError(f"no free-bits mode {mode!r}")
+    raise ValueError(f"unknown free-bits mode {mode!r}; use per_dim, per_dim_batch or total")

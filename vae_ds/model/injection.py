@@ -1,10 +1,11 @@
-"""How z enters a stock T5 decoder.
+"""Inject z into a stock T5 decoder (docs/method.md, From z to the sentence).
 
-Layers of the decoder's blocks give way to small modules with the same signature, so that the stock decoder, its loss
-path and `generate` take z, shaped (B, 1, L), as their `encoder_hidden_states`.
+Small modules with the same signature replace layers of the decoder's blocks. The stock decoder, its loss and `generate`
+then take z, with shape (B, 1, L), as their `encoder_hidden_states`.
 
-`cross_attention` is Park & Lee's text. `self_attention` and `embedding` are the memory and the embedding scheme of
-Optimus (Li et al. 2020), which adds them up by default; the first is also what Park & Lee's published code ran.
+`cross_attention` is the method in the text of Park & Lee. `self_attention` and `embedding` are the memory and the
+embedding scheme of Optimus (Li et al. 2020), which uses both by default. The published code of Park & Lee uses
+`self_attention`.
 
 Shapes: B sentences, T tokens, K keys so far, H = d_model, L latent units, A heads, S = d_kv.
 """
@@ -21,11 +22,11 @@ from vae_ds.config import ModelConfig
 
 
 class LatentCrossAttention(nn.Module):
-    """Cross-attention whose sole key and value is z: the softmax over one key is 1, so it is `o(z W_n)` everywhere.
+    """Cross-attention with z as its only key and value. The softmax over one key is 1, so the output is `o(z W_n)`.
 
-    The query and key projections and the layer norm of the stock layer have no influence there and are gone; the
-    pretrained output projection `o` (A*S -> H) stays. `memory` is W_n (L -> A*S), K_n = V_n = z W_n. Of the stock
-    layer's dropouts only the output's is kept: the one on attention weights would silence whole heads.
+    The query and key projections and the layer norm of the stock layer have no effect in this case and are removed. The
+    pretrained output projection `o` (A*S -> H) stays. `memory` is W_n (L -> A*S), with K_n = V_n = z W_n. The dropout
+    of the output is kept. The dropout of attention weights is removed, because it would disable whole heads.
     """
 
     def __init__(self, memory: nn.Linear, o: nn.Linear, dropout: float) -> None:
@@ -37,22 +38,22 @@ class LatentCrossAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, key_value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """hidden_states (B, T, H), key_value_states z (B, 1, L). Returns (B, T, H) and no position bias, no weights.
+        """hidden_states (B, T, H), key_value_states z (B, 1, L). Returns (B, T, H), no position bias and no weights.
 
-        z comes in float32. It is cast to the decoder's dtype here: the sum would promote the residual stream otherwise.
-        Caches are left alone; z W_n is one small product a sentence.
+        z is float32 and is cast to the dtype of the decoder here. Otherwise the sum would promote the residual stream.
+        Caches are not used, because z W_n is one small product per sentence.
         """
         added_B1H = self.o(self.memory(key_value_states.to(self.memory.weight.dtype)))
-        added_BTH = added_B1H.expand_as(hidden_states)  # dropout draws for each position, as in the stock layer
+        added_BTH = added_B1H.expand_as(hidden_states)  # a separate dropout mask per position, as in the stock layer
         return hidden_states + self.dropout(added_BTH).to(hidden_states.dtype), None, None
 
 
 class LatentSelfAttention(nn.Module):
-    """The stock self-attention layer with one more key and value, z W_n, visible to every position, without a bias.
+    """The stock self-attention layer with one more key and value, z W_n, visible at every position, without a bias.
 
-    Key and value are one vector, K_n = V_n = z W_n, as in Optimus and in Park & Lee's code: both project z to one
-    vector a layer (A*S wide) and use it as past key and as past value. It stands at no position: the tokens keep
-    their relative distances, and no cache holds it. Layers, norm and dropouts are the stock layer's own.
+    Key and value are the same vector, K_n = V_n = z W_n, as in Optimus and in the code of Park & Lee: both project z to
+    one vector per layer (width A*S) and use it as past key and past value. It has no position, so the tokens keep their
+    relative distances, and it is not stored in caches. Projections, norm and dropouts are those of the stock layer.
     """
 
     def __init__(self, stock: Any, memory: nn.Linear) -> None:
@@ -74,7 +75,7 @@ class LatentSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, None]:
         """hidden_states (B, T, H), latent z (B, 1, L), the rest as in the stock layer. Returns (B, T, H) and the bias.
 
-        `attention_mask` and `position_bias`, in and out, know nothing of z. z is cast to the decoder's dtype here.
+        `attention_mask` and `position_bias`, in and out, do not include z. z is cast to the dtype of the decoder here.
         """
         attention = self.SelfAttention
         normed_BTH = self.layer_norm(hidden_states)
@@ -86,7 +87,7 @@ class LatentSelfAttention(nn.Module):
         pair = isinstance(past_key_values, EncoderDecoderCache)
         cache = past_key_values.self_attention_cache if pair else past_key_values
         seen = 0 if cache is None else cache.get_seq_length(attention.layer_idx)
-        # A static cache counts in place: the sum has to be taken before its update.
+        # A static cache updates its length in place, so compute the positions before the update.
         position_T = torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen
         key_BAKS, value_BAKS = key_BATS, value_BATS
         if cache is not None:
@@ -103,7 +104,7 @@ class LatentSelfAttention(nn.Module):
             torch.cat([z_BA1S, value_BAKS], 2),
             attn_mask=functional.pad(biased, (1, 0)).to(query_BATS.dtype),
             dropout_p=attention.dropout if attention.training else 0.0,
-            scale=1.0,  # T5 has the scale in its weights
+            scale=1.0,  # the weights of T5 include the scale
         )
         added_BTH = attention.o(mixed_BATS.transpose(1, 2).flatten(2))
         return hidden_states + self.dropout(added_BTH), position_bias, None
@@ -114,8 +115,8 @@ class LatentSelfAttention(nn.Module):
 
 
 def _masked(bias_ATK: Tensor, mask: Tensor | None, position_T: Tensor) -> Tensor:
-    """The position bias with what a token may not see at minus infinity; `mask` in any of transformers' forms."""
-    if mask is None:  # transformers leaves out a mask that is causal and no more
+    """The position bias, with minus infinity at masked positions. `mask` has any of the forms of transformers."""
+    if mask is None:  # transformers passes None for a purely causal mask
         mask = torch.arange(bias_ATK.shape[-1], device=bias_ATK.device) <= position_T[:, None]
     if mask.dtype == torch.bool:
         return bias_ATK.masked_fill(~mask, -math.inf)
@@ -123,22 +124,23 @@ def _masked(bias_ATK: Tensor, mask: Tensor | None, position_T: Tensor) -> Tensor
 
 
 class NoCrossAttention(nn.Module):
-    """The layer of a decoder without cross-attention: it adds nothing, and has no parameters."""
+    """Replacement of the cross-attention that adds nothing and has no parameters."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns hidden_states (B, T, H) as they came."""
+        """Return hidden_states (B, T, H) unchanged."""
         return hidden_states, None, None
 
 
 class SafeInHalf(nn.Linear):
-    """T5's last feed-forward projection, `wo`: where its weight is float16 it computes in float32.
+    """The last feed-forward projection of T5, `wo`, which computes in float32 if its weight is float16.
 
-    Its outputs pass float16's largest number in pretrained models, so transformers keeps its weight in float32; an
-    engine that casts all weights undoes that unseen. The residual stream is float32 from there on, as in transformers.
+    In pretrained models its outputs exceed the largest float16 number, so transformers keeps its weight in float32. An
+    engine that casts all weights silently undoes that. The residual stream is float32 after this layer, as in
+    transformers.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., d_ff) to (..., H): float32 for a float16 weight, else as any linear layer."""
+        """(..., d_ff) to (..., H): float32 for a float16 weight, otherwise like `nn.Linear`."""
         if self.weight.dtype != torch.float16:
             return super().forward(input)
         with torch.autocast(input.device.type, enabled=False):
@@ -146,52 +148,55 @@ class SafeInHalf(nn.Linear):
 
 
 def guard_half(t5: Any) -> None:
-    """Make every `wo` of a stock T5 safe in float16, in place; names and weights stay."""
+    """Make every `wo` of a stock T5 safe in float16, in place. Names and weights do not change."""
     for module in t5.modules():
         wo = getattr(module, "wo", None)
         if isinstance(wo, nn.Linear):
-            # The class alone differs, so what holds the layer, its weight or its hooks need not know.
+            # Only the class changes, so references to the layer, its weight and its hooks stay valid.
             wo.__class__ = SafeInHalf
 
 
 def inject(t5: Any, settings: ModelConfig, generator: torch.Generator) -> None:
-    """Let z into the decoder of a stock T5, in place, as `settings.injection` says; what is not needed goes.
+    """Add the inputs for z to the decoder of a stock T5, in place, and remove unused modules.
 
-    W_proj is drawn from N(0, memory_std^2), 1/L by default, from `generator` alone: W_n in the order of the layers,
-    then the embedding's. Only `cross_attention` keeps anything of the cross-attention. Injection `none` also removes
-    the encoder: nothing reads it, and an optimizer would still decay it.
+    `settings.injection` selects the inputs. W_proj is drawn from N(0, memory_std^2), with variance 1/L by default, from
+    `generator` only: W_n in the order of the layers, then the matrix of the embedding. Only `cross_attention` keeps a
+    part of the stock cross-attention. Injection `none` also removes the encoder, because it is unused and weight decay
+    would change it.
     """
     config, decoder = t5.config, t5.decoder
-    ways = settings.injection.split("+")
+    injections = settings.injection.split("+")
     std = settings.memory_std or 1.0 / math.sqrt(settings.latent_dim)
 
     def memory(width: int) -> nn.Linear:
         return normal_linear(nn.Linear, settings.latent_dim, width, std, generator)
 
-    if "none" in ways:
+    if "none" in injections:
         del t5.encoder
     for block in decoder.block:
         output = block.layer[1].EncDecAttention.o
         block.layer[1] = NoCrossAttention()
-        if "cross_attention" in ways:
+        if "cross_attention" in injections:
             block.layer[1] = LatentCrossAttention(memory(output.in_features), output, config.dropout_rate)
-        if "self_attention" in ways:
+        if "self_attention" in injections:
             block.layer[0] = LatentSelfAttention(block.layer[0], memory(output.in_features))
-    # Hooks, since a stack calls no layer of its blocks with its embeddings, and no self-attention with z.
-    if "self_attention" in ways:
-        decoder.register_forward_pre_hook(_hand_down, with_kwargs=True)
-    if "embedding" in ways:
+    # Use hooks, because the stock decoder passes neither z to the self-attention nor its embeddings to a module.
+    if "self_attention" in injections:
+        decoder.register_forward_pre_hook(_pass_latent, with_kwargs=True)
+    if "embedding" in injections:
         decoder.memory = memory(config.d_model)
-        decoder.register_forward_pre_hook(_embed, with_kwargs=True)
+        decoder.register_forward_pre_hook(_add_to_embeddings, with_kwargs=True)
 
 
-def _hand_down(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give z to each block; the stock stack hands what it does not know to all of them."""
+def _pass_latent(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pass z to each block: the stock stack passes unknown keyword arguments to all of its blocks."""
     return args, kwargs | {"latent": kwargs["encoder_hidden_states"]}
 
 
-def _embed(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Add z W to the embedding of each token: before the stack's dropout, as in Optimus. z is cast here."""
+def _add_to_embeddings(
+    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Add z W to the embedding of each token, before the dropout of the stack, as in Optimus. z is cast here."""
     z_B1L = kwargs["encoder_hidden_states"].to(decoder.memory.weight.dtype)
     embedded_BTH = decoder.embed_tokens(kwargs["input_ids"])
     summed_BTH = embedded_BTH + decoder.memory(z_B1L).to(embedded_BTH.dtype)
@@ -201,9 +206,9 @@ def _embed(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
 def normal_linear(
     kind: type[nn.Linear], inputs: int, outputs: int, std: float, generator: torch.Generator
 ) -> nn.Linear:
-    """A linear layer without bias, float32 on the CPU, its weight drawn from N(0, std^2) with `generator` alone.
+    """A linear layer without bias, float32 on the CPU, with a weight drawn from N(0, std^2) by `generator` only.
 
-    Made on the meta device first: torch's own initial values would advance the global generator.
+    The layer is created on the meta device, because torch's initial values would advance the global generator.
     """
     layer = kind(inputs, outputs, bias=False, device="meta")
     layer.weight = nn.Parameter(torch.randn(outputs, inputs, generator=generator, dtype=torch.float32) * std)

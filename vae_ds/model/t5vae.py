@@ -1,4 +1,4 @@
-"""T5VAE: a pretrained T5 with a Gaussian bottleneck between its encoder and its decoder (README, The method).
+"""T5VAE: a pretrained T5 with a Gaussian bottleneck between its encoder and its decoder (docs/method.md).
 
 Shapes: B sentences, T tokens, H = d_model, L latent units, V vocabulary. All reports and losses are in nats.
 """
@@ -41,7 +41,7 @@ __all__ = ["T5VAE", "Terms", "check_base", "load_tokenizer"]
 
 
 class Terms(NamedTuple):
-    """What one forward pass gives, float32, a row a sentence: `rec_B` and `kl_BL` in nats, and the posterior."""
+    """The result of one forward pass, float32, one row per sentence: `rec_B` and `kl_BL` in nats, and the posterior."""
 
     rec_B: Tensor
     kl_BL: Tensor
@@ -50,7 +50,7 @@ class Terms(NamedTuple):
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32, whatever dtype an engine gives its weight and whatever autocast says."""
+    """A linear layer that computes in float32, for any dtype of its weight and with or without autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs), float32."""
@@ -59,10 +59,10 @@ class Float32Linear(nn.Linear):
 
 
 class Bottleneck(nn.Module):
-    """Pooled encoder states to the posterior's mean and log variance: mu = h W_mu, logvar = h W_logvar, no biases."""
+    """Maps pooled encoder states to the posterior: mu = h W_mu, logvar = h W_logvar, without biases."""
 
     def __init__(self, width: int, settings: ModelConfig, generator: torch.Generator) -> None:
-        """`width` is H. Draws W_mu, then W_logvar, from `generator` alone."""
+        """`width` is H. Draws W_mu, then W_logvar, from `generator` only."""
         super().__init__()
         self.pooling = settings.pooling
         mu_std = settings.mu_std or 1.0 / math.sqrt(width)
@@ -70,9 +70,9 @@ class Bottleneck(nn.Module):
         self.logvar = normal_linear(Float32Linear, width, settings.latent_dim, settings.logvar_std, generator)
 
     def forward(self, states: Sequence[Tensor], mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """The states of one or more layers, each (B, T, H), to mu and logvar (B, L), float32.
+        """Map the states of one or more layers, each (B, T, H), to mu and logvar, each (B, L), float32.
 
-        Each layer is pooled over the real tokens (mask 1) alone; the pooled vectors of several layers are averaged.
+        Each layer is pooled over the real tokens (mask 1) only. The pooled vectors of several layers are averaged.
         """
         with torch.autocast(mask_BT.device.type, enabled=False):
             pooled_BH = torch.stack([self._pool(states_BTH.float(), mask_BT) for states_BTH in states]).mean(0)
@@ -86,15 +86,15 @@ class Bottleneck(nn.Module):
 
 
 class T5VAE(nn.Module):
-    """A T5 whose decoder sees its encoder only through z. Build it with `from_base` or `from_pretrained`.
+    """A T5 whose decoder reads the encoder only through z. Build it with `from_base` or `from_pretrained`.
 
-    With injection `none` it is a plain language model: no encoder, no bottleneck (None), no memory, `latent_dim` 0.
+    With injection `none` it is a plain language model: no encoder, `bottleneck` None, no memory, `latent_dim` 0.
     """
 
     def __init__(self, t5: Any, settings: ModelConfig, generator: torch.Generator) -> None:
-        """Takes over a stock T5ForConditionalGeneration, which it changes in place.
+        """Changes the stock T5ForConditionalGeneration `t5` in place.
 
-        New weights come from `generator` alone, the bottleneck's first.
+        New weights are drawn from `generator` only, those of the bottleneck first.
         """
         super().__init__()
         self.settings = settings
@@ -105,22 +105,22 @@ class T5VAE(nn.Module):
         guard_half(t5)
         self.t5 = t5
         if settings.gradient_checkpointing:
-            # Newer releases of transformers 5 warn about the older of the two names.
+            # Newer releases of transformers 5 warn about the older name.
             enable = getattr(t5, "activation_checkpointing_enable", None) or t5.gradient_checkpointing_enable
-            # Reentrant checkpointing gives other gradients once a part of the network is frozen.
+            # Reentrant checkpointing gives different gradients if a part of the network is frozen.
             enable({"use_reentrant": False})
 
     @classmethod
     def from_base(cls, settings: ModelConfig, seed: int = 0) -> Self:
-        """Build on `settings.base` (`tiny`, a directory or a hub name): float32, on the CPU, in eval mode.
+        """Build a model from `settings.base` (`tiny`, a directory or a hub name): float32, on the CPU, in eval mode.
 
-        The new weights are a function of `seed` alone. Raises ConfigError if the base cannot be used.
+        The new weights are a function of `seed` only. Raises ConfigError if the base cannot be used.
         """
         return cls(load_t5(settings), settings, torch.Generator().manual_seed(seed)).eval()
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
-        """Read an export of `save_pretrained`: float32, on the CPU, in eval mode, exactly the weights that were saved.
+        """Load an export of `save_pretrained`: float32, on the CPU, in eval mode, with exactly the saved weights.
 
         Raises CheckpointError if the export is missing, broken or of another version.
         """
@@ -146,12 +146,12 @@ class T5VAE(nn.Module):
         tokenizer: PreTrainedTokenizerBase | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write an export: `config.json`, `model.safetensors` in float32, the tokenizer's files if one is given.
+        """Write an export: `config.json`, `model.safetensors` in float32, and the files of the tokenizer if given.
 
-        `weights` replaces the module's own (whole parameters by name, for a partitioned module). Tied weights are
-        stored once. Written beside `path` and renamed, so that a broken export never stands there; an older export is
-        replaced.
-        Raises CheckpointError if something else stands at `path`.
+        `weights` replaces the weights of this module. For a partitioned module, pass whole parameters by name. Tied
+        weights are stored once. The export is written to a temporary directory and renamed, so `path` never contains an
+        incomplete export. An older export is replaced.
+        Raises CheckpointError if `path` exists and is not an export or an empty directory.
         """
         path = Path(path)
         own = dict(self.named_parameters())
@@ -159,7 +159,7 @@ class T5VAE(nn.Module):
         if tensors.keys() != own.keys():
             raise ValueError(f"weights must name each parameter once; differing: {sorted(tensors.keys() ^ own.keys())}")
         if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or is_export(path))):
-            raise CheckpointError(f"{path}: exists and is no vae_ds export; name another directory")
+            raise CheckpointError(f"{path}: exists and is not a vae_ds export; use another directory")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             fresh = Path(folder) / "fresh"
@@ -175,10 +175,10 @@ class T5VAE(nn.Module):
             fresh.rename(path)
 
     def encode(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """The posterior's mean and log variance, (B, L) each, float32.
+        """Mean and log variance of the posterior, each (B, L), float32.
 
-        `pool_layers: all` averages over transformers' `hidden_states[1:]`: each encoder block's output, the last one
-        after the encoder's final norm, the embeddings not counted.
+        `pool_layers: all` averages over `hidden_states[1:]` of transformers: the outputs of all encoder blocks, the
+        last one after the final norm, without the embeddings.
         """
         if self.bottleneck is None:
             raise ValueError("a model with injection `none` has no encoder")
@@ -191,9 +191,9 @@ class T5VAE(nn.Module):
         return mu_BL, logvar_BL
 
     def reconstruction(self, z_BL: Tensor | None, labels_BT: Tensor) -> Tensor:
-        """rec = - sum over a sentence's tokens, end-of-sentence included, of log p(x_t | x_<t, z): (B,), float32, nats.
+        """rec = - sum_t log p(x_t | x_<t, z) over the tokens of a sentence with its end: (B,), float32, nats.
 
-        `labels_BT` is padded with -100. z is None for injection `none`. The logits are the stock T5's.
+        `labels_BT` is padded with -100. z is None for injection `none`. The logits are computed as in the stock T5.
         """
         output = self.t5(
             encoder_outputs=BaseModelOutput(last_hidden_state=self._memory(z_BL, len(labels_BT), labels_BT.device)),
@@ -208,8 +208,8 @@ class T5VAE(nn.Module):
     def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor, eps_BL: Tensor) -> Terms:
         """One pass: encode, z = mu + exp(logvar / 2) eps, decode. eps 0 gives z = mu.
 
-        The posterior's arithmetic up to z is float32 with autocast off; z meets the decoder's dtype where it is
-        injected. With injection `none` no encoder runs, eps is not read, and kl, mu and logvar are (B, 0).
+        The posterior and z are computed in float32 without autocast. z is cast to the dtype of the decoder at its
+        injection. With injection `none` no encoder runs, eps is ignored, and kl, mu and logvar have shape (B, 0).
         """
         if self.bottleneck is None:
             nothing_B0 = eps_BL.new_zeros(len(labels_BT), 0, dtype=torch.float32)
@@ -223,10 +223,10 @@ class T5VAE(nn.Module):
     def generate(
         self, z_BL: Tensor | None, max_new_tokens: int, batch_size: int | None = None, **generate_kwargs: Any
     ) -> Any:
-        """Token ids (B, T) as the stock `generate` returns them, the decoder's start token first; greedy by default.
+        """Token ids (B, T) as from the stock `generate`, beginning with the decoder's start token; greedy by default.
 
-        `generate_kwargs` go to transformers' `generate` (`do_sample`, `num_beams`, `cache_implementation`, ...).
-        Injection `none` takes z None and a `batch_size`.
+        `generate_kwargs` are passed to the `generate` of transformers (`do_sample`, `num_beams`, ...).
+        For injection `none`, pass z None and a `batch_size`.
         """
         device = self.t5.shared.weight.device if z_BL is None else z_BL.device
         memory_B1L = self._memory(z_BL, batch_size, device)
@@ -242,20 +242,20 @@ class T5VAE(nn.Module):
         )
 
     def _memory(self, z_BL: Tensor | None, batch_size: int | None, device: torch.device) -> Tensor:
-        """z as the decoder's encoder states, (B, 1, L); for injection `none` one number that no layer reads."""
+        """z as encoder states for the decoder, (B, 1, L). For injection `none`, zeros (B, 1, 1) that no layer reads."""
         if self.bottleneck is not None:
             if z_BL is None:
-                raise ValueError("this model decodes from z; only injection `none` goes without")
+                raise ValueError("this model decodes from z; z may be None only for injection `none`")
             return z_BL.unsqueeze(1)
         if z_BL is not None and z_BL.shape[-1] > 0:
             raise ValueError("a model with injection `none` takes no z")
         size = batch_size if z_BL is None else len(z_BL)
         if size is None:
-            raise ValueError("injection `none` has no z to count sentences by: give batch_size")
+            raise ValueError("a model with injection `none` needs batch_size, because it has no z")
         return torch.zeros(size, 1, 1, device=device)
 
     def _cache(self, implementation: str | None, length: int) -> Cache:
-        """A cache of the decoder's own depth: transformers 5 sizes its own by the encoder's. No layer caches z."""
+        """A cache with the depth of the decoder; transformers 5 uses the depth of the encoder. No layer caches z."""
         if implementation == "static":
             return EncoderDecoderCache(StaticCache(config=self.t5.decoder.config, max_cache_len=length), DynamicCache())
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -273,17 +273,19 @@ class T5VAE(nn.Module):
 
 
 def _fill(model: T5VAE, file: Path) -> None:
-    """Copy the tensors of a safetensors file into the parameters of the same names. Raises CheckpointError."""
+    """Copy the tensors of a safetensors file to the parameters with the same names. Raises CheckpointError."""
     own = dict(model.named_parameters())
     try:
         with safe_open(file, framework="pt") as stored, torch.no_grad():
             if set(stored.keys()) != own.keys():
                 differing = sorted(set(stored.keys()) ^ own.keys())
-                raise CheckpointError(f"{file}: its tensors are not this model's: {', '.join(differing[:3])}")
+                raise CheckpointError(f"{file}: its tensors do not fit config.json: {', '.join(differing[:3])}")
             for name, parameter in own.items():
                 tensor = stored.get_tensor(name)
                 if tensor.shape != parameter.shape:
-                    raise CheckpointError(f"{file}: {name} is {list(tensor.shape)}, not {list(parameter.shape)}")
+                    raise CheckpointError(
+                        f"{file}: {name} has shape {list(tensor.shape)}, but config.json needs {list(parameter.shape)}"
+                    )
                 parameter.copy_(tensor)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: missing or broken: {error}") from None

@@ -1,6 +1,6 @@
-"""A small T5 from nothing: vocabulary, span corruption and language-model examples, the training, the model card.
+"""Pretrain a small T5 from scratch: vocabulary, span corruption and language-model examples, training, model card.
 
-Stands on `training`, `engine`, `data`, `distributed`, `runtime` and `config`.
+Depends on `training`, `engine`, `data`, `distributed`, `runtime` and `config`.
 """
 
 from vae_ds.pretraining.pretrainer import pretrain

@@ -1,4 +1,4 @@
-"""A new T5: built from a recipe's architecture, trained as text to text, written where transformers loads it.
+"""A new T5: built from the architecture of a recipe, trained as text to text, exported in the format of transformers.
 
 Shapes: B texts, T tokens, V vocabulary entries.
 """
@@ -19,21 +19,22 @@ from vae_ds.pretraining.vocabulary import save_tokenizer, sentinel_ids
 
 EMBEDDING_SCALE = 8.0
 
-# Matrix kernels and shards like sizes that this divides.
+# Round the vocabulary size up to a multiple of this, for efficient matrix kernels and even shards.
 ROUND_VOCABULARY = 64
 
 
 class TextToText(nn.Module):
-    """A T5 as one function from a batch to the nats of each text, with weights of sizes that suit Adam.
+    """A T5 that maps a batch to the nats of each text, with weights scaled for Adam.
 
-    Adam moves a weight by about the learning rate, whatever its size. T5's initial sizes, from 1 (embeddings) to
-    1/sqrt(d_model d_kv) (queries), were made for Adafactor, whose steps are relative to them (Shazeer & Stern 2018,
-    section 8). So this module holds embeddings divided by EMBEDDING_SCALE and queries multiplied by sqrt(d_kv), and
-    multiplies them back where they are used: the function is the T5's. `plain` gives the T5's own weights.
+    Adam changes a weight by about the learning rate, for any size of the weight. The initial sizes of T5, from 1
+    (embeddings) to 1/sqrt(d_model d_kv) (queries), were chosen for Adafactor, whose steps are relative to the weights
+    (Shazeer & Stern 2018, section 8). So this module stores embeddings divided by EMBEDDING_SCALE and queries
+    multiplied by sqrt(d_kv), and undoes both scalings where the weights are used: the function is that of the T5.
+    `plain` returns the weights of the stock T5.
     """
 
     def __init__(self, t5: nn.Module) -> None:
-        """Takes `t5` over: its weights change."""
+        """Changes the weights of `t5` in place."""
         super().__init__()
         self.t5 = t5
         with torch.no_grad():
@@ -46,11 +47,11 @@ class TextToText(nn.Module):
             elif leaf in ("shared", "embed_tokens"):
                 module.register_forward_hook(_Times(EMBEDDING_SCALE))
             elif leaf == "lm_head":
-                # Scaling what goes in is the same, and cheaper by the size of the vocabulary.
+                # Scaling the input is equivalent to scaling the logits, and cheaper by the size of the vocabulary.
                 module.register_forward_pre_hook(_TimesFirst(EMBEDDING_SCALE))
 
     def plain(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """From this module's weights, by its names, to the stock T5's, by the T5's names."""
+        """Convert the weights of this module, by its names, to those of the stock T5, by the names of the T5."""
         return {name.removeprefix("t5."): weight * self._factor(name) for name, weight in weights.items()}
 
     def _factor(self, name: str) -> float:
@@ -95,9 +96,9 @@ class _TimesFirst(_Times):
 
 
 def build_t5(architecture: ArchitectureConfig, tokenizer: Any, seed: int) -> Any:
-    """A T5ForConditionalGeneration in float32 on the CPU, its weights a function of architecture and seed.
+    """A new T5ForConditionalGeneration in float32 on the CPU. Its weights are a function of architecture and seed.
 
-    Its input embeddings and its output layer are one tensor, as in T5 v1.0.
+    The input embeddings and the output layer are tied, as in T5 v1.0.
     """
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -116,24 +117,24 @@ def build_t5(architecture: ArchitectureConfig, tokenizer: Any, seed: int) -> Any
 
 
 def continue_text(model: Any, tokenizer: Any, prefix: str, max_new_tokens: int = 48, **generate_kwargs: Any) -> str:
-    """The prefix and what the model writes after it, greedily by default; an empty prefix makes a whole text."""
+    """The prefix with its continuation by the model, greedy by default. An empty prefix gives a whole text."""
     before = tokenizer(prefix, add_special_tokens=False)["input_ids"]
-    # As in training: a sentinel stands for what follows, unless that is the whole text.
+    # As in training, a sentinel represents the continuation, unless the continuation is the whole text.
     ids = [*before, *sentinel_ids(tokenizer)[: min(len(before), 1)], tokenizer.eos_token_id]
     with torch.no_grad():
         source = torch.tensor([ids], device=model.device)
         made = model.generate(input_ids=source, max_new_tokens=max_new_tokens, **generate_kwargs)
-    # One decoding of both halves: the cut may lie within a word.
+    # Decode both parts together, because the cut may be within a word.
     return str(tokenizer.decode([*before, *made[0].tolist()], skip_special_tokens=True))
 
 
 def export_t5(model: Any, tokenizer: Any, pieces: bytes, card: str, target: Path) -> None:
-    """Write config.json, model.safetensors in bfloat16, the tokenizer and README.md; a directory there is replaced."""
+    """Write config.json, model.safetensors in bfloat16, the tokenizer and README.md. Replaces an existing directory."""
     part = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     model.to(torch.bfloat16).save_pretrained(part)
-    # safetensors makes its files private, and a model is there to be shared.
+    # safetensors creates private files; make the model readable for other users.
     (part / "model.safetensors").chmod(0o644)
     save_tokenizer(tokenizer, pieces, part)
     (part / "README.md").write_text(card, encoding="utf-8")

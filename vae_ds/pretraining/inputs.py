@@ -1,4 +1,4 @@
-"""What a pretraining settles before it builds a model: checks, the corpus, the vocabulary, token ids.
+"""Prepare a pretraining before its model is built: checks, the corpus, the vocabulary, token ids.
 
 Shapes: B texts of a micro batch, N texts.
 """
@@ -21,7 +21,7 @@ SHOWN_TEXTS = 6
 
 @dataclass(frozen=True)
 class Job:
-    """What is known before the model is built."""
+    """Everything that is known before the model is built."""
 
     config: PretrainConfig
     run_dir: Path
@@ -33,14 +33,14 @@ class Job:
     pieces: bytes
     train: Texts
     valid: Texts
-    sources: dict[str, Any]  # what the text is, for the model card
+    sources: dict[str, Any]  # description of the text, for the model card
 
     @property
     def steps_per_epoch(self) -> int:
         return steps_per_epoch(len(self.train), self.config.batch.global_size)
 
     def batch(self, texts: Texts, index_B: np.ndarray, plan: Plan, epoch: int) -> Pair:
-        """The tensors of some texts, on this rank's device."""
+        """The tensors of the texts `index_B`, on the device of this rank."""
         made = pairs(
             texts,
             index_B,
@@ -55,7 +55,7 @@ class Job:
 
 
 def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Job:
-    """Check what can be checked, read the corpus, learn the vocabulary, tokenise. Raises UserError."""
+    """Check the settings, read the corpus, learn the vocabulary, and tokenise. Raises UserError."""
     corpora.check(config.data)
     precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
     ds_config = engine.resolve(config.deepspeed, precision, ranks.device.type)
@@ -66,7 +66,7 @@ def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Job:
     if config.paragraphs and config.data.corpus == "docstrings":
         paragraphs = distributed.rank0_first(lambda: corpora.docstrings.paragraphs(config.data))
         blocks = [str(text) for text in paragraphs["text"]]
-    # A sentence that is a paragraph too counts twice: sentences alone are what a VAE is about.
+    # A sentence that is also in a paragraph counts twice. This is intended: a VAE is trained on single sentences.
     texts = [*sentences, *blocks]
     pieces = distributed.rank0_first(lambda: _vocabulary(texts, config, run_dir))
     tokenizer = vocabulary.tokenizer_from_pieces(pieces)
@@ -86,7 +86,7 @@ def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Job:
 
 
 def _vocabulary(texts: list[str], config: PretrainConfig, run_dir: Path) -> bytes:
-    """The run's own pieces, learned once: a resumed run must not learn others."""
+    """The pieces of the run. They are learned once, because a resumed run must use the same pieces."""
     path = run_dir / vocabulary.PIECES_FILE
     if not path.is_file():
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The README.md of a pretrained model, generated from the run that made it."""
+"""The README.md of a pretrained model, generated from its run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,11 +14,11 @@ language: en
 library_name: transformers
 pipeline_tag: text2text-generation
 ---
-# {name}: a T5 of {millions:.2f} million parameters, pretrained from nothing
+# {name}: a T5 with {millions:.2f} million parameters, pretrained from scratch
 
-Made by `vae-ds pretrain`, for text VAEs that have to train in minutes on two CPU cores. It writes {corpus_words}; it
-knows little of the world. An encoder and a decoder of {layers} blocks, d_model {d_model}, {vocab} SentencePiece pieces
-and T5's 100 sentinels; embeddings and output layer are one tensor. Weights are stored in bfloat16.
+Made by `vae-ds pretrain`, for text VAEs that train in minutes on two CPU cores. It writes {corpus_words}; its knowledge
+is limited to this text. Encoder and decoder have {layers} blocks, with d_model {d_model}. The vocabulary has {vocab}
+SentencePiece pieces and the 100 sentinels of T5. Embeddings and output layer are tied. Weights are stored in bfloat16.
 
 ```python
 from transformers import AutoTokenizer, T5ForConditionalGeneration
@@ -29,16 +29,18 @@ model = T5ForConditionalGeneration.from_pretrained(path)
 
 ## Training
 
-Span corruption on {spans:.0%} of the examples; denoising on {denoising:.0%}: the encoder reads a text without
-{deletion:.0%} of its tokens, the decoder writes the whole text; else prefix language modelling: the encoder reads the
-beginning of a text and `<extra_id_0>`, the decoder writes that sentinel and the rest; for {empty:.0%} of those the
-encoder reads nothing and the decoder writes the whole text.
+- Span corruption: {spans:.0%} of the examples.
+- Denoising: {denoising:.0%} of the examples. The encoder reads a text without {deletion:.0%} of its tokens; the decoder
+  writes the whole text.
+- Prefix language modelling: all other examples. The encoder reads the beginning of a text and `<extra_id_0>`; the
+  decoder writes that sentinel and the rest. In {empty:.0%} of them, the encoder reads nothing and the decoder writes
+  the whole text.
 
 | | |
 |---|---|
 | corpus | `{corpus}`, fingerprint `{fingerprint}` |
 | training text | {sentences:,} sentences and {paragraphs:,} paragraphs: {texts:,} texts, {tokens:,} tokens |
-| held out | sentences of the splits `valid` and `test` are in no training text |
+| held out | no training text contains sentences of the splits `valid` and `test` |
 | steps | {step:,} of {steps:,}, {global_batch} texts each |
 | target tokens seen | {seen:,} |
 | time | {minutes:.0f} minutes on {world} process{plural}, {devices} |
@@ -49,18 +51,18 @@ encoder reads nothing and the decoder writes the whole text.
 
 ## Held-out loss
 
-On {held_sentences:,} sentences of the split `valid` ({held_tokens:,} tokens, end of sentence counted), in nats:
+On {held_sentences:,} sentences of the split `valid` ({held_tokens:,} tokens with the ends of sentences), in nats:
 
-| task | a token | a sentence |
+| task | per token | per sentence |
 |---|---|---|
 | whole sentence (language model) | {lm_per_token:.3f} | {lm_per_sentence:.2f} |
-| second half, given the first | {prefix_per_token:.3f} | |
+| second half, given the first half | {prefix_per_token:.3f} | |
 | corrupted spans | {spans_per_token:.3f} | |
-| whole sentence, given it without {deletion:.0%} of its tokens | {denoising_per_token:.3f} | |
+| whole sentence, given the sentence without {deletion:.0%} of its tokens | {denoising_per_token:.3f} | |
 
 ## Continuations
 
-Greedy; the model was given what stands before the bar.
+Greedy decoding. The text before the bar is the input.
 
 {examples}
 
@@ -80,7 +82,7 @@ def base_card(
     parameters: int,
     examples: Mapping[str, str],
 ) -> str:
-    """The model card's text: what went in (`sources`), how far training is (`state`), what comes out (`examples`)."""
+    """The text of the model card, from the corpus (`sources`), the progress (`state`) and outputs (`examples`)."""
     place = records.environment(ranks.world, ranks.device.type)
     versions = ", ".join(f"{name} {number}" for name, number in place["packages"].items() if number)
     held = state["held_out"]
@@ -109,7 +111,7 @@ def base_card(
         devices="; ".join(place["devices"]),
         precision=precision,
         versions=f"Python {place['python']}, {versions}",
-        state="Training is finished." if finished else "An intermediate export: training was still going on.",
+        state="Training is finished." if finished else "An intermediate export: training was not finished.",
         held_sentences=held["sentences"],
         held_tokens=held["tokens"],
         **{key: value for key, value in held.items() if key.startswith("lm_") or key.endswith("_per_token")},

@@ -1,7 +1,7 @@
-"""A small T5 pretrained from nothing on the corpus of a recipe, with the engine that trains the VAE.
+"""Pretrain a small T5 from scratch on the corpus of a recipe, with the engine that trains the VAE.
 
 Shapes: B texts of a micro batch, G of a global batch, S steps of an epoch, N texts, T tokens.
-The loss is in nats per target token, the mean over the global batch.
+The loss is the mean over the target tokens of the global batch, in nats.
 """
 
 import time
@@ -24,16 +24,16 @@ from vae_ds.pretraining.span_corruption import Plan, cut_texts, plan_epoch, whol
 from vae_ds.runtime import StopFlag, heeded, records
 from vae_ds.training import LearningRate, Monitor, Requests, Saver, Watch, checkpoint, resumption, write_headers
 
-# What a resumed run may set anew: how it is watched and stored, and when it ends.
+# Settings that may change when a run resumes: logging, storage, and (ENDS) the end of the run.
 FREE_ON_RESUME = ("name", "logging.", "timeouts.", "checkpoint.", "validation.", "deepspeed", "batch.micro")
 ENDS = ("steps", "minutes")
 
 
 @dataclass
 class PretrainState:
-    """Everything that changes in a run but the weights and moments; goes into each checkpoint."""
+    """The state of a run besides weights and moments. It is stored in each checkpoint."""
 
-    position: int = 0  # global batches consumed, skipped ones too
+    position: int = 0  # consumed global batches, including skipped ones
     step: int = 0  # applied optimizer steps
     skipped: int = 0
     skipped_in_row: int = 0
@@ -50,11 +50,11 @@ def pretrain(
     changed_data: bool = False,
     stop: StopFlag | None = None,
 ) -> Path:
-    """Train a new T5 and its vocabulary, or go on from where the run directory stands. Returns the run directory.
+    """Train a new T5 and its vocabulary, or resume the run in the run directory. Returns the run directory.
 
-    `run_dir`/model is what came of it: a directory that transformers loads, replaced at each validation. Start it on
-    every rank. `resume`, `changed_data` and `stop` are as in `trainer.train`.
-    Raises UserError for wrong input and Stopped after a signal, once a checkpoint is safe.
+    The model is exported to `run_dir`/model at each validation, in the format of transformers. Call this on every rank.
+    `resume`, `changed_data` and `stop` are as in `trainer.train`.
+    Raises UserError for wrong input, and Stopped after a signal, when a checkpoint is written.
     """
     directory = Path(run_dir)
     ranks = distributed.start()
@@ -67,7 +67,7 @@ def pretrain(
 
 
 class Pretrainer:
-    """One run on this rank."""
+    """The part of one run on this rank."""
 
     def __init__(self, job: Job, changed_data: bool, stop: StopFlag) -> None:
         self.job, self.changed_data = job, changed_data
@@ -83,7 +83,7 @@ class Pretrainer:
         )
 
     def run(self) -> None:
-        """Train from the newest checkpoint if there is one, to the last step, and export."""
+        """Train from the newest checkpoint, if there is one, to the last step, and export."""
         distributed.seed_everything(self.job.config.seed, self.job.ranks.rank, 0)
         resumed = self._restore()
         write_headers(self.job.run_dir, self.job.config, self.job.ranks)
@@ -115,7 +115,7 @@ class Pretrainer:
         self.saver.finish(must=True)
 
     def steps(self, trained: PhaseEngine) -> None:
-        """Step, log, validate, save, until the applied steps are done."""
+        """Step, log, validate and save until the end of the run."""
         config, state = self.job.config, self.state
         epoch_of_plan, plan, order_SG = -1, whole_texts(self.job.train.lengths_N), np.empty((0, 0), dtype=np.int64)
         began = clock = time.monotonic()
@@ -127,7 +127,7 @@ class Pretrainer:
             requests = self.step(trained, plan, order_SG[number], epoch)
             if requests.written:
                 self.saver.finish()
-            # One clock for all ranks: what they do next must not differ.
+            # Use the clock of rank 0 on all ranks, so that their decisions below are the same.
             state.duration_s = distributed.broadcast_object(before_s + time.monotonic() - began)
             finished = self.progress() >= 1.0
             fresh = state.skipped_in_row == 0
@@ -149,27 +149,27 @@ class Pretrainer:
                 raise Stopped(f"stopped at step {state.step} of {config.steps}; rerun to resume")
 
     def progress(self) -> float:
-        """How much of the run is done, 0 to 1: by steps, or by time where the recipe limits that and it is further."""
+        """Progress of the run, from 0 to 1: the larger of the share of steps and, if limited, the share of time."""
         config = self.job.config
         by_time = 0.0 if config.minutes is None else self.state.duration_s / (60 * config.minutes)
         return max(self.state.step / config.steps, by_time)
 
     def step(self, trained: PhaseEngine, plan: Plan, index_G: np.ndarray, epoch: int) -> Requests:
-        """One global batch: forward, backward, update. What the ranks wish after it."""
+        """Train on one global batch: forward, backward, update. Returns the requests of the ranks after it."""
         job, state, ranks = self.job, self.state, self.job.ranks
-        # A decay that ends with the run, whichever limit ends it; the warm-up counts steps.
+        # The warm-up counts steps. The decay follows the progress, so that it ends with the run under either limit.
         warm = state.step < job.config.learning_rate.warmup_steps
         lr = self.learning_rate.at(state.step if warm else int(self.progress() * job.config.steps))
         tokens = int(plan.target_N[index_G].sum())
         shares = share(index_G, plan.order_N, ranks.rank, ranks.world, job.micro)
-        # Nats, padded target positions, 3 requests: one reduction a step.
+        # Nats, padded target positions and 3 requests, in one reduction per step.
         sums = torch.zeros(5, dtype=torch.float64, device=ranks.device)
         outcome = None
         for index_B in shares:
             batch = job.batch(job.train, index_B, plan, epoch)
             self.watch.advance()
             nats = trained.forward(**batch._asdict()).sum()
-            # The engine takes the mean over micro batches and ranks; the loss is a mean over tokens.
+            # The engine averages over micro batches and ranks, but the loss is a mean over tokens.
             trained.backward(nats * (ranks.world * len(shares) / tokens))
             outcome = trained.step(lr)
             sums[0] += nats.detach().double()
@@ -201,7 +201,7 @@ class Pretrainer:
         self._export(trained.module, trained.state())
 
     def save(self, trained: PhaseEngine, must: bool) -> None:
-        """Begin a portable checkpoint; older ones go once it is whole."""
+        """Begin a portable checkpoint. Older ones are deleted when it is complete."""
         progress = {"state": asdict(self.state), "global_step": self.state.step, "data": self._data()}
         self.saver.begin(lambda: trained.state(share=True), progress, must)
 
@@ -225,7 +225,9 @@ class Pretrainer:
         self.state.skipped += 1
         self.state.skipped_in_row += 1
         if self.state.skipped_in_row >= self.job.config.max_skipped_steps:
-            raise RuntimeError(f"{self.state.skipped_in_row} steps in a row had non-finite gradients; lower the lr")
+            raise RuntimeError(
+                f"{self.state.skipped_in_row} steps in a row had non-finite gradients; reduce optimizer.lr"
+            )
 
     def _log(self, duration_s: float) -> None:
         window, state = self.state.window, self.state
@@ -282,7 +284,7 @@ class Pretrainer:
 def measure(model: torch.nn.Module, job: Job) -> dict[str, float]:
     """Held-out losses in nats: whole sentences (plain LM), second halves (prefix LM), corrupted spans, denoising.
 
-    A collective: all ranks make the same number of forward passes.
+    This is a collective operation: all ranks make the same number of forward passes.
     """
     lengths_N = job.valid.lengths_N
     whole = whole_texts(lengths_N)

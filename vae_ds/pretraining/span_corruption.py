@@ -1,16 +1,17 @@
-"""Examples of T5's pretraining: span corruption, denoising and prefix language modelling, from token ids.
+"""Pretraining examples from token ids: span corruption, denoising and prefix language modelling.
 
-Span corruption (Raffel et al. 2020, section 3.1.4): spans of the text become one sentinel each; the target lists each
-sentinel with what it stands for, then one more sentinel. Denoising (Lewis et al. 2020, token deletion): the encoder
-reads the text without some of its tokens, the decoder writes the whole text. Each token of that target depends on the
-source, so the decoder learns soon to read the encoder; from spans and cuts of short texts alone it hardly does. Prefix
-language modelling (Raffel et al. 2020, section 3.2.3): the text is cut, the encoder reads what stands before the cut
-and the first sentinel, the decoder writes that sentinel and the rest; so a continuation is a span at the end, and what
-is learned of the one serves the other. With nothing before the cut there is no sentinel: the decoder is a plain
-language model of whole texts, which is what a VAE's decoder has to be.
+- Span corruption (Raffel et al. 2020, section 3.1.4): each of some spans is replaced by a sentinel. The target lists
+  each sentinel with the tokens that it replaces, then one more sentinel.
+- Denoising (Lewis et al. 2020, token deletion): the encoder reads the text without some of its tokens; the decoder
+  writes the whole text. Each token of the target depends on the source, so the decoder soon learns to use the encoder.
+  With span corruption and prefixes of short texts only, it hardly learns this.
+- Prefix language modelling (Raffel et al. 2020, section 3.2.3): the text is cut. The encoder reads the part before the
+  cut and the first sentinel; the decoder writes that sentinel and the rest. A continuation is thus a span at the end,
+  so this task and span corruption support each other. If the part before the cut is empty, there is no sentinel, and
+  the decoder is a plain language model of whole texts, as the decoder of a VAE must be.
 
-Shapes: N texts, B texts of a batch, T tokens. Source and target end with the end-of-sentence token, which is counted in
-their lengths.
+Shapes: N texts, B texts of a batch, T tokens. Source and target end with the end-of-sentence token, and their lengths
+include it.
 """
 
 import hashlib
@@ -30,13 +31,13 @@ from vae_ds.errors import DataError
 Ints = npt.NDArray[np.int64]
 
 SPANS, DENOISING, PREFIX = 0, 1, 2
-IGNORED = -100  # the label that torch's cross entropy leaves out
+IGNORED = -100  # label that torch's cross entropy ignores
 SHORTEST_FOR_SPANS = 4
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(]?[A-Z0-9])")
 
 
 class Pair(NamedTuple):
-    """What the encoder reads and what the decoder writes, as tensors of token ids padded on the right."""
+    """Input of the encoder and target of the decoder, as tensors of token ids padded on the right."""
 
     input_ids_BT: torch.Tensor
     attention_mask_BT: torch.Tensor
@@ -58,18 +59,18 @@ class Texts:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the ids and of where each text starts."""
+        """Hash of the ids and of the start of each text."""
         return hashlib.blake2b(self.ids.tobytes() + self.start_N.tobytes(), digest_size=8).hexdigest()
 
     @property
     def lengths_N(self) -> Ints:
-        """Tokens of each text, end-of-sentence not counted."""
+        """Number of tokens of each text, without the end-of-sentence token."""
         return np.diff(self.start_N)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which example each text becomes in one epoch; a function of (seed, epoch) alone."""
+    """The kind and sizes of the example made from each text in one epoch; a function of (seed, epoch) only."""
 
     kind_N: Ints
     cut_N: Ints
@@ -78,15 +79,15 @@ class Plan:
 
     @property
     def order_N(self) -> Ints:
-        """A number to sort by so that neighbours are of one kind and of about the same lengths."""
+        """Sort key by which adjacent examples have the same kind and similar lengths."""
         return (self.kind_N << 40) + (self.target_N << 20) + self.source_N
 
 
 def tokenise_texts(texts: Sequence[str], tokenizer: Any, max_tokens: int, block: int = 20_000) -> Texts:
-    """Token ids of all texts, each short enough for `max_tokens` with its end-of-sentence token.
+    """Token ids of all texts, each with at most `max_tokens` tokens including its end-of-sentence token.
 
-    Longer texts are cut at ends of sentences; a single sentence that is still too long is left out, since a text that
-    stops anywhere would teach the model to stop anywhere. Raises DataError if nothing is left.
+    Longer texts are cut at ends of sentences. A single sentence that is still too long is dropped: a text that ends
+    within a sentence would teach the model to stop there. Raises DataError if nothing is left.
     """
     kept: list[npt.NDArray[np.int32]] = []
     for first in range(0, len(texts), block):
@@ -95,7 +96,7 @@ def tokenise_texts(texts: Sequence[str], tokenizer: Any, max_tokens: int, block:
             rows = [ids] if len(ids) < max_tokens else _cut(text, tokenizer, max_tokens)
             kept += [np.asarray(row, np.int32) for row in rows if row]
     if not kept:
-        raise DataError(f"none of {len(texts)} texts has between 1 and {max_tokens - 1} tokens; see `data.max_tokens`")
+        raise DataError(f"none of {len(texts)} texts has 1 to {max_tokens - 1} tokens; increase data.max_tokens")
     return Texts(np.concatenate(kept), np.cumsum([0] + [len(ids) for ids in kept], dtype=np.int64))
 
 
@@ -105,7 +106,10 @@ def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 def _cut(text: str, tokenizer: Any, max_tokens: int) -> list[list[int]]:
-    """Ids of as few pieces of whole sentences as fit; no subword spans a space, so ids of sentences just join."""
+    """Ids of as few parts as possible, each of whole sentences.
+
+    No subword crosses a space, so the ids of sentences can be concatenated.
+    """
     rows: list[list[int]] = [[]]
     for ids in _encode(_SENTENCE_END.split(text), tokenizer):
         if len(ids) >= max_tokens:
@@ -141,7 +145,7 @@ def cut_texts(lengths_N: Ints, cut_N: Ints) -> Plan:
 
 
 def whole_texts(lengths_N: Ints) -> Plan:
-    """The plan of plain language modelling: the encoder reads nothing, the decoder writes the whole text."""
+    """The plan of plain language modelling: the encoder reads nothing; the decoder writes the whole text."""
     return cut_texts(lengths_N, np.zeros(len(lengths_N), np.int64))
 
 
@@ -156,9 +160,12 @@ def pairs(
     pad: int,
     epoch: int,
 ) -> Pair:
-    """The padded batch of the texts `index_B`, each made as `plan` says; losses are drawn by (seed, epoch, text)."""
+    """The padded batch of the texts `index_B`, made according to `plan`.
 
-    def losses(index: int) -> np.random.Generator:
+    The replaced or deleted tokens are drawn from a stream of (seed, epoch, text).
+    """
+
+    def noise_stream(index: int) -> np.random.Generator:
         return stream(config.seed, "spans", epoch, index)
 
     sources, targets = [], []
@@ -167,9 +174,9 @@ def pairs(
         kind = plan.kind_N[index]
         if kind == SPANS:
             noise, count = _noise_sizes(np.asarray([len(ids)]), config)
-            source, target = corrupt(ids, int(noise[0]), int(count[0]), sentinels, losses(index))
+            source, target = corrupt(ids, int(noise[0]), int(count[0]), sentinels, noise_stream(index))
         elif kind == DENOISING:
-            lost = losses(index).choice(len(ids), int(_deletions(len(ids), config)), replace=False)
+            lost = noise_stream(index).choice(len(ids), int(_deletions(len(ids), config)), replace=False)
             source, target = np.delete(ids, lost), ids
         else:
             cut = int(plan.cut_N[index])
@@ -186,10 +193,10 @@ def pairs(
 def corrupt(
     ids: Ints, noise: int, count: int, sentinels: Sequence[int], draws: np.random.Generator
 ) -> tuple[Ints, Ints]:
-    """Replace `count` spans, `noise` tokens in all, by sentinels. Returns source and target, without end of sentence.
+    """Replace `count` spans, `noise` tokens in total, by sentinels. Returns source and target, without end of sentence.
 
-    Spans are at least one token long and so is what lies between them. Unlike in T5's code the text may begin with a
-    span and need not end with one: most sentences have one span, which would always be their end.
+    Spans and the gaps between them have at least one token. In contrast to the code of T5, the text may begin with a
+    span and need not end with one: most sentences have one span, which would otherwise always be at their end.
     """
     lost_lengths = _segments(noise, count, draws)
     kept_lengths = _segments(len(ids) - noise + 2, count + 1, draws)
@@ -208,12 +215,12 @@ def corrupt(
 
 
 def _deletions(lengths: Any, config: PretrainConfig) -> Any:
-    """Tokens to delete from texts of these lengths; at least one stays."""
+    """Number of tokens to delete from texts of these lengths. At least one token stays."""
     return np.minimum(np.rint(lengths * config.deletion), lengths - 1).astype(np.int64)
 
 
 def _noise_sizes(lengths_N: Ints, config: PretrainConfig) -> tuple[Ints, Ints]:
-    """Tokens to replace, and in how many spans."""
+    """Number of tokens to replace, and number of their spans."""
     noise_N = np.clip(np.rint(lengths_N * config.noise_density), 1, np.maximum(1, lengths_N - 1)).astype(np.int64)
     most_N = np.maximum(1, np.minimum(noise_N, lengths_N - noise_N))
     count_N = np.clip(np.rint(noise_N / config.mean_span).astype(np.int64), 1, most_N)
@@ -221,7 +228,7 @@ def _noise_sizes(lengths_N: Ints, config: PretrainConfig) -> tuple[Ints, Ints]:
 
 
 def _segments(total: int, count: int, draws: np.random.Generator) -> Ints:
-    """`total` as a sum of `count` positive numbers, each way of it equally likely."""
+    """Random split of `total` into a sum of `count` positive numbers, uniform over all such sums."""
     borders = np.sort(draws.choice(total - 1, size=count - 1, replace=False)) + 1 if count > 1 else np.zeros(0, int)
     return np.diff(np.concatenate([[0], borders, [total]])).astype(np.int64)
 

@@ -1,7 +1,7 @@
 """A vocabulary learned from text, in T5's layout: pad 0, end of sentence 1, unknown 2, pieces, then 100 sentinels.
 
-The sentinels stand in T5's order: `<extra_id_0>` has the highest id, `<extra_id_99>` follows the last piece. Text keeps
-its case and its characters; only runs of whitespace become one space, as in T5's tokenizer.
+The sentinels are in the order of T5: `<extra_id_0>` has the highest id, `<extra_id_99>` follows the last piece. Case
+and characters of the text do not change, except that a run of whitespace becomes one space, as in T5's tokenizer.
 """
 
 import io
@@ -16,16 +16,17 @@ from vae_ds.errors import ConfigError, DataError
 SENTINELS = 100
 PIECES_FILE = "spiece.model"
 
-# A character that covers less than this part of the text becomes <unk>: pieces are few, rare scripts would eat them.
+# The most frequent characters that cover this share of the text become pieces; all others become <unk>. Otherwise rare
+# scripts would use many of the few pieces.
 CHARACTER_COVERAGE = 0.9998
 
 
 def train_pieces(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Learn a SentencePiece unigram model (Kudo 2018); the same texts give the same bytes.
+    """Learn a SentencePiece unigram model (Kudo 2018). The same texts give the same bytes.
 
     Args:
-        texts: sentences or paragraphs, any order; the order is part of what the result depends on.
-        vocab_size: pieces, pad, end of sentence and unknown counted, the sentinels not.
+        texts: sentences or paragraphs; the result depends on their order.
+        vocab_size: number of pieces, with pad, end of sentence and unknown, without the sentinels.
 
     Returns the serialised model, the content of `spiece.model`.
     Raises DataError if the text is too small for so many pieces.
@@ -58,7 +59,7 @@ def train_pieces(texts: Iterable[str], vocab_size: int) -> bytes:
         )
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[-1]
-        raise DataError(f"cannot learn {vocab_size} pieces from this text ({reason}); lower `vocab_size`") from None
+        raise DataError(f"cannot learn {vocab_size} pieces from this text ({reason}); reduce vocab_size") from None
     return model.getvalue()
 
 
@@ -74,14 +75,14 @@ def tokenizer_from_pieces(pieces: bytes) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, pieces: bytes, folder: Path) -> None:
-    """Write the hub's layout: `tokenizer.json`, `tokenizer_config.json` and, beside them, `spiece.model`."""
+    """Write the hub's layout: `tokenizer.json`, `tokenizer_config.json` and `spiece.model`."""
     tokenizer.save_pretrained(folder)
-    # A fast tokenizer saves itself without the SentencePiece file, which older loaders need.
+    # A fast tokenizer does not write the SentencePiece file, which older loaders need.
     (folder / PIECES_FILE).write_bytes(pieces)
 
 
 def copy_pieces(source: Path, target: Path) -> None:
-    """Carry `spiece.model` along where a tokenizer is saved elsewhere; nothing happens if there is none."""
+    """Copy `spiece.model` to another directory of a tokenizer, if it exists."""
     if (source / PIECES_FILE).is_file():
         shutil.copyfile(source / PIECES_FILE, target / PIECES_FILE)
 
@@ -93,5 +94,5 @@ def sentinel_ids(tokenizer: Any) -> list[int]:
     """
     ids = [tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>") for i in range(SENTINELS)]
     if len(set(ids)) != SENTINELS or tokenizer.unk_token_id in ids:
-        raise ConfigError("the tokenizer has no <extra_id_N> tokens, which span corruption needs")
+        raise ConfigError("the tokenizer has no <extra_id_N> tokens, which span corruption needs; use a T5 tokenizer")
     return ids

@@ -296,7 +296,7 @@ def test_files_can_be_named_one_by_one(folder, tmp_path):
     named = {split: str(folder / f"{split}.txt") for split in SPLITS}
     corpus = corpora.load(DataConfig(corpus="text", cache_dir=str(tmp_path / "c"), **named))
     assert {split: len(rows) for split, rows in corpus.splits.items()} == {"train": 3, "valid": 2, "test": 1}
-    with pytest.raises(DataError, match=r"nothing\.txt: no such file; data\.valid names it"):
+    with pytest.raises(DataError, match=r"nothing\.txt: no such file; correct data\.valid"):
         corpora.check(DataConfig(corpus="text", **{**named, "valid": str(tmp_path / "nothing.txt")}))
 
 
@@ -338,7 +338,7 @@ def test_missing_files_say_what_to_do(folder):
         corpora.check(_text(folder))
     with pytest.raises(DataError, match=r"nowhere: no such directory; data\.path is a directory with train\.txt"):
         corpora.load(_text(folder / "nowhere"))
-    with pytest.raises(DataError, match=r"train\.txt: a file; data\.path is a directory"):
+    with pytest.raises(DataError, match=r"train\.txt: is a file; data\.path is a directory"):
         corpora.load(_text(folder / "train.txt"))
 
 
@@ -397,7 +397,7 @@ def test_local_data_sets_load(tmp_path, layout):
     assert cut.fingerprint != corpus.fingerprint
     wrong = _dataset(tmp_path / "data", column="text")
     for act in (corpora.check, corpora.load):
-        with pytest.raises(DataError, match=r"no column `text` in train; there: sentence, id; set data\.column"):
+        with pytest.raises(DataError, match=r"no column `text` in train; found: sentence, id; set data\.column"):
             act(wrong)
 
 
@@ -409,7 +409,7 @@ def test_splits_are_mapped_and_missing_ones_named(tmp_path, layout):
     assert corpus.splits["valid"]["text"][:] == ROWS["test"]
     assert corpus.splits["train"]["text"][:] == ROWS["train"]
     for act in (corpora.check, corpora.load):
-        with pytest.raises(DataError, match=r"no split `dev` for valid; there: train, validation, test"):
+        with pytest.raises(DataError, match=r"no split `dev` for valid; found: train, validation, test"):
             act(_dataset(tmp_path / "data", splits={"valid": "dev"}))
 
 
@@ -448,9 +448,9 @@ def test_what_is_no_data_set_is_explained(tmp_path):
         str(tmp_path / "numbers")
     )
     expected = {
-        "empty": r"empty: no data files; it should be a local directory with parquet",
+        "empty": r"empty: no data files; data\.path must be a local directory with parquet",
         "broken": r"broken: ",
-        "one": r"one: one split was saved here; save a DatasetDict",
+        "one": r"one: contains one split only; save a DatasetDict",
         "numbers": r"numbers: column `text` in train holds int64, not text",
         "nowhere": r"nowhere: no such directory",
     }

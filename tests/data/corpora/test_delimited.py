@@ -70,7 +70,7 @@ def test_formats_can_be_mixed_and_the_meant_one_named(tmp_path):
     corpus = corpora.load(_data(folder, column="sentence"))
     assert {split: len(rows) for split, rows in corpus.splits.items()} == {"train": 4, "valid": 4, "test": 1}
     (folder / "train.txt").write_text("Five is here.\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"train\.txt and train\.csv; set data\.train to the one that is meant"):
+    with pytest.raises(DataError, match=r"train\.txt and train\.csv; set data\.train to one of them"):
         corpora.check(_data(folder, column="sentence"))
     chosen = corpora.load(_data(folder, column="sentence", train=str(folder / "train.txt")))
     assert chosen.splits["train"]["text"][:] == ["Five is here."]
@@ -79,9 +79,9 @@ def test_formats_can_be_mixed_and_the_meant_one_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("train.csv", b"", r"train\.csv: empty; write one sentence a row"),
+        ("train.csv", b"", r"train\.csv: empty; write one sentence per row"),
         ("train.csv", b"label,sentence\n", r"train\.csv: empty"),
-        ("train.csv", b"a,b\n1,2\n", r"train\.csv:1: no column `sentence`; there: a, b; set data\.column"),
+        ("train.csv", b"a,b\n1,2\n", r"train\.csv:1: no column `sentence`; found: a, b; set data\.column"),
         ("train.csv", b"sentence,sentence\n1,2\n", r"train\.csv:1: two columns `sentence`"),
         ("train.csv", b'l,sentence\n1,"a\nb"\n1,x,y\n', r"train\.csv:4: 3 fields, but the first line names 2 columns"),
         ("train.csv", b"l,sentence\n1,x\n1\n", r"train\.csv:3: 1 fields"),
@@ -96,7 +96,7 @@ def test_formats_can_be_mixed_and_the_meant_one_named(tmp_path):
         ("train.tsv", b"l\tsentence\n1\t \n", r"train\.tsv:2: no text in `sentence`"),
         ("train.jsonl", b'{"sentence": "x"}\n{"sentence": \n', r"train\.jsonl:2: not JSON: "),
         ("train.jsonl", b'{"sentence": "x"}\n["y"]\n', r"train\.jsonl:2: list, not an object"),
-        ("train.jsonl", b'{"text": "x", "n": 1}\n', r"train\.jsonl:1: no column `sentence`; there: text, n"),
+        ("train.jsonl", b'{"text": "x", "n": 1}\n', r"train\.jsonl:1: no column `sentence`; found: text, n"),
         ("train.jsonl", b'{"sentence": null}\n', r"train\.jsonl:1: `sentence` holds NoneType, not text"),
         ("train.jsonl", b'{"sentence": "\\ud800"}\n', r"train\.jsonl:1: `sentence` holds half of a surrogate pair"),
         ("train.jsonl", b'{"sentence": ""}\n', r"train\.jsonl:1: no text in `sentence`"),
@@ -185,9 +185,9 @@ def test_without_a_directory_the_hub_is_asked(tmp_path):
         assert (asked.corpus, asked.path, asked.column, asked.subset) == ("dataset", layout.hub, layout.column, None)
         assert asked.revision == layout.revision
         with pytest.raises(
-            DataError, match=rf"no such directory; .* as Optimus lays out {name}, or a copy .*{layout.hub}"
+            DataError, match=rf"no such directory; .* layout of Optimus for {name}, or a copy .*{layout.hub}"
         ):
             corpora.check(DataConfig(corpus=name, path=str(tmp_path / "nowhere")))
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"file: a file; data\.path is a directory"):
+    with pytest.raises(DataError, match=r"file: is a file; data\.path is a directory"):
         corpora.check(DataConfig(corpus="ptb", path=str(tmp_path / "file")))

@@ -1,4 +1,4 @@
-"""Where text comes from: docstrings, WordNet, a grammar, text files, and data sets of the hub or on disk."""
+"""Sources of text: docstrings, WordNet, a grammar, text files, and data sets of the hub or on disk."""
 
 from vae_ds.config import DataConfig
 from vae_ds.data.corpora import dataset, docstrings, grammar, layouts, text, wordnet
@@ -19,16 +19,16 @@ _KINDS = {
 
 
 def load(data: DataConfig) -> Corpus:
-    """The corpus that the settings name, cut to the first `data.limit` sentences a split; `train` is not there if it
-    is read as a stream (`open_stream`).
+    """Load the corpus of the settings, with at most the first `data.limit` sentences per split.
 
-    Raises DataError with the file and line, or with what would do.
+    The split `train` is missing if it is read as a stream (`open_stream`). Raises DataError. The message names the file
+    and line, or says what to change.
     """
     return _KINDS[data.corpus].load(data)
 
 
 def check(data: DataConfig) -> None:
-    """Raise DataError for whatever can be seen to be wrong without preparing the corpus."""
+    """Raise DataError for every error that can be found without preparing the corpus."""
     if data.streaming:
         open_stream(data)
     _KINDS[data.corpus].check(data)

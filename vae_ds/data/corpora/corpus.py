@@ -1,4 +1,4 @@
-"""What every loader returns: a named corpus of three splits, each a `datasets.Dataset` with a column `text`."""
+"""The result of every loader: a named corpus of three splits, each a `datasets.Dataset` with a column `text`."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ from datasets.utils.tqdm import are_progress_bars_disabled, disable_progress_bar
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sentences by split (`train`, `valid`, `test`), column `text`; the fingerprint changes when the sentences do.
+    """Sentences by split (`train`, `valid`, `test`), column `text`. The fingerprint changes when the sentences change.
 
-    `facts`: what is known of the source beyond its text, as JSON has it; `grammar` says what its are.
+    `facts`: values known about the source besides its text, ready for JSON. See `grammar.load` for an example.
     """
 
     name: str
@@ -23,13 +23,13 @@ class Corpus:
 
 
 def limited(rows: Dataset, limit: int | None) -> Dataset:
-    """The first `limit` rows, or all of them."""
+    """The first `limit` rows, or all rows if `limit` is None."""
     return rows if limit is None or limit >= len(rows) else rows.select(range(limit))
 
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Hold back the bars that the datasets library draws for steps of no interest to the user."""
+    """Disable the progress bars of the datasets library, which show steps that do not matter to the user."""
     before = are_progress_bars_disabled()
     disable_progress_bars()
     try:

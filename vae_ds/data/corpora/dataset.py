@@ -28,9 +28,10 @@ log = logging.getLogger(__name__)
 
 
 def load(data: DataConfig) -> Corpus:
-    """The chosen column of each split, in the data set's order; rows without text are left out, with a warning.
+    """Load the chosen column of each split, in the order of the data set. Rows without text are dropped with a warning.
 
-    Raises DataError: no such data set or directory, a hub out of reach, a missing split or column.
+    Raises DataError if the data set, the directory, a split or the column does not exist, or if the hub cannot be
+    reached.
     """
     rows = {split: _texts(part, data, split) for split, part in _parts(data).items()}
     return Corpus("dataset", digest(_content(rows)), rows)
@@ -43,25 +44,25 @@ def _content(rows: dict[str, Dataset]) -> Iterator[str]:
 
 
 def check(data: DataConfig) -> None:
-    """Check what headers and metadata say: the place, the splits, the column. Raises DataError as `load` does."""
+    """Check the path, the splits and the column from headers and metadata. Raises DataError like `load`."""
     if _is_saved(data):
         for split, part in _parts(data).items():
             _check_column(part.features, data, split)
         return
     with _explained(data), _reachable(data), quiet_datasets():
-        builder = datasets.load_dataset_builder(_place(data), data.subset, revision=data.revision)
+        builder = datasets.load_dataset_builder(_location(data), data.subset, revision=data.revision)
         files = builder.config.data_files
         known = builder.info.splits or files
         if known:
             _check_splits(list(known), data)
         if builder.info.features:
             _check_column(builder.info.features, data, "train")
-        elif Path(_place(data)).is_dir():
+        elif Path(_location(data)).is_dir():
             _check_first_rows(data)
 
 
 def _check_first_rows(data: DataConfig) -> None:
-    streams = datasets.load_dataset(_place(data), data.subset, streaming=True)
+    streams = datasets.load_dataset(_location(data), data.subset, streaming=True)
     for split, name in _names(data).items():
         first = next(iter(streams[name.partition("[")[0]]), None)
         if first is None:
@@ -71,19 +72,19 @@ def _check_first_rows(data: DataConfig) -> None:
 
 
 def _parts(data: DataConfig) -> dict[str, Dataset]:
-    """The data set's rows by our split names."""
+    """The rows of the data set, by split name of this package."""
     names = _names(data)
     with _explained(data), quiet_datasets():
         if _is_saved(data):
-            saved = datasets.load_from_disk(_place(data))
+            saved = datasets.load_from_disk(_location(data))
             if not isinstance(saved, DatasetDict):
                 raise DataError(
-                    f"{data.path}: one split was saved here; save a DatasetDict with {', '.join(names.values())}"
+                    f"{data.path}: contains one split only; save a DatasetDict with {', '.join(names.values())}"
                 )
             _check_splits(list(saved), data)
             return {split: saved[name] for split, name in names.items()}
         with _reachable(data):
-            builder = datasets.load_dataset_builder(_place(data), data.subset, revision=data.revision)
+            builder = datasets.load_dataset_builder(_location(data), data.subset, revision=data.revision)
             known = builder.info.splits or builder.config.data_files
             if known:
                 _check_splits(list(known), data)
@@ -96,35 +97,35 @@ def _names(data: DataConfig) -> dict[str, str]:
     return {**DEFAULT_NAMES, **data.splits}
 
 
-def _place(data: DataConfig) -> str:
-    assert data.path is not None  # the settings ask for it
+def _location(data: DataConfig) -> str:
+    assert data.path is not None  # the settings require it
     local = Path(data.path).expanduser()
     if local.is_dir():
         return str(local)
     if local.is_file():
-        raise DataError(f"{data.path}: a file; data.path is a hub name or {_DIRECTORY}")
+        raise DataError(f"{data.path}: is a file; data.path is a hub name or {_DIRECTORY}")
     if local.is_absolute() or data.path.startswith((".", "~")) or data.path.count("/") > 1:
         raise DataError(f"{data.path}: no such directory; data.path is a hub name or {_DIRECTORY}")
     return data.path
 
 
 def _is_saved(data: DataConfig) -> bool:
-    place = Path(_place(data))
-    return (place / "dataset_dict.json").is_file() or (place / "state.json").is_file()
+    location = Path(_location(data))
+    return (location / "dataset_dict.json").is_file() or (location / "state.json").is_file()
 
 
-def _check_splits(there: list[str], data: DataConfig) -> None:
+def _check_splits(found: list[str], data: DataConfig) -> None:
     for split, name in _names(data).items():
-        # A slice such as train[:90%] makes splits that a data set lacks.
-        if name.partition("[")[0] not in there:
+        # A slice such as train[:90%] can replace a missing split, so check only the name before the bracket.
+        if name.partition("[")[0] not in found:
             raise DataError(
-                f"{data.path}: no split `{name}` for {split}; there: {', '.join(map(str, there))};"
+                f"{data.path}: no split `{name}` for {split}; found: {', '.join(map(str, found))};"
                 f" set data.splits.{split} to one of them, or to a slice such as train[95%:]"
             )
 
 
-def _no_column(there: list[str], data: DataConfig, split: str) -> DataError:
-    return DataError(f"{data.path}: no column `{data.column}` in {split}; there: {', '.join(there)}; set data.column")
+def _no_column(found: list[str], data: DataConfig, split: str) -> DataError:
+    return DataError(f"{data.path}: no column `{data.column}` in {split}; found: {', '.join(found)}; set data.column")
 
 
 def _check_column(features: datasets.Features, data: DataConfig, split: str) -> None:
@@ -132,7 +133,9 @@ def _check_column(features: datasets.Features, data: DataConfig, split: str) -> 
         raise _no_column(list(features), data, split)
     kind = getattr(features[data.column], "dtype", None)
     if kind not in {"string", "large_string", "string_view"}:
-        raise DataError(f"{data.path}: column `{data.column}` in {split} holds {kind or 'lists'}, not text")
+        raise DataError(
+            f"{data.path}: column `{data.column}` in {split} holds {kind or 'lists'}, not text; set data.column"
+        )
 
 
 def _texts(part: Dataset, data: DataConfig, split: str) -> Dataset:
@@ -143,7 +146,7 @@ def _texts(part: Dataset, data: DataConfig, split: str) -> Dataset:
     filled = np.fromiter((index for index, text in enumerate(_column(rows)) if text and not text.isspace()), np.int64)
     if len(filled) < len(rows):
         log.warning(
-            "%s: %d of %d rows of %s have no text; left out", data.path, len(rows) - len(filled), len(rows), split
+            "%s: %d of %d rows of %s have no text; dropped them", data.path, len(rows) - len(filled), len(rows), split
         )
         rows = rows.select(filled)
     if not len(filled):
@@ -157,23 +160,23 @@ def _column(rows: Dataset) -> Iterator[str | None]:
 
 
 def _reachable(data: DataConfig) -> AbstractContextManager[None]:
-    return hub.reachable_or_offline(local=Path(_place(data)).is_dir())
+    return hub.reachable_or_offline(local=Path(_location(data)).is_dir())
 
 
 @contextmanager
 def _explained(data: DataConfig) -> Iterator[None]:
-    """Turn the library's many errors into one line that says what would do."""
+    """Convert the exceptions of the library into a DataError of one line that says what to do."""
     try:
         yield
     except DataError:
         raise
     except DatasetNotFoundError:
         raise DataError(
-            f"{data.path}: no such directory here and no such data set on the hub, or it is private (`hf auth login`)"
+            f"{data.path}: no such directory, and no such data set on the hub; if it is private, run `hf auth login`"
         ) from None
     except FileNotFoundError as error:
-        if Path(_place(data)).is_dir():
-            raise DataError(f"{data.path}: no data files; it should be {_DIRECTORY} ({_line(error)})") from None
+        if Path(_location(data)).is_dir():
+            raise DataError(f"{data.path}: no data files; data.path must be {_DIRECTORY} ({_line(error)})") from None
         raise _unreachable(data) from None
     except ConnectionError:
         raise _unreachable(data) from None
@@ -184,11 +187,11 @@ def _explained(data: DataConfig) -> Iterator[None]:
 
 
 def _unreachable(data: DataConfig) -> DataError:
-    offline = "HF_HUB_OFFLINE is set" if hub.is_offline() else "cannot be reached"
+    reason = "HF_HUB_OFFLINE is set" if hub.is_offline() else "no connection"
     return DataError(
         f"{data.path}: no such directory, not in the cache {os.fspath(datasets.config.HF_DATASETS_CACHE)}, and the"
-        f" hub ({offline}) cannot be asked: set data.path to {_DIRECTORY}; or load it once where there is a network,"
-        " with HF_HOME on a disk that both see, and run with HF_HUB_OFFLINE=1"
+        f" hub cannot be reached ({reason}); set data.path to {_DIRECTORY}; or load the data set once on a machine with"
+        " a network, with HF_HOME on a shared disk, and run with HF_HUB_OFFLINE=1"
     )
 
 

@@ -1,8 +1,9 @@
-"""Sentences out of lines: plain text, labelled text, CSV, TSV and JSON lines; a bad line is named.
+"""Read sentences from plain text, labelled text, CSV, TSV and JSON lines. Errors name the file and the line.
 
-The suffix of a file says what it is. CSV is that of RFC 4180 (a quoted field may hold commas, quotation marks and line
-breaks), TSV has no quoting, JSON lines are one object a line; all but the last begin with a line of column names. Of
-such files one column is the text, and every other is ignored. Memory does not grow with the file.
+The suffix of a file selects its format. CSV follows RFC 4180: a quoted field may contain commas, quotation marks and
+line breaks. TSV has no quoting. JSON lines have one object per line. CSV and TSV files begin with a line of column
+names. In CSV, TSV and JSON lines, one column is the text and all others are ignored. Memory does not grow with the
+file.
 """
 
 import csv
@@ -13,23 +14,23 @@ from pathlib import Path
 from vae_ds.config import DataConfig
 from vae_ds.errors import DataError
 
-_LONGEST_FIELD = 1 << 20  # characters; a quotation mark that never closes must not read the rest of the file
+_LONGEST_FIELD = 1 << 20  # characters; an unclosed quotation mark must not read the rest of the file
 
 Numbered = Iterator[tuple[int, str]]
-"""Lines or sentences after the number of the line where each begins, from 1."""
+"""Pairs of a line number, counted from 1, and the line or sentence that begins there."""
 
 
 def suffix(path: Path) -> str:
-    """`.csv`, `.tsv` or `.jsonl`; any other file is plain text, which is the empty suffix."""
+    """`.csv`, `.tsv` or `.jsonl`; the empty string for any other file, which is plain text."""
     found = path.suffix.lower()
     return found if found in _READERS else ""
 
 
 def read(path: Path, data: DataConfig) -> Iterator[str]:
-    """The sentences of a file, white space at their ends removed and line breaks inside them made blanks.
+    """The sentences of a file. White space at their ends is removed; line breaks inside them become spaces.
 
-    Raises DataError with file and line: bytes that are not UTF-8, a row without text, of another number of fields, or
-    that cannot be parsed; a missing column, an empty file, `data.labelled` for a file with columns.
+    Raises DataError, with file and line, for bytes that are not UTF-8, a row without text, a wrong number of fields or
+    a row that cannot be parsed. Also raises it for a missing column, an empty file, and `data.labelled` with columns.
     """
     found = False
     try:
@@ -40,19 +41,20 @@ def read(path: Path, data: DataConfig) -> Iterator[str]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not found:
-        raise DataError(f"{path}: empty; write one sentence a {'row' if suffix(path) else 'line'}")
+        raise DataError(f"{path}: empty; write one sentence per {'row' if suffix(path) else 'line'}")
 
 
 def parse(
     lines: Iterable[tuple[int, bytes]], path: Path, data: DataConfig, first: int = 1, unit: str = ""
 ) -> Iterator[str]:
-    """The sentences of numbered lines of a file; `first` is the number of its first, `unit` what errors say of numbers.
+    """The sentences of numbered lines of a file.
 
-    Raises DataError as `read` does, but of an empty file.
+    `first` is the number of the first line of the file. Errors show `unit` between the path and the number. Raises
+    DataError like `read`, except for an empty file.
     """
     kind = suffix(path)
     if kind and data.labelled:
-        raise DataError(f"{path}: has columns, of which data.column is the text; set data.labelled to false")
+        raise DataError(f"{path}: has columns, and data.column selects the text; set data.labelled to false")
     read_rows = _READERS[kind] if kind else _plain(data.labelled)
     path = Path(f"{path}{unit}")
     decoded = ((number, _decoded(line, path, number, first)) for number, line in lines)
@@ -62,14 +64,14 @@ def parse(
 
 def _decoded(line: bytes, path: Path, number: int, first: int) -> str:
     try:
-        # Windows editors put a byte-order mark in front of the first line.
+        # Windows editors write a byte-order mark before the first line.
         return line.decode("utf-8-sig" if number == first else "utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line; convert the file") from None
 
 
 def _filled(lines: Numbered, path: Path) -> Numbered:
-    """The lines with text; blank ones are allowed at the end alone, so that no sentence is lost unnoticed."""
+    """The lines with text. Blank lines are allowed only at the end, so that no sentence is lost silently."""
     blank = 0
     for number, line in lines:
         if not line.strip():
@@ -100,7 +102,7 @@ def _without_label(line: str, path: Path, number: int) -> str:
 
 
 def _csv(lines: Numbered, path: Path, column: str) -> Numbered:
-    begin = 1  # where a row begins that may go over several lines
+    begin = 1  # number of the first line of a row; a row may have several lines
     limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
         reader = csv.reader((line for _, line in lines), strict=True)
@@ -136,25 +138,25 @@ def _jsonl(lines: Numbered, path: Path, column: str) -> Numbered:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: not JSON: {error}; write one object a line") from None
+            raise DataError(f"{path}:{number}: not JSON: {error}; write one object per line") from None
         if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: {type(row).__name__}, not an object; write one object a line")
+            raise DataError(f"{path}:{number}: {type(row).__name__}, not an object; write one object per line")
         if column not in row:
-            raise DataError(f"{path}:{number}: no column `{column}`; there: {', '.join(row)}; set data.column")
+            raise DataError(f"{path}:{number}: no column `{column}`; found: {', '.join(row)}; set data.column")
         text = row[column]
         if not isinstance(text, str):
             raise DataError(f"{path}:{number}: `{column}` holds {type(text).__name__}, not text")
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise DataError(f"{path}:{number}: `{column}` holds half of a surrogate pair, which is no text") from None
+            raise DataError(f"{path}:{number}: `{column}` holds half of a surrogate pair, which is not text") from None
         yield number, _text(text, path, number, column)
 
 
 def _position(names: list[str], path: Path, number: int, column: str) -> int:
     if names.count(column) != 1:
         found = "two columns" if column in names else "no column"
-        raise DataError(f"{path}:{number}: {found} `{column}`; there: {', '.join(names)[:200]}; set data.column")
+        raise DataError(f"{path}:{number}: {found} `{column}`; found: {', '.join(names)[:200]}; set data.column")
     return names.index(column)
 
 

@@ -1,9 +1,9 @@
 """The `docstrings` corpus: English sentences from the documentation of installed Python packages, offline.
 
-Read with `ast`; nothing is imported or run. Sentences come from docstrings, other multi-line strings and README texts;
-paragraphs, for language-model pretraining, also from comments (those of C++ headers too) and messages. Which split a
-sentence is in depends on its near-duplicate key alone, and no sentence of valid or test is in a paragraph, whatever is
-installed here or there.
+Files are parsed with `ast`; nothing is imported or run. Sentences come from docstrings, other multi-line strings and
+README texts. Paragraphs are for language-model pretraining and also come from comments (also in C++ headers) and
+messages. The split of a sentence depends only on its near-duplicate key. No sentence of valid or test is in a
+paragraph, whatever packages are installed.
 """
 
 import ast
@@ -32,25 +32,25 @@ from vae_ds.data.corpora.corpus import Corpus, limited, quiet_datasets
 from vae_ds.data.corpora.splits import near_key, split_of_key
 from vae_ds.errors import DataError
 
-PARAGRAPH_WORDS = 200  # longest pretraining paragraph, in words
-_KNOWN_PACKAGES, _KNOWN_SENTENCES = 2, 4  # a word is taken for English if this many packages and sentences use it
+PARAGRAPH_WORDS = 200  # maximum length of a pretraining paragraph, in words
+_KNOWN_PACKAGES, _KNOWN_SENTENCES = 2, 4  # a word counts as English if at least so many packages and sentences use it
 _EXTRACTION = (__file__, *(module.__file__ for module in (english, prose, sources, splits)))
 _COMMENT = re.compile(r"^[ \t]*(?:#:?|//+!?|\*)[ \t](.*)$")
 _MESSAGE_WORDS = 6
 
 Kind = Literal["sentences", "paragraphs"]
 Keyed = tuple[str, str]
-"""A sentence after its near-duplicate key."""
+"""A pair of a near-duplicate key and its sentence."""
 
 Extract = tuple[str, list[list[Keyed]]]
-"""What one file gives: its package, and the wanted sentences of each paragraph."""
+"""The result for one file: its package and the selected sentences of each paragraph."""
 
 
 def load(data: DataConfig) -> Corpus:
-    """The sentences by split, in an order that is a hash of each (so the first N are a fair sample).
+    """Load the sentences by split, sorted by a hash of each sentence, so that the first N are a random sample.
 
-    The first call extracts (a minute or two, with a progress bar) into the cache; later calls map the cached files.
-    Raises DataError if the cache cannot be written.
+    The first call extracts the text into the cache, with a progress bar. This takes a minute or two. Later calls map
+    the cached files. Raises DataError if the cache cannot be written.
     """
     folder = _prepared(data, "sentences")
     meta = json.loads((folder / "meta.json").read_text())
@@ -59,15 +59,16 @@ def load(data: DataConfig) -> Corpus:
 
 
 def paragraphs(data: DataConfig) -> Dataset:
-    """Paragraphs (column `text`, at most 200 words) for language-model pretraining.
+    """Paragraphs for language-model pretraining: column `text`, at most 200 words each.
 
-    Every sentence whose near-duplicate key falls into valid or test is taken out, also after the finest splitting.
+    Sentences whose near-duplicate key is in valid or test are removed. So are sentences with a part, as split by
+    `prose.loose_sentences`, whose key is in valid or test.
     """
     return limited(_open(_prepared(data, "paragraphs") / "paragraphs"), data.limit)
 
 
 def check(data: DataConfig) -> None:
-    """Nothing to check beyond the cache being writable. Raises DataError."""
+    """Check that the cache is writable. Raises DataError."""
     root = cache_dir(data.cache_dir) / "docstrings"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -86,9 +87,9 @@ def _open(folder: Path) -> Dataset:
 
 
 def _prepared(data: DataConfig, kind: Kind) -> Path:
-    """The cache folder of what is installed now, filled if it is not there yet."""
+    """The cache folder for the installed packages. Extract the text into it if it does not exist."""
     root = cache_dir(data.cache_dir) / "docstrings"
-    # A change to the extraction makes another corpus, and nobody has to remember to raise a version.
+    # The code is part of the key, so that a change of the extraction makes a new corpus without a version number.
     code = [ast.dump(ast.parse(Path(str(module)).read_text("utf-8"))) for module in _EXTRACTION]
     installed = (f"{name}=={version}" for name, version in sorted(sources.versions().items()))
     folder = root / f"{kind}-{digest([*installed, *code])}"
@@ -106,7 +107,7 @@ def _prepared(data: DataConfig, kind: Kind) -> Path:
                 Dataset.from_dict({"text": rows}).save_to_disk(str(temporary / name))
         meta = {"fingerprint": digest(line for name, rows in texts.items() for line in [name, *rows])}
         (temporary / "meta.json").write_text(json.dumps(meta))
-        # Another process may have been quicker; its files say the same.
+        # Another process may have been faster; its files have the same content.
         with suppress(OSError):
             temporary.rename(folder)
     except OSError as error:
@@ -124,11 +125,11 @@ def _progress(kind: Kind, jobs: list[tuple[str, Path]]) -> Iterator[Extract]:
     if workers == 1 or multiprocessing.current_process().daemon:
         yield from tqdm(map(extract, jobs), **bar)
         return
-    # Forked workers run plain Python only, and unlike spawned ones need no guard in the user's main module.
+    # Forked workers run pure Python code only. Unlike spawned workers, they need no guard in the user's main module.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        # A process that notes SIGTERM for later would hand that on, and the pool ends its workers by it.
+        # The pool ends its workers with SIGTERM. They must not inherit a handler that only records the signal.
         pool = multiprocessing.get_context(method).Pool(workers, signal.signal, (signal.SIGTERM, signal.SIG_DFL))
     with pool:
         yield from tqdm(pool.imap(extract, jobs, chunksize=16), **bar)
@@ -153,7 +154,7 @@ def _paragraphs_of(job: tuple[str, Path]) -> Extract:
 
 
 def _texts(path: Path) -> Iterator[tuple[bool, str]]:
-    """The texts of a file, and whether each is documentation (docstrings, long strings) or a comment or a message."""
+    """The texts of a file, each with a flag: True for docstrings and long strings, False for comments and messages."""
     try:
         content = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError):
@@ -202,7 +203,7 @@ def _held_out(key: str, sentence: str) -> bool:
 
 
 def _sentences(extracts: list[Extract]) -> dict[str, list[str]]:
-    """Unique sentences of known words by split. Of near-duplicates the first stays."""
+    """Unique sentences of known words by split. The first of several near-duplicates is kept."""
     first: dict[str, str] = {}
     packages: dict[str, set[str]] = defaultdict(set)
     for package, blocks in extracts:
@@ -223,7 +224,7 @@ def _sentences(extracts: list[Extract]) -> dict[str, list[str]]:
 
 
 def _paragraphs(extracts: list[Extract]) -> list[str]:
-    """Paragraphs without sentences that came before, cut at sentence ends to at most PARAGRAPH_WORDS words."""
+    """Paragraphs without repeated sentences, cut at sentence ends to at most PARAGRAPH_WORDS words."""
     seen: set[str] = set()
     rows: list[tuple[str, str]] = []
     for _, blocks in extracts:
@@ -252,5 +253,5 @@ def _pieces(sentences: list[str]) -> Iterator[str]:
 
 
 def _rank(key: str) -> str:
-    """A shuffle that does not depend on what else is there. Salted: the split is a hash of the same key."""
+    """Sort key for a shuffle that does not depend on the other rows. Salted, since the split is a hash of the key."""
     return hashlib.blake2b(b"order " + key.encode("utf-8", "replace"), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""Small word lists that tell a sentence from a fragment; closed classes whole, verbs the common ones of manuals."""
+"""Small word lists to distinguish sentences from fragments: complete closed classes, and common verbs of manuals."""
 
 
 def _words(text: str) -> frozenset[str]:

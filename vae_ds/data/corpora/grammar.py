@@ -1,9 +1,10 @@
-"""The `grammar` corpus: English-looking sentences whose true probability, entropy and factors are known exactly.
+"""The `grammar` corpus: English-like sentences whose true probability, entropy and factors are known exactly.
 
-They are drawn from a probabilistic context-free grammar without recursion: a subject does something to an object,
-somewhere, at some time. Subject and verb agree, the time fits the tense, the object fits the verb. No sentence has two
-derivations, so log_prob is exact, entropy_nats is the least that any model can reach on average, and each choice made
-on the way (number, tense, verb, ...) is a factor of the sentence that a latent code may or may not hold.
+The sentences are drawn from a probabilistic context-free grammar without recursion. A subject acts on an object,
+optionally with a place and a time. Subject and verb agree, the time fits the tense, and the object fits the verb. No
+sentence has two derivations. Therefore `log_prob` is exact, and `entropy_nats` is the lowest average loss that a model
+can reach. Each choice in a derivation (number, tense, verb, ...) is a factor of the sentence, which a latent code may
+or may not contain.
 """
 
 from collections.abc import Iterator
@@ -22,12 +23,12 @@ from vae_ds.data.corpora.pcfg import Derivation, Grammar, Rule
 from vae_ds.distributed import stream
 from vae_ds.errors import DataError
 
-NONE = "none"  # the value of a factor that a sentence leaves out
+NONE = "none"  # value of a factor that a sentence does not express
 LOG_PROB = "log_prob"  # the column of exact log probabilities, in nats
 DEFAULT_SENTENCES: dict[str, int] = DataConfig.model_fields["sentences"].default
 _LAYOUT = "1"  # of the cached files
 
-# Words that may follow "a" begin with a consonant. word:form gives a plural or a past that the rules would not.
+# Words that may follow "a" begin with a consonant. word:form gives an irregular plural or past.
 _PEOPLE = """
     farmer teacher man:men woman:women child:children nurse sailor girl boy doctor king queen baker student soldier
     writer painter neighbour mother father sister brother captain judge driver gardener hunter singer lawyer tailor
@@ -38,7 +39,8 @@ _PEOPLE_ARE = """
     tired young clever happy quiet brave tall polite rich famous lonely careful proud stubborn cheerful friendly hungry
     nervous lazy patient
 """
-# What is done, to what, and how that may be. A verb stands in one row alone, and its past differs from its base.
+# Verbs, their objects, and the adjectives of these objects. A verb is in one row only, and its past differs from its
+# base form.
 _DEEDS = {
     "thing": (
         "repair paint carry sell:sold clean build:built borrow steal:stole move hide:hid find:found buy:bought"
@@ -86,15 +88,16 @@ _DETERMINERS = {
     "plural": {"the": 5, "some": 3, "these": 1, "many": 1, "two": 1},
 }
 _CLASSES = {"thing": 4, "text": 2, "food": 2, "being": 3}
-_NEGATED, _ADJECTIVE, _PLACE, _TIME = 0.25, 0.45, 0.5, 0.4  # chances
+_NEGATED, _ADJECTIVE, _PLACE, _TIME = 0.25, 0.45, 0.5, 0.4  # probabilities
 
 
 def load(data: DataConfig) -> Corpus:
-    """Sentences drawn independently for each split, so that some recur; a column for each factor, and `log_prob`.
+    """Load sentences drawn independently for each split, so that some are repeated.
 
-    Facts: `entropy_nats` of the grammar, `factor_entropies_nats`, and for each split its number of `sentences`, the
-    `distinct` ones, those that are also `in_train`, and `floor_nats`, the mean of -log p: the least NLL on it that a
-    model of the truth has. Drawn once into the cache. Raises DataError if that cannot be written.
+    The data set has a column for each factor, and `log_prob`. Facts: `entropy_nats` of the grammar and
+    `factor_entropies_nats`; and for each split the number of `sentences`, of `distinct` sentences, of sentences that
+    are also `in_train`, and `floor_nats`. The last is the mean of -log p, the NLL of the true model on this split. The
+    sentences are drawn once into the cache. Raises DataError if the cache cannot be written.
     """
     rows = {split: limited(_rows(data, split), data.limit) for split in SPLITS}
     numbers = [str(_number(data, split)) for split in SPLITS]
@@ -107,50 +110,53 @@ def load(data: DataConfig) -> Corpus:
 
 
 def check(data: DataConfig) -> None:
-    """Nothing to check beyond the cache being writable. Raises DataError."""
+    """Check that the cache is writable. Raises DataError."""
     make_folder(cache_dir(data.cache_dir) / "grammar")
 
 
 def entropy_nats() -> float:
-    """H of a sentence, in nats, in closed form."""
+    """Entropy of a sentence, in nats, in closed form."""
     return english().entropy_nats()
 
 
 def factor_entropies() -> dict[str, float]:
-    """H of each factor, in nats. They add up to more than H of a sentence: tense and time, verb and object depend."""
+    """Entropy of each factor, in nats.
+
+    The sum exceeds the entropy of a sentence, because tense and time depend on each other, as do verb and object.
+    """
     return english().factor_entropies()
 
 
 def log_prob(sentence: str) -> float:
-    """The natural logarithm of a sentence's probability; minus infinity for what is no sentence of the grammar."""
+    """Natural logarithm of the probability of a sentence; minus infinity if the grammar does not generate it."""
     found = parses(sentence)
     return found[0].log_prob if found else -float("inf")
 
 
 def factors(sentence: str) -> dict[str, str]:
-    """The value of each factor of a sentence. Raises DataError for what is no sentence of the grammar."""
+    """The value of each factor of a sentence. Raises DataError if the grammar does not generate it."""
     found = parses(sentence)
     if not found:
-        raise DataError(f"no sentence of the grammar: {sentence[:200]!r}")
+        raise DataError(f"not a sentence of the grammar: {sentence[:200]!r}")
     return dict(found[0].factors)
 
 
 def parses(sentence: str) -> list[Derivation]:
-    """Every derivation of a sentence: one, or none if the grammar lacks it."""
+    """The derivations of a sentence: one, or none if the grammar does not generate it."""
     plain = sentence[:1].lower() + sentence[1:].removesuffix(".")
     found = english().parses(plain.split(" "))
     return found if found and text(found[0].words) == sentence else []
 
 
 def text(words: tuple[str, ...]) -> str:
-    """A sentence as it is written."""
+    """The words joined to a sentence, with a capital letter and a full stop."""
     line = " ".join(words)
     return f"{line[:1].upper()}{line[1:]}."
 
 
 @cache
 def english(words_a_kind: int | None = None) -> Grammar:
-    """The grammar; `words_a_kind` keeps that many words of each kind, for one small enough to be written out."""
+    """The grammar. `words_a_kind` keeps only so many words of each kind; then all sentences can be enumerated."""
     rules: dict[str, list[Rule]] = {
         "S": [
             Rule(weight, (f"subject {number}", f"predicate {number}"), (("number", number),))
@@ -197,7 +203,7 @@ def english(words_a_kind: int | None = None) -> Grammar:
 
 
 def _verb(number: str, tense: str, negated: bool) -> tuple[str, ...]:
-    """The verb with its object, and the auxiliaries that number, tense and negation ask for."""
+    """The verb with its object, and the auxiliaries that number, tense and negation require."""
     no = ("not",) if negated else ()
     if tense == "future":
         return ("will", *no, "deed base")
@@ -209,7 +215,7 @@ def _verb(number: str, tense: str, negated: bool) -> tuple[str, ...]:
 
 
 def _phrases(symbol: str, factor: str, nouns: list[tuple[str, str]], adjectives: list[tuple[str, str]]) -> Any:
-    """Determiner, adjective or none, and noun, in the singular and in the plural."""
+    """Determiner, optional adjective and noun, in the singular and in the plural."""
     none = Rule(1 - _ADJECTIVE, (), ((f"{factor}_adjective", NONE),))
     some = _words(f"{factor}_adjective", [(word, word) for word, _ in adjectives])
     rules = {f"{symbol} adjective": [none, *(_scaled(rule, _ADJECTIVE) for rule in some)]}
@@ -225,7 +231,7 @@ def _phrases(symbol: str, factor: str, nouns: list[tuple[str, str]], adjectives:
 
 
 def _words(factor: str, forms: list[tuple[str, str]]) -> list[Rule]:
-    """A rule for each (value, form), their weights in the manner of Zipf, adding up to 1."""
+    """A rule for each (value, form). The weights follow Zipf's law, shifted by 5, and sum to 1."""
     weights = 1 / (np.arange(len(forms)) + 5.0)
     weights /= weights.sum()
     return [
@@ -239,7 +245,7 @@ def _scaled(rule: Rule, by: float) -> Rule:
 
 
 def _entries(listed: str, first: int | None) -> list[tuple[str, str]]:
-    """(word, form of its own or nothing) for each of a list."""
+    """(word, irregular form or empty string) for each entry of a list."""
     return [(word, own) for word, _, own in (entry.partition(":") for entry in listed.split()[:first])]
 
 

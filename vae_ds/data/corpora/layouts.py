@@ -1,8 +1,8 @@
-"""The corpora `ptb`, `snli`, `yahoo` and `yelp`: Optimus' text files, or the hub's data set of that name.
+"""The corpora `ptb`, `snli`, `yahoo` and `yelp`: the text files of Optimus, or the data set of the hub.
 
-Optimus (Li et al. 2020) lays each out as a directory of train.txt, valid.txt and test.txt, where Yahoo and Yelp have a
-label and a tab before the text; the paper's numbers are on those. The hub's sets come from the same sources, but hold
-other sentences: of SNLI, Yahoo and Yelp, Optimus has samples of about 100 thousand.
+Optimus (Li et al. 2020) stores each corpus as a directory with train.txt, valid.txt and test.txt. In Yahoo and Yelp, a
+label and a tab precede the text. The paper's numbers are on these files. The data sets of the hub have the same sources
+but contain other sentences: the Optimus files of SNLI, Yahoo and Yelp are samples of about 100 thousand sentences.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from vae_ds.errors import DataError
 
 @dataclass(frozen=True)
 class Layout:
-    """Whether Optimus' files have labels, and where on the hub the text is: name, revision, column, splits."""
+    """Whether the Optimus files have labels, and the data set of the hub: name, column, splits, revision."""
 
     labelled: bool
     hub: str
@@ -26,10 +26,10 @@ class Layout:
 
 
 _THREE = {"train": "train", "valid": "validation", "test": "test"}
-# Two sets of the hub have no validation split: the last rows of the training split take its place, 10,000 of them.
+# Two data sets of the hub have no validation split: use the last 10,000 rows of the training split.
 _TWO = {"train": "train[:-10000]", "valid": "train[-10000:]", "test": "test"}
 LAYOUTS = {
-    # Its main branch has a loading script and no data; the hub's own conversion has.
+    # The main branch has a loading script but no data files; the hub's automatic conversion has data files.
     "ptb": Layout(False, "ptb-text-only/ptb_text_only", "sentence", _THREE, "refs/convert/parquet"),
     "snli": Layout(False, "stanfordnlp/snli", "hypothesis", _THREE),
     "yahoo": Layout(True, "community-datasets/yahoo_answers_topics", "best_answer", _TWO),
@@ -38,30 +38,30 @@ LAYOUTS = {
 
 
 def load(data: DataConfig) -> Corpus:
-    """The sentences, from the directory `data.path` or from the hub. Raises DataError as `text` and `dataset` do."""
+    """Load the sentences from the directory `data.path` or the hub. Raises DataError like `text` and `dataset`."""
     known = settings(data)
     return replace((text if known.corpus == "text" else dataset).load(known), name=data.corpus)
 
 
 def check(data: DataConfig) -> None:
-    """Check what `text` or `dataset` checks. Raises DataError."""
+    """Run the checks of `text` or `dataset`. Raises DataError."""
     known = settings(data)
     (text if known.corpus == "text" else dataset).check(known)
 
 
 def settings(data: DataConfig) -> DataConfig:
-    """The same source as a `text` or `dataset` corpus. Raises DataError if `data.path` is neither's directory."""
+    """Settings of the same source as a `text` or `dataset` corpus. Raises DataError if `data.path` is no directory."""
     layout = LAYOUTS[data.corpus]
-    there = {"column": layout.column, "splits": layout.splits, "subset": None}
+    of_hub = {"column": layout.column, "splits": layout.splits, "subset": None}
     if not data.path:
-        return data.model_copy(update={**there, "corpus": "dataset", "path": layout.hub, "revision": layout.revision})
+        return data.model_copy(update={**of_hub, "corpus": "dataset", "path": layout.hub, "revision": layout.revision})
     folder = Path(data.path).expanduser()
     if not folder.is_dir():
-        found = "a file" if folder.exists() else "no such directory"
+        found = "is a file" if folder.exists() else "no such directory"
         raise DataError(
-            f"{data.path}: {found}; data.path is a directory with train.txt, valid.txt and test.txt as Optimus lays out"
-            f" {data.corpus}, or a copy of the hub's {layout.hub}; leave it out to load that from the hub"
+            f"{data.path}: {found}; data.path is a directory with train.txt, valid.txt and test.txt in the layout of"
+            f" Optimus for {data.corpus}, or a copy of {layout.hub}; leave data.path out to load it from the hub"
         )
     if any((folder / f"{name}.txt").is_file() for names in text.NAMES.values() for name in names):
         return data.model_copy(update={**dict.fromkeys(SPLITS), "corpus": "text", "labelled": layout.labelled})
-    return data.model_copy(update={**there, "corpus": "dataset", "revision": None})
+    return data.model_copy(update={**of_hub, "corpus": "dataset", "revision": None})

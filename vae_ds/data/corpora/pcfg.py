@@ -1,8 +1,8 @@
-"""Probabilistic context-free grammars without recursion, whose rules say what they decide: exact probabilities.
+"""Probabilistic context-free grammars without recursion, with factors and exact probabilities.
 
-A rule may assign values to factors (`number`: `plural`). Each derivation assigns each factor once, so that a derivation
-is a table of factors, the expected number of uses of a rule is a probability, and everything below is a finite sum.
-Probabilities of sentences are those of their derivations; they are exact unless the grammar `is_ambiguous`.
+A rule may assign values to factors (`number`: `plural`). Each derivation assigns each factor exactly once. Thus a
+derivation is a table of factors, the expected number of uses of a rule is a probability, and all quantities below are
+finite sums. The probability of a sentence is that of its derivation; it is exact unless the grammar `is_ambiguous`.
 """
 
 import math
@@ -20,7 +20,7 @@ _Symbols = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """One way to write a symbol. `right`: symbols and words; `factors`: the (name, value) that this choice decides."""
+    """An expansion of a symbol. `right`: symbols and words; `factors`: the (name, value) pairs that it assigns."""
 
     weight: float
     right: tuple[str, ...]
@@ -29,7 +29,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Derivation:
-    """A sentence's words, the values of its factors and its log probability in nats."""
+    """The words of a sentence, the values of its factors and its log probability in nats."""
 
     words: tuple[str, ...]
     factors: Mapping[str, str]
@@ -37,17 +37,17 @@ class Derivation:
 
 
 class Grammar:
-    """Rules by symbol; a name without rules is a word. Weights count relative to those of the same symbol.
+    """Rules by symbol. A name without rules is a word. Weights are relative to those of the same symbol.
 
-    Raises ValueError for a recursive grammar, a weight that is not positive, and rules of one symbol that do not decide
-    the same factors.
+    Raises ValueError for a recursive grammar, a weight that is not positive, rules of one symbol that do not assign the
+    same factors, and a factor that is assigned twice.
     """
 
     def __init__(self, rules: Mapping[str, Sequence[Rule]], start: str) -> None:
         self.rules: dict[str, list[Rule]] = {}
         for symbol, own in rules.items():
             if not own or min(rule.weight for rule in own) <= 0:
-                raise ValueError(f"{symbol}: needs rules, each of a weight above 0")
+                raise ValueError(f"{symbol}: needs at least one rule, each with a weight above 0")
             total = math.fsum(rule.weight for rule in own)
             self.rules[symbol] = [Rule(rule.weight / total, rule.right, rule.factors) for rule in own]
         self.start = start
@@ -60,16 +60,16 @@ class Grammar:
         for symbol in reversed(self._order):
             found = {tuple(sorted(self._decided(rule, decided))) for rule in self.rules[symbol]}
             if len(found) > 1:
-                raise ValueError(f"{symbol}: its rules decide different factors: {sorted(found)}")
+                raise ValueError(f"{symbol}: all of its rules must assign the same factors; found {sorted(found)}")
             decided[symbol] = list(found.pop())
         self.factors = tuple(decided[start])
         if len(set(self.factors)) < len(self.factors):
-            raise ValueError(f"a factor is decided twice: {', '.join(self.factors)}")
+            raise ValueError(f"each factor must be assigned once in a derivation; found {', '.join(self.factors)}")
 
     def entropy_nats(self) -> float:
-        """H(derivation), in closed form: each symbol's own choice plus what its rules lead to.
+        """Entropy of a derivation in closed form: for each symbol, that of its choice of a rule plus that of the parts.
 
-        The entropy of the sentences, too, if no sentence has two derivations.
+        This is also the entropy of a sentence if no sentence has two derivations.
         """
         entropy: dict[str, float] = {}
         for symbol in reversed(self._order):
@@ -89,11 +89,11 @@ class Grammar:
         return {name: dict(values) for name, values in found.items()}
 
     def factor_entropies(self) -> dict[str, float]:
-        """H(factor) in nats. Their sum is above H(sentence) where factors depend on each other."""
+        """Entropy of each factor in nats. The sum exceeds that of the sentence if factors depend on each other."""
         return {name: -math.fsum(p * math.log(p) for p in values.values()) for name, values in self.marginals().items()}
 
     def draw(self, random: np.random.Generator) -> Derivation:
-        """A derivation by chance."""
+        """Draw a derivation at random."""
         words: list[str] = []
         factors: dict[str, str] = {}
         log_prob = 0.0
@@ -110,13 +110,13 @@ class Grammar:
         return Derivation(tuple(words), factors, log_prob)
 
     def parses(self, words: Sequence[str]) -> list[Derivation]:
-        """Every derivation of these words; none if they are no sentence."""
+        """All derivations of the words. The list is empty if the words are not a sentence of the grammar."""
         known: dict[tuple[str, int], list[_Part]] = {}
         whole = self._parts(self.start, tuple(words), 0, known)
         return [Derivation(tuple(words), dict(part.factors), part.log_prob) for part in whole if part.end == len(words)]
 
     def is_ambiguous(self) -> bool:
-        """Whether any sentence has two derivations: a search over pairs of derivations that agree in every word."""
+        """Whether any sentence has two derivations. Searches all pairs of derivations with the same words."""
         start: _Symbols = (self.start,)
         pending = {(start, start, False)}
         seen = set(pending)
@@ -135,12 +135,12 @@ class Grammar:
         return False
 
     def everything(self) -> Iterator[Derivation]:
-        """Every derivation there is; for small grammars."""
+        """All derivations; for small grammars only."""
         return (Derivation(words, dict(factors), log_prob) for words, factors, log_prob in self._all((self.start,)))
 
     @cached_property
     def _uses(self) -> dict[str, float]:
-        """How often a derivation is expected to use each symbol."""
+        """Expected number of uses of each symbol in a derivation."""
         uses: dict[str, float] = defaultdict(float)
         uses[self.start] = 1.0
         for symbol in self._order:
@@ -150,13 +150,13 @@ class Grammar:
         return uses
 
     def _topological(self) -> list[str]:
-        """The symbols in use, each before those that its rules lead to."""
+        """The used symbols in topological order: each symbol before the symbols in its rules."""
         done: list[str] = []
         open_symbols: set[str] = set()
 
         def visit(symbol: str) -> None:
             if symbol in open_symbols:
-                raise ValueError(f"{symbol}: leads to itself; this grammar must be finite")
+                raise ValueError(f"{symbol}: its rules lead back to it; remove the recursion")
             if symbol in done or symbol not in self.rules:
                 return
             open_symbols.add(symbol)
@@ -175,7 +175,7 @@ class Grammar:
             yield from decided.get(part, ())
 
     def _steps(self, symbols: _Symbols) -> "list[tuple[str | None, tuple[int, ...], _Symbols]]":
-        """What may be the next word (None: the end), by which choices of rules, and the symbols that are left then."""
+        """Possible next steps: the next word (None at the end), the rules chosen to reach it, the remaining symbols."""
         if symbols not in self._known_steps:
             found: list[tuple[str | None, tuple[int, ...], _Symbols]] = []
             if not symbols:
@@ -193,7 +193,7 @@ class Grammar:
     def _parts(
         self, symbol: str, words: tuple[str, ...], begin: int, known: "dict[tuple[str, int], list[_Part]]"
     ) -> "list[_Part]":
-        """The ways to read `symbol` from word `begin` on."""
+        """All readings of `symbol` that begin at word `begin`."""
         if symbol not in self.rules:
             return [_Part(begin + 1, (), 0.0)] if words[begin : begin + 1] == (symbol,) else []
         if (symbol, begin) not in known:

@@ -1,7 +1,7 @@
-"""English prose out of documentation markup: docstrings and comments to paragraphs, paragraphs to plain sentences.
+"""Extract English prose from documentation markup: paragraphs from docstrings and comments, sentences from paragraphs.
 
-A paragraph is one block of text with its inline markup resolved. Inline code that is no plain word keeps the mark
-`CODE` in front of it, so that a sentence with an identifier can be told from a sentence of words.
+A paragraph is one block of text without its inline markup. Inline code that is not a plain word keeps the mark `CODE`
+before it, to distinguish sentences with identifiers from sentences of words only.
 """
 
 import inspect
@@ -70,8 +70,8 @@ _ASCII = str.maketrans(
 def paragraphs(documentation: str) -> Iterator[str]:
     """The prose blocks of a docstring or a text file (reStructuredText, Google, NumPy or Markdown style), in order.
 
-    Code, doctests, tables, headings, directives, signatures and the names and types of parameter lists are left out;
-    the descriptions in parameter lists and bullets are blocks of their own.
+    Code, doctests, tables, headings, directives, signatures and the names and types in parameter lists are dropped.
+    Each description in a parameter list and each bullet is a separate block.
     """
     held: list[str] = []
     indent = 0
@@ -158,12 +158,12 @@ def paragraphs(documentation: str) -> Iterator[str]:
 
 
 def inline(text: str) -> str:
-    """Resolve inline markup: emphasis and links become their words, inline code becomes a word or is marked."""
+    """Resolve inline markup: emphasis and links become plain words; inline code becomes a word or is marked."""
     text = unicodedata.normalize("NFC", text).translate(_ASCII)
     text = _ROLE.sub(lambda match: _code(match[1]), text)
     text = _LITERAL.sub(lambda match: _code(match[1] or match[2]), text)
     text = _LINK.sub(r"\1", text)
-    # A sentence that speaks of "the algorithm in [1]" is none without the citation.
+    # Keep a mark for the citation in "the algorithm in [1]", since the sentence is incomplete without it.
     text = _CITATION.sub(lambda match: f"{match[1]} {CODE}[ref]" if match[1] else "", text)
     text = _STRONG.sub(r"\2", text)
     text = re.sub(r"\.{3,}", "...", text).removesuffix("::")
@@ -179,7 +179,7 @@ def _code(content: str) -> str:
 
 
 def sentences(paragraph: str) -> list[str]:
-    """Split a paragraph into sentences, punctuation kept; abbreviations and initials end none."""
+    """Split a paragraph into sentences and keep the punctuation. Abbreviations and initials do not end a sentence."""
     hidden = _ABBREVIATION.sub(lambda match: match[0].replace(".", _HIDDEN_DOT), paragraph)
     starts = [0, *(match.end() for match in _SENTENCE_END.finditer(hidden)), len(hidden)]
     pieces = [hidden[start:end].strip() for start, end in pairwise(starts)]
@@ -187,7 +187,7 @@ def sentences(paragraph: str) -> list[str]:
 
 
 def loose_sentences(paragraph: str) -> list[str]:
-    """Split at every full stop, colon, semicolon, exclamation and question mark: the finest sentences there may be."""
+    """Split a paragraph at every full stop, colon, semicolon, exclamation mark and question mark."""
     return [piece for piece in _LOOSE_END.split(paragraph) if piece]
 
 
@@ -207,18 +207,18 @@ _LEGAL = re.compile(
 
 
 def words_of(sentence: str) -> list[str]:
-    """The white-space words of a sentence, without the punctuation around them."""
+    """The whitespace words of a sentence, without the punctuation around them."""
     return [word for raw in sentence.split() if (word := raw.strip(_EDGES))]
 
 
 def vocabulary(sentence: str) -> set[str]:
-    """The lower-case words of a sentence, the parts of compounds apart; names, acronyms and numbers left out."""
+    """The lower-case words of a sentence, with compounds split. Names, acronyms and numbers are excluded."""
     words = [word for word in words_of(sentence) if word[0].islower() and word not in {"e.g", "i.e"}]
     return {part for word in words for part in word.split("'")[0].split("-") if part}
 
 
 def is_plain(sentence: str) -> bool:
-    """Whether a sentence is plain, whole English: words, few names and numbers, no code, markup or fragments."""
+    """Whether a sentence is complete, plain English: words, few names and numbers, no code, markup or fragments."""
     raw = sentence.split()
     if not MIN_WORDS <= len(raw) <= MAX_WORDS or not _ALLOWED.match(sentence) or _LEGAL.search(sentence):
         return False
@@ -250,9 +250,9 @@ def is_plain(sentence: str) -> bool:
 
 
 def has_clause(sentence: str, words: list[str]) -> bool:
-    """Whether there is a main clause: a finite verb or an imperative, by lists of common verbs.
+    """Whether the sentence has a main clause: a finite verb or an imperative, according to lists of common verbs.
 
-    "The size of the batch." and "If the file does not exist.", as parameter lists have them, have none.
+    "The size of the batch." and "If the file does not exist.", as in parameter lists, have no main clause.
     """
     first = words[0].lower()
     if words[-1].lower() in NEVER_LAST or (words[1] == "of" and first not in PARTITIVE):
@@ -271,7 +271,7 @@ _TIDY = re.compile(r"^[\"'(\[]?[A-Za-z][^{}<>=\\|@#$^~\n]*$")
 
 
 def is_decent(sentence: str) -> bool:
-    """Whether a sentence may serve language-model pretraining: mostly words; some code names, any length to 80."""
+    """Whether a sentence is suitable for language-model pretraining: 3 to 80 words, most of them English."""
     raw = sentence.replace(CODE, "").split()
     if not 3 <= len(raw) <= 80 or not sentence.isascii() or not _TIDY.match(sentence.lstrip(CODE)):
         return False

@@ -1,6 +1,6 @@
-"""Which installed files documentation is read from: the standard library and this package's dependencies.
+"""The installed files to read documentation from: those of the standard library and of this package's dependencies.
 
-Nothing is imported: distributions are read from their metadata, the standard library from `sysconfig`.
+Nothing is imported. Files of distributions are found by their metadata, the standard library by `sysconfig`.
 """
 
 import importlib.metadata
@@ -12,14 +12,14 @@ from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-# Where the reading starts; their own requirements (pandas, sympy, networkx, ...) are found from there. The list stands
-# still when vae_ds takes on another dependency: the text, and every number measured on it, would be another.
+# The packages to start from; their requirements (pandas, sympy, networkx, ...) are followed. Do not extend this list
+# when vae_ds gets another dependency: that would change the text, and every number measured on it.
 DECLARED = (
     "torch", "transformers", "deepspeed", "datasets", "numpy", "tensorboard", "sentencepiece", "safetensors",
     "pydantic", "PyYAML", "rich", "tqdm",
 )  # fmt: skip
 
-# Tests say little in English, and vendored copies repeat other packages.
+# Tests contain little English, and vendored copies repeat other packages.
 _LEFT_OUT = re.compile(
     r"(?:^|/)(?:tests?|testing|idle_test|_vendor|vendored?|_vendored_packages|third_party|externals"
     r"|site-packages|lib2to3|__pycache__|node_modules)/|(?:^|/)(?:test_[^/]*|[^/]*_test|conftest)\.py$"
@@ -30,7 +30,7 @@ SUFFIXES = frozenset({".py", ".pyi", ".rst", ".md"}) | HEADERS
 
 @dataclass(frozen=True)
 class Source:
-    """A package: its name, its version, and its files with text, sorted."""
+    """A package: its name, its version, and its sorted files with text."""
 
     name: str
     version: str
@@ -43,12 +43,12 @@ def installed_sources() -> list[Source]:
 
 
 def versions() -> dict[str, str]:
-    """Version by package: what the extracted text depends on, known without listing a file."""
+    """Version of each package. The extracted text depends on these versions; reading them lists no files."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in distributions()}
 
 
 def distributions(roots: tuple[str, ...] = DECLARED) -> list[str]:
-    """Normalised names of the installed distributions among `roots` and all that they require, sorted."""
+    """Sorted, normalised names of the installed distributions among `roots` and all of their requirements."""
     found: set[str] = set()
     waiting = list(roots)
     while waiting:

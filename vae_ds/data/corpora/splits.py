@@ -1,4 +1,4 @@
-"""Which split a sentence belongs to: a function of its text alone, so near-duplicates never straddle splits."""
+"""Assign sentences to splits. The split is a function of the text only; near-duplicates are always in one split."""
 
 import hashlib
 import re
@@ -16,9 +16,9 @@ _TEST_PERCENT = 5
 
 
 def near_key(text: str) -> str:
-    """The near-duplicate key: lower case, each run of digits one symbol, punctuation and white space one space.
+    """The near-duplicate key: lower case, a run of digits as one symbol, punctuation and whitespace as one space.
 
-    Articles and a final s are folded too: "Return the value." and "Returns a value." are one sentence to a learner.
+    Articles and a final s are removed too: "Return the value." and "Returns a value." have the same key.
     """
     folded = _DIGITS.sub("0", unicodedata.normalize("NFKC", text).lower())
     words = _NEITHER_LETTER_NOR_DIGIT.sub(" ", folded).split()
@@ -26,7 +26,7 @@ def near_key(text: str) -> str:
 
 
 def split_of_key(key: str) -> Split:
-    """The split of a near-duplicate key: 90 % train, 5 % valid, 5 % test, by a hash that no machine changes."""
+    """The split of a near-duplicate key: 90 % train, 5 % valid, 5 % test, by a hash that is equal on all machines."""
     percent = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % 100
     if percent < _TEST_PERCENT:
         return "test"
@@ -34,5 +34,5 @@ def split_of_key(key: str) -> Split:
 
 
 def split_of(text: str) -> Split:
-    """The split of a sentence. It stays the same whatever else is in the corpus."""
+    """The split of a sentence. It does not depend on the other sentences of the corpus."""
     return split_of_key(near_key(text))

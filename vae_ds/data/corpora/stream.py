@@ -1,7 +1,8 @@
-"""A training file read as a stream: in windows of blocks, in an order drawn anew each epoch, without a full pass.
+"""Read a training file as a stream: windows of blocks, in a new random order each epoch, without a full pass before.
 
-A block owns the lines that begin in it, so that every line is in one block alone. A window is a few blocks from all
-over the file, whose lines are then shuffled together: near enough to a shuffle of the file, in constant memory.
+A block contains the lines that begin in it, so each line is in exactly one block. A window consists of a few blocks
+from random places of the file. Its lines are shuffled together. This approximates a shuffle of the file in constant
+memory.
 
 Shapes: W windows of an epoch, K blocks of the file.
 """
@@ -21,13 +22,13 @@ from vae_ds.distributed import stream
 from vae_ds.errors import DataError
 
 BLOCK_BYTES = 1 << 16
-WINDOW_BLOCKS = 64  # 4 MiB: some fifty thousand sentences
+WINDOW_BLOCKS = 64  # 4 MiB: about fifty thousand sentences
 _PROBES = 16  # blocks that the fingerprint reads
 
 
 @dataclass(frozen=True)
 class LineStream:
-    """The lines of a file of plain text or JSON lines, by window. `fingerprint` is of its size and of some blocks."""
+    """The lines of a plain text or JSON lines file, by window. `fingerprint` hashes its size and some of its blocks."""
 
     path: Path
     data: DataConfig
@@ -38,18 +39,18 @@ class LineStream:
 
     @property
     def blocks(self) -> int:
-        """K, one at least."""
+        """K, at least one."""
         return max(1, -(-self.size // self.block_bytes))
 
     @property
     def windows(self) -> int:
-        """W, one at least; the blocks divide among them about evenly."""
+        """W, at least one. The windows have about the same number of blocks."""
         return max(1, self.blocks // self.window_blocks)
 
     def window(self, number: int, seed: int, *keys: int) -> list[str]:
-        """The sentences of a window of the epoch that `seed` and `keys` name, block by block.
+        """The sentences of one window, block by block, in the epoch that `seed` and `keys` identify.
 
-        Raises DataError with the line's place in bytes for what `delimited.read` refuses.
+        Raises DataError like `delimited.read`. The message gives the byte offset of the line.
         """
         order_K = self._order(seed, *keys)
         try:
@@ -67,34 +68,34 @@ class LineStream:
         """The sentences whose lines begin in the block at byte `start`."""
         file.seek(max(0, start - 1))
         if start:
-            file.readline()  # of a line that began before, or the line break of one that ended there
+            file.readline()  # skip the rest of a line of the previous block, or only its line break
         end = min(start + self.block_bytes, self.size)
 
         def numbered() -> Iterator[tuple[int, bytes]]:
-            while (place := file.tell()) < end:
-                yield place, file.readline()
+            while (offset := file.tell()) < end:
+                yield offset, file.readline()
 
         return delimited.parse(numbered(), self.path, self.data, first=0, unit=", from byte")
 
 
 def open_stream(data: DataConfig) -> LineStream:
-    """The training file of a `text` corpus, or of a layout of such files. Raises DataError if there is none."""
+    """Open the training file of a `text` corpus or of a layout of text files. Raises DataError if there is none."""
     known = layouts.settings(data) if data.corpus in layouts.LAYOUTS else data
     if known.corpus != "text":
-        raise DataError(f"data.streaming reads files of text; {data.corpus} is not one here")
+        raise DataError(f"data.streaming needs text files; {data.corpus} has none here; set data.streaming to false")
     path = text.find(known)["train"]
     if delimited.suffix(path) not in ("", ".jsonl"):
-        raise DataError(f"{path}: data.streaming reads plain text or JSON lines, where a line is a sentence")
+        raise DataError(f"{path}: data.streaming reads plain text or JSON lines, with one sentence per line")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             probes = []
-            for place in np.linspace(0, max(0, size - BLOCK_BYTES), _PROBES, dtype=np.int64):
-                file.seek(int(place))
+            for offset in np.linspace(0, max(0, size - BLOCK_BYTES), _PROBES, dtype=np.int64):
+                file.seek(int(offset))
                 probes.append(file.read(BLOCK_BYTES).hex())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not size:
-        raise DataError(f"{path}: empty; write one sentence a line")
+        raise DataError(f"{path}: empty; write one sentence per line")
     settings = [str(known.labelled), delimited.suffix(path), known.column]
     return LineStream(path, known, size, digest([str(size), *settings, *probes]), BLOCK_BYTES, WINDOW_BLOCKS)

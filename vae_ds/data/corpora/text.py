@@ -1,7 +1,7 @@
-"""The `text` corpus: three UTF-8 files of plain text, Optimus' layout of label, tab and text, CSV, TSV or JSON lines.
+"""The `text` corpus: three UTF-8 files of plain text, labelled text (label, tab, text), CSV, TSV or JSON lines.
 
-Lines are checked while they stream into an Arrow file in the cache, named by a hash of the bytes read, so a large
-corpus is read into memory by nobody and checked once.
+The lines are checked while they are written to an Arrow file in the cache. The name of that file is a hash of the
+source. Thus a large corpus is never read into memory, and is checked once.
 """
 
 from pathlib import Path
@@ -16,13 +16,13 @@ from vae_ds.errors import DataError
 
 NAMES = {"train": ("train",), "valid": ("valid", "dev", "validation", "val"), "test": ("test",)}
 _SUFFIXES = (".txt", *delimited.SUFFIXES)
-_LAYOUT = "1"  # of the cached files
+_LAYOUT = "1"  # version of the cached files
 
 
 def load(data: DataConfig) -> Corpus:
-    """The sentences of the three files, in file order; without the training file if that is read as a stream.
+    """Load the sentences of the three files, in file order; without the training file if it is read as a stream.
 
-    Raises DataError with file and line: a missing or empty file, and whatever `delimited.read` finds.
+    Raises DataError for a missing or empty file and, with file and line, for every error of `delimited.read`.
     """
     files = find(data)
     if data.streaming:
@@ -35,9 +35,9 @@ def load(data: DataConfig) -> Corpus:
 
 
 def check(data: DataConfig) -> None:
-    """Check the files to their last line, but not one that is read as a stream; memory does not grow with them.
+    """Check the files to their last line, except a training file that is read as a stream.
 
-    Raises DataError as `load` does.
+    Memory does not grow with the files. Raises DataError like `load`.
     """
     for split, path in find(data).items():
         if split == "train" and data.streaming:
@@ -47,13 +47,13 @@ def check(data: DataConfig) -> None:
 
 
 def find(data: DataConfig) -> dict[str, Path]:
-    """The file of each split. Raises DataError that says which file is missing and what to do."""
+    """Find the file of each split. Raises DataError, which says which file is missing and what to do."""
     folder = Path(data.path).expanduser() if data.path else None
     if folder and not folder.is_dir() and not (data.train and data.valid and data.test):
-        found = "a file" if folder.exists() else "no such directory"
+        found = "is a file" if folder.exists() else "no such directory"
         raise DataError(
-            f"{folder}: {found}; data.path is a directory with train.txt, valid.txt and test.txt. For a data set of the"
-            " hub: --set data.corpus=dataset data.path=NAME data.column=COLUMN"
+            f"{folder}: {found}; data.path is a directory with train.txt, valid.txt and test.txt; for a data set of the"
+            " hub, use --set data.corpus=dataset data.path=NAME data.column=COLUMN"
         )
     return {split: _file(folder, split, getattr(data, split)) for split in SPLITS}
 
@@ -62,23 +62,25 @@ def _file(folder: Path | None, split: str, named: str | None) -> Path:
     if named:
         path = Path(named).expanduser()
         if not path.is_file():
-            raise DataError(f"{path}: no such file; data.{split} names it")
+            raise DataError(f"{path}: no such file; correct data.{split}")
         return path
-    assert folder is not None  # the settings ask for `path` where a split is not named
+    assert folder is not None  # the settings require `path` if the file of a split is not given
     names = (f"{name}{suffix}" for name in NAMES[split] for suffix in _SUFFIXES)
     found = [folder / name for name in names if (folder / name).is_file()]
     if len(found) > 1:
         both = " and ".join(path.name for path in found)
-        raise DataError(f"{folder}: {both}; set data.{split} to the one that is meant")
+        raise DataError(f"{folder}: {both}; set data.{split} to one of them")
     if found:
         return found[0]
     wanted = " or ".join(f"{name}.txt" for name in NAMES[split])
     others = ", ".join(delimited.SUFFIXES)
-    raise DataError(f"{folder}: no {wanted} (or {others}); add it, one sentence a line, or set data.{split} to a file")
+    raise DataError(
+        f"{folder}: no {wanted} (or {others}); add it, one sentence per line, or set data.{split} to a file"
+    )
 
 
 def _columns(path: Path, data: DataConfig) -> list[str]:
-    """What decides the text of a file beside its bytes and `data.labelled`."""
+    """The settings that determine the text of a file, besides its bytes and `data.labelled`."""
     kind = delimited.suffix(path)
     return [kind, data.column] if kind else []
 

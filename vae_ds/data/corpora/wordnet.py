@@ -1,8 +1,8 @@
 """The `wordnet` corpus: the definitions of WordNet's 117,659 synsets, read from its database files, offline.
 
-The files are those of the wndb format: data.noun, data.verb, data.adj and data.adv. A gloss is a definition, then
-perhaps examples in quotation marks; the definition is a sentence, and with `data.examples` each example is one too.
-Exact duplicates are left out, and near-duplicates share a split, which is a hash of the text.
+The files have the wndb format: data.noun, data.verb, data.adj and data.adv. A gloss is a definition, optionally
+followed by examples in quotation marks. The definition is a sentence; with `data.examples`, so is each example. Exact
+duplicates are removed. The split is a hash of the near-duplicate key, so near-duplicates are in the same split.
 """
 
 import ast
@@ -17,8 +17,8 @@ from vae_ds.data.corpora import splits
 from vae_ds.data.corpora.corpus import Corpus, limited
 from vae_ds.errors import DataError
 
-PLACE = "/usr/share/wordnet"  # of Debian's and Ubuntu's package wordnet-base
-TYPES = {"noun": "n", "verb": "v", "adj": "as", "adv": "r"}  # the synset types that each file may hold
+PLACE = "/usr/share/wordnet"  # the directory of the Debian and Ubuntu package wordnet-base
+TYPES = {"noun": "n", "verb": "v", "adj": "as", "adv": "r"}  # the synset types that each file may contain
 # Examples follow a semicolon, a colon, a comma or nothing; a quoted word inside a definition follows a word.
 _EXAMPLES = re.compile(r'(?:[;:,]\s*|\)\s+|^)(?:e\.\s?g\.,?\s*)?"')
 _QUOTED = re.compile(r'"([^"]+)"')
@@ -28,10 +28,10 @@ _HEX = {width: re.compile(rf"[0-9a-f]{{{width}}}") for width in (1, 2, 4)}
 
 
 def load(data: DataConfig) -> Corpus:
-    """The sentences by split, in an order that is a hash of each, so that the first N are a fair sample.
+    """Load the sentences by split, sorted by a hash of each sentence, so that the first N are a random sample.
 
-    Facts: `synsets`, and `sentences` after duplicates. Raises DataError: the files are missing, or a line is not as the
-    format has it (with file and line).
+    Facts: the number of `synsets`, and the number of `sentences` of each split without duplicates. Raises DataError if
+    a file is missing or, with file and line, if a line does not follow the format.
     """
     files = find(data)
     own = [ast.dump(ast.parse(Path(str(code)).read_text("utf-8"))) for code in (__file__, splits.__file__)]
@@ -45,30 +45,30 @@ def load(data: DataConfig) -> Corpus:
 
 
 def check(data: DataConfig) -> None:
-    """Check that the files are there. Raises DataError."""
+    """Check that the files exist. Raises DataError."""
     find(data)
 
 
 def find(data: DataConfig) -> dict[str, Path]:
-    """The database files by part of speech. Raises DataError that says where they come from."""
+    """Find the database files by part of speech. Raises DataError, which says how to install them."""
     folder = Path(data.path or PLACE).expanduser()
     files = {kind: folder / f"data.{kind}" for kind in TYPES}
     missing = [path.name for path in files.values() if not path.is_file()]
     if missing:
         raise DataError(
             f"{folder}: no {', '.join(missing)} of WordNet there; install the package wordnet-base"
-            " (apt-get install wordnet-base), or set data.path to the directory that has them"
+            " (apt-get install wordnet-base), or set data.path to the directory of these files"
         )
     return files
 
 
 def read_glosses(path: Path, kind: str) -> Iterator[str]:
-    """The gloss of each synset of a file, in its order. Raises DataError with file and line."""
+    """The gloss of each synset of a file, in file order. Raises DataError with file and line."""
     offset = 0
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                # The licence stands in front, each of its lines indented by two blanks.
+                # The file begins with the licence, whose lines are indented by two spaces.
                 if not line.startswith(b"  "):
                     try:
                         yield _gloss(line.decode("utf-8"), offset, kind)
@@ -80,7 +80,7 @@ def read_glosses(path: Path, kind: str) -> Iterator[str]:
 
 
 def parts(gloss: str) -> tuple[str, list[str]]:
-    """The definition of a gloss, and its examples; white space is folded and what joined them is removed."""
+    """The definition of a gloss and its examples. Whitespace is normalised, and separators are removed."""
     gloss = " ".join(gloss.split())
     cut = _EXAMPLES.search(gloss)
     if cut is None:
@@ -92,7 +92,7 @@ def parts(gloss: str) -> tuple[str, list[str]]:
 
 
 def _gloss(line: str, offset: int, kind: str) -> str:
-    """The gloss of one line, every field before it checked. Raises ValueError."""
+    """Check every field of a line and return its gloss. Raises ValueError."""
     head, bar, gloss = line.partition(" | ")
     if not bar:
         raise ValueError("no ` | ` before a gloss")
@@ -150,7 +150,7 @@ def _prepare(files: dict[str, Path], examples: bool, folder: Path) -> None:
                     unique.setdefault(text)
     chosen: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
     for text in unique:
-        # Salted: the split is a hash of the near-duplicate key.
+        # Salted, to be independent of the split, which is a hash of the near-duplicate key.
         chosen[splits.split_of(text)].append((digest(["order", text]), text))
     for split, rows in chosen.items():
         write_rows(folder / f"{split}.arrow", ((text,) for _, text in sorted(rows)))
@@ -158,7 +158,7 @@ def _prepare(files: dict[str, Path], examples: bool, folder: Path) -> None:
     try:
         part = folder / ".facts.part"
         part.write_text(json.dumps(facts), encoding="utf-8")
-        # Last, since it says that the other files are whole.
+        # Write this file last: it marks the other files as complete.
         part.replace(folder / "facts.json")
     except OSError as error:
         raise cache_error(folder, error) from None
