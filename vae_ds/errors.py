@@ -1,8 +1,8 @@
-"""The exceptions that a user can meet. Each carries one line that says what was found and what would do."""
+"""The exceptions that a user can see. Each message is one line: what was found and what to do."""
 
 
 class UserError(Exception):
-    """The user's input is wrong; the command line prints the message alone and exits with 2."""
+    """The user's input is wrong. The command line prints only the message and exits with code 2."""
 
 
 class ConfigError(UserError):
@@ -17,13 +17,13 @@ class CheckpointError(UserError):
     """A run directory, a checkpoint or an exported model is missing, broken or of another version."""
 
 
-class Stopped(Exception):  # noqa: N818 - an ending that was asked for, no error
-    """A signal asked the run to end; a checkpoint was saved, and the same command resumes. Exit code 75."""
+class Stopped(Exception):  # noqa: N818 - a requested stop is not an error
+    """A signal stopped the run after a checkpoint was saved. The same command resumes the run. Exit code 75."""
 
 
-class Failed(Exception):  # noqa: N818 - said of what was tried
-    """It was tried and did not come off, for a reason that one line tells: no traceback, exit code 1."""
+class Failed(Exception):  # noqa: N818 - the name describes an outcome
+    """An operation failed for a reason that fits in one line. No traceback is printed. Exit code 1."""
 
 
 class StorageError(Failed):
-    """What had to be on the disk could not be written."""
+    """A required file could not be written to the disk."""

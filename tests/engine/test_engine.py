@@ -130,7 +130,7 @@ def test_a_module_that_is_not_float32_is_refused() -> None:
 
 
 def test_a_batch_size_of_the_file_that_is_not_the_recipes_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"`train_micro_batch_size_per_gpu` is 7, but the recipe owns it and says 1"):
+    with pytest.raises(ConfigError, match=r"`train_micro_batch_size_per_gpu` is 7, but the recipe sets it to 1"):
         build(torch.nn.Linear(2, 2), train_micro_batch_size_per_gpu=7)
 
 
@@ -207,14 +207,14 @@ WRONG = [
     ({"data_types": {"grad_acum_dtype": "fp32"}}, r"`data_types\.grad_acum_dtype` \(did you mean `grad_accum_dtype`"),
     ({"tensorboard": {"output_pth": "x"}}, r"`tensorboard\.output_pth` \(did you mean `output_path`"),
     ({"activation_checkpointing": {"partition_activation": True}}, r"did you mean `partition_activations`"),
-    ({"bf16": {"enabled": False}}, r"`bf16\.enabled` is false, but the recipe owns it and says true"),
-    ({"fp16": {"enabled": True}}, r"`fp16\.enabled` is true, but the recipe owns it and says false"),
-    ({"gradient_clipping": 1.0}, r"`gradient_clipping` is 1\.0, but the recipe owns it and says 0\.5"),
-    ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, r"`optimizer\.params\.lr`: the recipe owns"),
-    ({"optimizer": {"type": "Lamb"}}, r"`optimizer`: the recipe owns the optimizer"),
-    ({"scheduler": {"type": "WarmupLR"}}, r"`scheduler`: the recipe owns the learning-rate schedule"),
+    ({"bf16": {"enabled": False}}, r"`bf16\.enabled` is false, but the recipe sets it to true"),
+    ({"fp16": {"enabled": True}}, r"`fp16\.enabled` is true, but the recipe sets it to false"),
+    ({"gradient_clipping": 1.0}, r"`gradient_clipping` is 1\.0, but the recipe sets it to 0\.5"),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, r"`optimizer\.params\.lr`: the recipe sets"),
+    ({"optimizer": {"type": "Lamb"}}, r"`optimizer`: the recipe sets the optimizer"),
+    ({"scheduler": {"type": "WarmupLR"}}, r"`scheduler`: the recipe sets the learning-rate schedule"),
     ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, r"`zero_optimization\.reduce_bucket_size` is"),
-    ({"zero_optimization": {"stage": "auto"}}, r"`zero_optimization\.stage` is 0, 1, 2 or 3; found \"auto\""),
+    ({"zero_optimization": {"stage": "auto"}}, r"`zero_optimization\.stage` must be 0, 1, 2 or 3; found \"auto\""),
     ({"zero_optimization": {"stage": 2, "overlap_comm": "maybe"}}, r"`zero_optimization\.overlap_comm`: "),
     (on_nvme(stage=2), r"`zero_optimization\.offload_optimizer\.device`: nvme needs stage 3; found stage 2"),
     (on_nvme(sub_group_size=1e9), r"`zero_optimization\.sub_group_size` must be 1 with nvme .*found 1000000000"),
@@ -236,10 +236,10 @@ WRONG = [
     ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, r"`torch_autocast\.enabled` must be false"),
     ({"zero_optimization": {"stage": 0}, "data_types": {"grad_accum_dtype": "fp32"}}, r"stage 0 accumulates in bf16"),
     ({"eigenvalue": {"enabled": True}}, r"DeepSpeed refuses it: .*removed"),
-    ({"bf16": True}, r"`bf16` is an object of settings; found True"),
-    ("[1]", r"a ds_config is an object; found list"),
+    ({"bf16": True}, r"`bf16` must be an object of settings; found True"),
+    ("[1]", r"a ds_config must be an object; found list"),
     ('{\n"a": 1,\n}', r"mine\.json:\d: not valid JSON"),
-    ('{"fp16": {}, "fp16": {}}', r"key `fp16` stands twice"),
+    ('{"fp16": {}, "fp16": {}}', r"duplicate key `fp16`"),
 ]
 
 
@@ -301,7 +301,7 @@ def test_a_parameter_sizes_the_buffers_and_a_smaller_statement_is_refused(
     stated = {"device": "nvme", "buffer_size": 10}
     tree = settled(monkeypatch, tmp_path, offload_param=stated)
     assert nvme.owned(tree, parameters, world=2) == {key: 10}
-    with pytest.raises(ConfigError, match=r"buffer_size`: found 10, but a parameter has 15 elements a rank"):
+    with pytest.raises(ConfigError, match=r"buffer_size`: found 10, but a parameter has 15 elements per rank"):
         nvme.owned(tree, parameters, world=1)
 
 
@@ -312,7 +312,7 @@ def test_a_drive_without_room_is_an_error_before_anything_is_written(
     tree["zero_optimization"]["offload_param"]["buffer_size"] = 1
     huge = torch.nn.Parameter(torch.empty(10**15, device="meta"))
     with pytest.raises(
-        ConfigError, match=r"GB free, but this node's ranks swap 18000000\.00 GB there; set VAE_DS_NVME"
+        ConfigError, match=r"GB free, but the ranks of this node need 18000000\.00 GB there; set VAE_DS_NVME"
     ):
         nvme.claim(tree, [huge], alone(), element_bytes=2)
     assert not list(tmp_path.iterdir())
@@ -336,7 +336,7 @@ nvme.claim(tree, [torch.nn.Parameter(torch.empty(10**6))], ranks, element_bytes=
     limited = [*without, "bash", "-c", 'ulimit -l 64; exec "$@"', "bash", sys.executable, "-c", code]
     env = clean_environment(tmp_path) | {nvme.VARIABLE: str(tmp_path)}
     done = subprocess.run(limited, env=env, timeout=60, check=False, capture_output=True, text=True)
-    wanted = "locks 18.0 MB of memory a rank, but only 0.1 MB may be locked; raise the limit (`ulimit -l unlimited`"
+    wanted = "locks 18.0 MB of memory per rank, but only 0.1 MB may be locked; raise the limit (`ulimit -l unlimited`"
     assert wanted in done.stderr, done.stderr
     assert not list(tmp_path.glob(f"{nvme.PREFIX}*"))
 

@@ -207,7 +207,7 @@ def test_two_nodes_are_one_and_a_job_comes_back(nodes: Cluster, longer: list[str
     assert "start 3: vae-ds train demo" in log
     assert "the job is in the queue again and resumes" in log
     # Each rank has a log of its own, which goes on over the starts.
-    assert rank_log(nodes, job, 0).count("rerun to resume") >= 2
+    assert rank_log(nodes, job, 0).count("run the same command to resume") >= 2
     assert rank_log(nodes, job, 1) != rank_log(nodes, job, 0)
 
 
@@ -242,7 +242,7 @@ def test_phases_as_jobs_of_their_own(nodes: Cluster, longer: list[str], quiet: P
     assert nodes.field(second, "Dependency").startswith(f"afterok:{first}")
     assert nodes.wait(first) == "COMPLETED", nodes.logs()
     status = json.loads((run / "status.json").read_text(encoding="utf-8"))
-    assert (status["state"], status["reason"]) == ("stopped", "after phase warmup, as asked")
+    assert (status["state"], status["reason"]) == ("stopped", "after phase warmup, as requested")
     assert world_of(run) == 1
     assert nodes.wait(second) == "COMPLETED", nodes.logs()
     assert world_of(run) == 2
@@ -398,8 +398,8 @@ def test_submit(nodes: Cluster, settings: list[str], tmp_path: Path) -> None:
     ("words", "told"),
     [
         (["--gpus-per-node", "3"], "batch.global 64 does not divide over 3 ranks; nearest that do: 63, 66"),
-        (["--time", "tomorrow"], "--time tomorrow: use SLURM's form"),
-        (["--sbatch=--mail user"], "'--mail user' cannot stand in a batch file"),
+        (["--time", "tomorrow"], "--time tomorrow: use SLURM's format"),
+        (["--sbatch=--mail user"], "a batch file cannot contain '--mail user'"),
         (["--set", "phases.0.stepss=3"], "stepss"),
     ],
 )

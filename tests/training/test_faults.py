@@ -262,7 +262,8 @@ def test_what_may_change_on_the_way_is_told_and_what_may_not_is_named(
         assert code_of(*run, "phases.1.steps=3", fatal) == 2
         assert fatal.partition("=")[0] in capsys.readouterr().err
     assert code_of(*run, "phases.1.steps=5", "checkpoint.every_steps=2", "logging.every=2") == 0
-    assert "resumes with changed settings: phases.1.steps, checkpoint.every_steps, logging.every" in caplog.text
+    assert "continues with changed settings: phases.1.steps was 3, now 5; checkpoint.every_steps was" in caplog.text
+    assert "; logging.every was" in caplog.text
     assert rows(tmp_path / "run")[-1]["step"] == 8
     assert state_of(tmp_path / "run") == "done"
 

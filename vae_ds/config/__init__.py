@@ -1,6 +1,6 @@
-"""Recipes: typed settings, the YAML files that hold them, dotted overrides, and the hub's names.
+"""Recipes: typed settings, the YAML files that contain them, dotted overrides, and access to the Hugging Face hub.
 
-Stands on `errors` alone.
+Depends only on `errors`.
 """
 
 from vae_ds.config import hub
@@ -35,7 +35,7 @@ from vae_ds.config.settings import (
     StudyConfig,
     TimeoutConfig,
 )
-from vae_ds.config.yaml_tree import EXCLUSIVE, differences, split_override
+from vae_ds.config.yaml_tree import EXCLUSIVE, override, split_override
 
 __all__ = [
     "EXCLUSIVE",
@@ -61,10 +61,10 @@ __all__ = [
     "StudyConfig",
     "TimeoutConfig",
     "build",
-    "differences",
     "dump",
     "hub",
     "load",
+    "override",
     "read_recipe",
     "reference",
     "shipped_recipes",

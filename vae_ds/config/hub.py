@@ -1,6 +1,6 @@
-"""The Hugging Face hub where it is out of reach: its libraries' caches answer at once.
+"""Access to the Hugging Face hub without a network: use the local caches of its libraries at once.
 
-On their own the libraries retry for half a minute a call and print each try.
+By default, the libraries retry for half a minute per call and print each attempt.
 """
 
 import functools
@@ -14,22 +14,25 @@ from urllib.request import getproxies
 
 from huggingface_hub import constants
 
-PATIENCE_S = 5.0
+TIMEOUT_S = 5.0
 
 
 def is_offline() -> bool:
-    """Whether the hub's libraries were told to stay offline, by HF_HUB_OFFLINE or by this room."""
+    """Whether the hub's libraries are offline, because of HF_HUB_OFFLINE or `reachable_or_offline`."""
     return bool(constants.HF_HUB_OFFLINE)
 
 
 @contextmanager
 def reachable_or_offline(local: bool = False) -> Iterator[None]:
-    """Inside, hub names are served from the local cache alone if the hub does not answer; `local` asks nobody."""
-    # The second is a copy of the switch, there once that library is imported.
+    """Within this context, load hub names only from the local cache if the hub does not answer.
+
+    With `local`, always load from the cache and do not contact the hub.
+    """
+    # `datasets` copies the switch when it is imported.
     holders: list[Any] = [constants, sys.modules.get("datasets.config")]
     switches = [(module, module.HF_HUB_OFFLINE) for module in holders if module is not None]
-    told = any(before for _, before in switches)
-    offline = told or not (local or _answers(constants.ENDPOINT))
+    already_offline = any(before for _, before in switches)
+    offline = already_offline or not (local or _answers(constants.ENDPOINT))
     try:
         for module, _ in switches:
             module.HF_HUB_OFFLINE = offline
@@ -41,7 +44,7 @@ def reachable_or_offline(local: bool = False) -> Iterator[None]:
 
 @functools.cache
 def _answers(endpoint: str) -> bool:
-    """Whether anything accepts a connection at the hub's address, or at the proxy's; asked once a process."""
+    """Whether the address of the hub, or of the proxy, accepts a connection. Checked once per process."""
     target = urlsplit(endpoint)
     proxies = getproxies()
     proxy = proxies.get(target.scheme) or proxies.get("all")
@@ -49,7 +52,7 @@ def _answers(endpoint: str) -> bool:
         target = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     port = target.port or (443 if target.scheme == "https" else 80)
     try:
-        socket.create_connection((target.hostname or "", port), timeout=PATIENCE_S).close()
+        socket.create_connection((target.hostname or "", port), timeout=TIMEOUT_S).close()
     except OSError:
         return False
     return True

@@ -1,4 +1,7 @@
-"""Recipes: one YAML file, dotted overrides, unknown keys raise with a suggestion. The classes are in `settings`."""
+"""Load recipes: one YAML file, dotted overrides, and an error with a suggestion for each unknown key.
+
+The settings classes are in `settings`.
+"""
 
 import difflib
 import json
@@ -19,7 +22,7 @@ Config = TypeVar("Config", RunConfig, PretrainConfig, StudyConfig, SiteConfig)
 
 
 def reference(kind: type[Settings] = RunConfig, prefix: str = "") -> list[tuple[str, str, str]]:
-    """Every setting of a recipe: dotted key, default as YAML, what it is; in the order of the classes."""
+    """Every setting of a recipe as (dotted key, default as YAML, description), in the order of the classes."""
     rows: list[tuple[str, str, str]] = []
     for name, field in kind.model_fields.items():
         key = prefix + (field.alias or name)
@@ -45,15 +48,15 @@ def _schedule(kind: type[Settings]) -> str | None:
 
 
 def shipped_recipes(folder: str = "recipes") -> list[str]:
-    """Names of the recipes that ship with the package, sorted; with `studies`, of the studies."""
-    place = resources.files("vae_ds.config") / folder
-    return sorted(entry.name.removesuffix(".yaml") for entry in place.iterdir() if entry.name.endswith(".yaml"))
+    """Sorted names of the shipped recipes, or of the shipped studies if `folder` is `studies`."""
+    entries = (resources.files("vae_ds.config") / folder).iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
 
 
 def read_recipe(recipe: str, folder: str = "recipes") -> tuple[str, str]:
-    """The YAML text of a recipe, a file or a name shipped in `folder` of the package, and where it came from.
+    """The YAML text of a recipe, and its source. `recipe` is a file, or a name shipped in `folder` of the package.
 
-    Raises ConfigError if there is neither, or the file is not UTF-8.
+    Raises ConfigError if neither exists, or if the file is not UTF-8.
     """
     path = Path(recipe)
     if path.suffix in {".yaml", ".yml"} and not path.is_file():
@@ -66,14 +69,16 @@ def read_recipe(recipe: str, folder: str = "recipes") -> tuple[str, str]:
     names = shipped_recipes(folder)
     if recipe not in names:
         what = {"recipes": "recipe", "studies": "study"}[folder]
-        raise ConfigError(f"no {what} `{recipe}`{_suggest(recipe, names)}; shipped: {', '.join(names)}; or name a file")
+        raise ConfigError(
+            f"no {what} `{recipe}`{_suggest(recipe, names)}; shipped: {', '.join(names)}; or give a YAML file"
+        )
     return (resources.files("vae_ds.config") / folder / f"{recipe}.yaml").read_text(encoding="utf-8"), f"{recipe}.yaml"
 
 
 def load(kind: type[Config], recipe: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe (a file or a shipped name), apply `KEY=VALUE` overrides, check everything.
+    """Read a recipe (a file or a shipped name), apply `KEY=VALUE` overrides, and validate the result.
 
-    Raises ConfigError that names the file, the key and what was found.
+    Raises ConfigError with the file, the key and the value that was found.
     """
     text, source = read_recipe(recipe, "studies" if kind is StudyConfig else "recipes")
     tree = parse_yaml(text, source)
@@ -83,13 +88,13 @@ def load(kind: type[Config], recipe: str, overrides: Sequence[str] = ()) -> Conf
 
 
 def build(kind: type[Config], tree: dict[str, Any], source: str) -> Config:
-    """Check a parsed recipe against its settings class. Raises ConfigError."""
+    """Validate a parsed recipe against its settings class. Raises ConfigError."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        faults = error.errors()
-        # A fault inside a list makes pydantic report the list, too; the innermost says enough.
-        inner = [one for one in faults if not any(one is not other and _within(other, one) for other in faults)]
+        errors = error.errors()
+        # For an error inside a list, pydantic also reports the list. Keep only the innermost errors.
+        inner = [one for one in errors if not any(one is not other and _within(other, one) for other in errors)]
         raise ConfigError(f"{source}: " + "; ".join(_explain(kind, item) for item in inner)) from None
 
 
@@ -120,10 +125,10 @@ def _suggest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean `{close[0]}`?)" if close else ""
 
 
-def _keys_at(kind: type[Settings], place: Iterable[int | str]) -> set[str]:
-    """The keys that may stand at a place of the recipe, given as pydantic names it."""
+def _keys_at(kind: type[Settings], location: Iterable[int | str]) -> set[str]:
+    """The valid keys at a location in the recipe. pydantic gives the location."""
     classes = {kind}
-    for part in place:
+    for part in location:
         if part in SCHEDULES:
             classes = {one for one in classes if part in get_args(one.model_fields["schedule"].annotation)}
         elif isinstance(part, str):

@@ -1,4 +1,4 @@
-"""Recipes as plain trees: strict and safe YAML, and dotted overrides."""
+"""Recipes as plain trees: strict, safe YAML and dotted overrides."""
 
 import re
 from collections.abc import Iterable
@@ -8,19 +8,19 @@ import yaml
 
 from vae_ds.errors import ConfigError
 
-# Settings of which one recipe states exactly one; an override of one replaces the others.
+# A recipe states exactly one setting of each group. An override of one setting removes the others.
 EXCLUSIVE = ({"epochs", "steps"}, {"over_epochs", "over_steps", "over_fraction"})
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads `5e-5` as a number, as YAML 1.2 does, and refuses a key given twice."""
+    """Safe YAML that reads `5e-5` as a number, as YAML 1.2 does, and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key `{key}` stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key `{key}`", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -31,7 +31,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML safely. Raises ConfigError with the line."""
+    """Parse YAML safely. Raises ConfigError with the line number."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -41,7 +41,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Apply `a.b.0.c=value` settings to a parsed recipe; values are YAML. Returns a new tree."""
+    """Apply `a.b.0.c=value` overrides to a parsed recipe and return a new tree. Values are YAML."""
     result = _unshared(tree)
     pairs = [split_override(text) for text in overrides]
     keys = {key for key, _ in pairs}
@@ -56,7 +56,7 @@ def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
             node[_position(node, last, key)] = value
             continue
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {key}: `{'.'.join(parents)}` has no keys; it is {node!r}")
+            raise ConfigError(f"--set {key}: `{'.'.join(parents)}` has no keys; found {node!r}")
         node[last] = value
         for group in EXCLUSIVE:
             for rival in (group - {last}) if last in group else ():
@@ -66,7 +66,7 @@ def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def _unshared(tree: Any) -> Any:
-    """A copy in which what YAML anchors share stands once for each place: setting one must not set the others."""
+    """A deep copy in which YAML aliases are separate nodes, so that an override changes only one of them."""
     if isinstance(tree, dict):
         return {key: _unshared(value) for key, value in tree.items()}
     return [_unshared(value) for value in tree] if isinstance(tree, list) else tree
@@ -84,21 +84,10 @@ def _child(node: Any, name: str, path: str) -> Any:
         return node[_position(node, name, path)]
     if isinstance(node, dict):
         return node[name]
-    raise ConfigError(f"--set {path}: nothing has this name")
+    raise ConfigError(f"--set {path}: no such key; `vae-ds recipes keys` lists all keys")
 
 
 def _position(items: list[Any], name: str, path: str) -> int:
     if not name.isdigit() or int(name) >= len(items):
         raise ConfigError(f"--set {path}: a list of {len(items)}, so use an index from 0 to {len(items) - 1}")
     return int(name)
-
-
-def differences(before: Any, after: Any, path: str = "") -> list[str]:
-    """The dotted keys at which two trees differ, in order; where only one has a key, that key."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        pairs = {str(key): (before.get(key), after.get(key)) for key in {**before, **after}}
-    elif isinstance(before, list | tuple) and isinstance(after, list | tuple) and len(before) == len(after):
-        pairs = {str(place): pair for place, pair in enumerate(zip(before, after, strict=True))}
-    else:
-        return [] if before == after else [path]
-    return [key for name, pair in pairs.items() for key in differences(*pair, f"{path}.{name}" if path else name)]

@@ -1,6 +1,6 @@
-"""The ranks of a run: the process group, reductions over it, and random numbers that do not depend on it.
+"""The ranks of a run: the process group, collectives, and random numbers that do not depend on the ranks.
 
-Stands on `runtime` and `errors`.
+Depends on `runtime` and `errors`.
 """
 
 from vae_ds.distributed.collectives import (

@@ -1,6 +1,6 @@
 """Reductions and gathers over all ranks: sums, rows, small objects.
 
-Shapes: N rows of this rank, X any further dimensions.
+Shapes: N is the number of rows of this rank, X stands for any further dimensions.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks, as a new tensor of the same shape, type and device. A collective: every rank calls it."""
+    """The sum over ranks, as a new tensor of the same shape, dtype and device. A collective: every rank calls it."""
     total = tensor.detach().clone()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
@@ -24,23 +24,23 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class NamedSums:
-    """Sums of this rank by name, which one reduction adds over all ranks. Float64.
+    """Named float64 sums of this rank. One reduction adds them over all ranks.
 
-    All sums lie in one vector, so a step costs one collective, however many it reports.
+    All sums are stored in one vector, so a step needs only one collective for any number of sums.
     """
 
     def __init__(self, device: torch.device, **sizes: int) -> None:
-        """`sizes`: the number of elements of each sum."""
+        """`sizes` gives the number of elements of each sum."""
         self._sizes = sizes
         self._packed = torch.zeros(sum(sizes.values()), dtype=torch.float64, device=device)
         self._sums = dict(zip(sizes, self._packed.split(list(sizes.values())), strict=True))
-        # Numbers that the host knows wait here: one copy to the device a reduction, not one an addition.
+        # Numbers that are on the host are added here: one copy to the device per reduction, not one per addition.
         self._host = torch.zeros_like(self._packed, device="cpu")
         self._host_sums = dict(zip(sizes, self._host.split(list(sizes.values())), strict=True))
 
     @torch.no_grad()
     def add(self, **values: torch.Tensor | float | Sequence[float]) -> None:
-        """Add to some of the sums: tensors with as many elements, or plain numbers."""
+        """Add to some of the sums. Values are tensors of the size of the sum, or plain numbers."""
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
                 self._sums[name] += value.detach().double()
@@ -48,13 +48,13 @@ class NamedSums:
                 self._host_sums[name] += torch.tensor(value, dtype=torch.float64)
 
     def reduce(self) -> dict[str, torch.Tensor]:
-        """The sums over all ranks, on the CPU, and on GPUs the only synchronisation. A collective."""
+        """The sums over all ranks, on the CPU. On GPUs, this is the only synchronization. A collective."""
         total = all_sum(self._packed + self._host.to(self._packed.device)).cpu()
         return dict(zip(self._sizes, total.split(list(self._sizes.values())), strict=True))
 
 
 def gather_rows(rows_NX: torch.Tensor) -> torch.Tensor:
-    """The rows of all ranks in rank order, on every rank; ranks may bring different numbers. A collective."""
+    """The rows of all ranks in rank order, on every rank. Ranks may have different numbers of rows. A collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows_NX.detach().clone()
     counts = [torch.zeros(1, dtype=torch.int64, device=rows_NX.device) for _ in range(dist.get_world_size())]
@@ -86,15 +86,15 @@ def broadcast_object(value: Value, src: int = 0) -> Value:
 
 
 def barrier() -> None:
-    """Wait until every rank is here. A collective."""
+    """Wait until every rank has reached this call. A collective."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
 
 def rank0_first(work: Callable[[], Value]) -> Value:
-    """Run `work` on rank 0, then on the others, who find its cache. A collective.
+    """Run `work` on rank 0, then on the other ranks, which find the cache that rank 0 wrote. A collective.
 
-    Raises rank 0's UserError on every rank, so that one clear message ends all of them.
+    If rank 0 raises a UserError, every rank raises one with the same message.
     """
     ranks = start()
     value: Value | None = None
@@ -102,13 +102,15 @@ def rank0_first(work: Callable[[], Value]) -> Value:
     if ranks.is_main:
         try:
             value = work()
-        except Exception as error:  # passed on below: the others wait for an answer
+        except Exception as error:  # raised below: the other ranks wait for the broadcast
             fault = error
-    told = broadcast_object(None if fault is None else (type(fault).__name__, str(fault), isinstance(fault, UserError)))
+    failure = broadcast_object(
+        None if fault is None else (type(fault).__name__, str(fault), isinstance(fault, UserError))
+    )
     if fault is not None:
         raise fault
-    if told is not None:
-        name, message, is_user_error = told
+    if failure is not None:
+        name, message, is_user_error = failure
         raise UserError(message) if is_user_error else RuntimeError(f"rank 0 failed: {name}: {message}")
     if not ranks.is_main:
         value = work()

@@ -1,7 +1,7 @@
-"""Random numbers: streams that are functions of their keys, and the state of this process's generators.
+"""Random numbers: streams that are functions of their keys, and the states of this process's generators.
 
-The method's own draws (sentence order, deletion noise, eps) come from `stream`. Only dropout uses the generators of the
-process; `capture` and `restore` carry their state through checkpoints as plain data: no pickle, readable JSON.
+The random numbers of the method (sentence order, deletion noise, eps) come from `stream`. Only dropout uses the
+generators of the process. `capture` and `restore` save their states in checkpoints as JSON, without pickle.
 """
 
 import base64
@@ -28,7 +28,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(plain: dict[str, Any]) -> None:
-    """Set the generators to what `capture` returned; a GPU's state is skipped where there is none."""
+    """Set the generators to the states that `capture` returned. Without a GPU, the state of a GPU is ignored."""
     version, numbers, gauss = plain["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, position, has_gauss, cached = plain["numpy"]
@@ -47,13 +47,13 @@ def _tensor(text: str) -> torch.Tensor:
 
 
 def stream(*keys: int | str) -> np.random.Generator:
-    """A counter-based random generator that is a function of `keys` alone, the same on every rank and machine."""
+    """A counter-based random generator that depends only on `keys`. It is the same on every rank and machine."""
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 def seed_everything(seed: int, rank: int, phase: int) -> None:
-    """Seed the generators behind dropout, differently on each rank; the method's own draws use `stream`."""
+    """Seed the generators that dropout uses, differently on each rank."""
     numbers = stream(seed, "phase", phase, "rank", rank).integers(0, 2**31, size=3)
     random.seed(int(numbers[0]))
     np.random.seed(int(numbers[1]))

@@ -1,4 +1,4 @@
-"""The process group: who this rank is, where the ranks meet, and how they leave."""
+"""The process group: the numbers of this rank, joining the group, and leaving it."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from vae_ds.errors import ConfigError
 from vae_ds.runtime import cores, free_port, slurm
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-# What `start` may set for torch and DeepSpeed, and `finish` takes back.
+# Environment variables that `start` may set for torch and DeepSpeed. `finish` restores them.
 VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"),
@@ -24,7 +24,7 @@ VARIABLES = (
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all processes of the run."""
+    """The rank, local rank, world size and device of this process."""
 
     rank: int
     local_rank: int
@@ -33,7 +33,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
 
@@ -43,9 +43,9 @@ _before: dict[str, str | None] = {}
 
 
 def start() -> Ranks:
-    """Join the process group, once: NCCL where there are GPUs, gloo elsewhere; one process alone works too.
+    """Join the process group once: NCCL on GPUs, gloo on CPUs. A single process works too.
 
-    Ranks come from RANK, LOCAL_RANK and WORLD_SIZE (deepspeed and torchrun set them), else from SLURM's variables.
+    The ranks come from RANK, LOCAL_RANK and WORLD_SIZE (set by deepspeed and torchrun), else from SLURM's variables.
     Raises ConfigError if only some of them are set.
     """
     global _ranks, _store, _before
@@ -55,7 +55,7 @@ def start() -> Ranks:
     rank, local_rank, world = _numbers()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        # A task that sees one device only (SLURM's --gpus-per-task=1) has a local rank past it.
+        # A task that sees only one device (SLURM's --gpus-per-task=1) can have a local rank above 0.
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
@@ -74,10 +74,10 @@ def start() -> Ranks:
 
 
 def open_store(port: int, serve: bool, timeout: timedelta) -> dist.TCPStore:
-    """A store at MASTER_ADDR: served there (port 0: any free one), or joined.
+    """Open a TCPStore at MASTER_ADDR: as its server (port 0: any free port), or as a client.
 
-    The server listens at that address alone; torch's own listens at every address of the machine.
-    Raises ConfigError if the address or the port cannot be had.
+    The server listens only at this address. Torch's own server listens at every address of the machine.
+    Raises ConfigError if it cannot listen at the address and port.
     """
     host = os.environ["MASTER_ADDR"]
     if not serve:
@@ -98,7 +98,7 @@ def _listener(host: str, port: int) -> socket.socket:
     try:
         listener.bind(address)
     except OSError as error:
-        # Behind address translation this host's name may stand for an address that none of its interfaces has.
+        # Behind address translation, the name of this host can resolve to an address that none of its interfaces has.
         if error.errno != errno.EADDRNOTAVAIL:
             raise
         listener.bind(("", port))
@@ -107,14 +107,14 @@ def _listener(host: str, port: int) -> socket.socket:
 
 
 def interface_to(host: str) -> str | None:
-    """The network interface of this machine that leads to a host, None if there is none or it does not say.
+    """The network interface of this machine that is used to reach `host`. None if it cannot be determined.
 
-    Gloo by itself takes the one that this machine's own name stands for, often the loopback.
+    By default, gloo uses the interface that this machine's own name resolves to, which is often the loopback.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            # A datagram socket sends nothing here; the route alone is looked up.
+            # Connecting a datagram socket sends nothing; it only looks up the route.
             probe.connect(address)
             own = probe.getsockname()[0]
     except OSError:
@@ -126,9 +126,9 @@ def interface_to(host: str) -> str | None:
 
 
 def part() -> None:
-    """Wait until every rank is here, for the last time: after it a process may end at once. A collective.
+    """The last barrier: wait until every rank is here. After it, a process can exit at once. A collective.
 
-    A rank that leaves gloo's own barrier may still have words for the others in its buffers, and they would miss them.
+    Gloo's own barrier is not sufficient: a rank that leaves it can still have unsent data for the others.
     """
     if _ranks is None or _store is None or _ranks.world == 1:
         return
@@ -136,16 +136,16 @@ def part() -> None:
     try:
         _store.wait([f"parted/{rank}" for rank in range(_ranks.world)], COLLECTIVE_TIMEOUT)
     except (RuntimeError, dist.DistError):
-        # Rank 0 has the store and goes once it has seen all of us.
+        # Rank 0 serves the store, and exits as soon as it has seen all ranks.
         if _ranks.is_main:
             raise
     if _ranks.is_main:
-        # The others have their answer before the store goes, which they would complain of.
+        # Let the other ranks receive their answer before the store closes; otherwise they report an error.
         time.sleep(0.2)
 
 
 def finish() -> None:
-    """Leave the process group, and the environment as it was; for a successful end only: every rank must come here."""
+    """Leave the process group and restore the environment. Only for a successful end: every rank must call it."""
     global _ranks, _store, _before
     part()
     if dist.is_initialized():
@@ -159,7 +159,7 @@ def finish() -> None:
 
 
 def _numbers() -> tuple[int, int, int]:
-    """Rank, local rank, world size; sets the variables that torch and DeepSpeed read where they are missing."""
+    """Rank, local rank and world size. Sets the variables that torch and DeepSpeed read, if they are missing."""
     env = os.environ
     if "RANK" not in env and (task := slurm.task(env)) is not None:
         env.update(RANK=str(task.rank), LOCAL_RANK=str(task.local_rank), WORLD_SIZE=str(task.world))
@@ -169,13 +169,13 @@ def _numbers() -> tuple[int, int, int]:
         env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
     if missing:
-        raise ConfigError(f"RANK is set but not {', '.join(missing)}; start through `deepspeed`, `torchrun` or `srun`")
+        raise ConfigError(f"RANK is set but not {', '.join(missing)}; start with `deepspeed`, `torchrun` or `srun`")
     env.setdefault("LOCAL_RANK", "0")
     return int(env["RANK"]), int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"])
 
 
 def _pin_threads(world: int) -> None:
-    """Share the cores of this machine among its ranks: the launcher leaves it to each to take all of them."""
+    """Divide the cores of this machine among its ranks. Without this, each rank would use all of them."""
     if "OMP_NUM_THREADS" in os.environ:
         return
     if "SLURM_CPUS_PER_TASK" in os.environ:

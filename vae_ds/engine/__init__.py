@@ -1,6 +1,6 @@
-"""The door to DeepSpeed: no other package imports it. Resolves a ds_config and runs one phase on an engine.
+"""DeepSpeed: resolve a ds_config and run one phase on an engine. No other sub-package imports DeepSpeed.
 
-Stands on `distributed`, `config` and `errors`.
+Depends on `distributed`, `config` and `errors`.
 """
 
 from vae_ds.engine.masters import MOMENTS

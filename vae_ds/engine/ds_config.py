@@ -1,7 +1,8 @@
-"""ds_configs: which JSON a recipe means, who owns which key, and filling in what the recipe owns. Knows no DeepSpeed.
+"""ds_configs: find the JSON file of a recipe, check it, and fill in the recipe's values. Does not import DeepSpeed.
 
-A ds_config holds what is DeepSpeed's own (stage, buckets, offloading); the recipe owns batch sizes, precision,
-optimizer, schedule and clipping, and a ds_config says "auto" there or nothing (as the Hugging Face integration does).
+A ds_config contains settings that only concern DeepSpeed (stage, buckets, offloading). The recipe owns batch sizes,
+precision, optimizer, schedule and clipping. For these keys, a ds_config contains "auto" or nothing, as in the Hugging
+Face integration.
 """
 
 import copy
@@ -17,7 +18,7 @@ AUTO = "auto"
 PRECISIONS = ("fp32", "bf16", "fp16")
 SHIPPED_NAME = re.compile(r"zero(?P<stage>[0-3])(?:_(?P<precision>fp32|bf16|fp16))?(?P<variant>_[a-z_]+)?")
 
-# Filled in by `complete`, whatever the file says: the recipe states each of them.
+# Keys that the recipe owns. `complete` fills them in.
 OWNED = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -27,11 +28,11 @@ OWNED = (
     "fp16.enabled",
 )
 
-# Values that this package's arithmetic or its checkpoints rest on; another value would be obeyed by DeepSpeed.
+# Values that the arithmetic and the checkpoints of this package require. DeepSpeed would accept other values.
 REQUIRED: dict[str, tuple[Any, str]] = {
     "gradient_allreduce_op": ("mean", "the loss is a mean over the global batch"),
     "managed_gradient_accumulation": (True, "the engine counts micro batches"),
-    "zero_optimization.compute_grad_norm": (True, "a step with non-finite gradients is found by their norm"),
+    "zero_optimization.compute_grad_norm": (True, "the norm detects a step with non-finite gradients"),
     "zero_optimization.offload_optimizer.ratio": (
         1.0,
         "AdamW's moments are in one optimizer, in host memory or on NVMe",
@@ -47,29 +48,29 @@ REQUIRED: dict[str, tuple[Any, str]] = {
 }
 
 FP16_STAGE_0 = (
-    "fp16 does not work at ZeRO stage 0: DeepSpeed divides the gradients by a loss scale that it never multiplied "
-    "the loss with; use precision bf16, or deepspeed zero1 or higher"
+    "fp16 does not work at ZeRO stage 0: DeepSpeed divides the gradients by a loss scale that it never applied to the "
+    "loss; use precision bf16, or deepspeed zero1 or higher"
 )
 
 
 def shipped_dir() -> Path:
-    """The ds_configs of this installation: inside an installed package, or beside the package in a checkout."""
+    """The directory of the shipped ds_configs: inside an installed package, or next to the package in a checkout."""
     here = Path(__file__).resolve().parents[1]
     for folder in (here / "ds_configs", here.parent / "ds_configs"):
         if any(folder.glob("zero*.json")):
             return folder
-    raise ConfigError(f"the shipped ds_configs are missing beside {here}; reinstall vae_ds, or name a JSON file")
+    raise ConfigError(f"the shipped ds_configs are missing next to {here}; reinstall vae_ds, or give a JSON file")
 
 
 def shipped_names() -> list[str]:
-    """Names of the shipped ds_configs, sorted, without `.json`."""
+    """Sorted names of the shipped ds_configs, without `.json`."""
     return sorted(path.stem for path in shipped_dir().glob("zero*.json"))
 
 
 def find(name: str, precision: str) -> Path:
-    """The file that a recipe's `deepspeed` means: zero0..zero3, a shipped name, or a path.
+    """The file that the setting `deepspeed` selects by zero0 to zero3, a shipped name, or a path.
 
-    Raises ConfigError if there is no such file, or a shipped one is for another precision.
+    Raises ConfigError if there is no such file, or if a shipped file is for another precision.
     """
     path = Path(name)
     if path.suffix == ".json" or path.is_file():
@@ -98,7 +99,7 @@ def find(name: str, precision: str) -> Path:
 
 
 def stated_precision(name: str) -> str | None:
-    """The precision that a recipe's `deepspeed` states by a shipped name or in its file; None if it states none."""
+    """The precision that the setting `deepspeed` implies, by a shipped name or by the content of its file, or None."""
     match = SHIPPED_NAME.fullmatch(Path(name).stem)
     if match is not None and (name == match[0] or Path(name).resolve().parent == shipped_dir()):
         return match["precision"]
@@ -111,7 +112,7 @@ def stated_precision(name: str) -> str | None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Parse a ds_config. Raises ConfigError with file and line, also for a key that stands twice."""
+    """Parse a ds_config. Raises ConfigError with file and line for invalid JSON, and for a duplicate key."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except UnicodeDecodeError as error:
@@ -119,27 +120,27 @@ def read(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except _DuplicateError as error:
-        raise ConfigError(f"{path}: key `{error}` stands twice") from None
+        raise ConfigError(f"{path}: duplicate key `{error}`") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a ds_config is an object; found {type(tree).__name__}")
+        raise ConfigError(f"{path}: a ds_config must be an object; found {type(tree).__name__}")
     return tree
 
 
 def check(tree: dict[str, Any], source: str, stated: Mapping[str, Sequence[Any]]) -> None:
-    """Check ownership. `stated` gives, for a dotted key, each value that the recipe will put there.
+    """Check the keys that the recipe owns. `stated` maps a dotted key to all values that the recipe will set there.
 
-    Raises ConfigError that names file and key if the file says something else.
+    Raises ConfigError with the file and the key if the file has another value.
     """
     for key in {part for dotted in (*OWNED, *REQUIRED) if "." in dotted for part in [dotted.split(".")[0]]}:
         if key in tree and not isinstance(tree[key], dict):
-            raise ConfigError(f"{source}: `{key}` is an object of settings; found {tree[key]!r}")
+            raise ConfigError(f"{source}: `{key}` must be an object of settings; found {tree[key]!r}")
     for key, values in stated.items():
         found = lookup(tree, key)
         for value in values:
             if found not in (None, AUTO, value):
                 raise ConfigError(
-                    f"{source}: `{key}` is {_show(found)}, but the recipe owns it and says {_show(value)}; "
-                    f'write "auto" or take it out'
+                    f"{source}: `{key}` is {_show(found)}, but the recipe sets it to {_show(value)}; "
+                    f'write "auto" or remove the key'
                 )
     for key, (value, reason) in REQUIRED.items():
         found = lookup(tree, key)
@@ -148,12 +149,12 @@ def check(tree: dict[str, Any], source: str, stated: Mapping[str, Sequence[Any]]
     _check_optimizer(tree, source)
     if tree.get("scheduler") not in (None, AUTO):
         raise ConfigError(
-            f"{source}: `scheduler`: the recipe owns the learning-rate schedule (phases.N.learning_rate); take it out"
+            f"{source}: `scheduler`: the recipe sets the learning-rate schedule (phases.N.learning_rate); remove it"
         )
 
 
 def complete(tree: Mapping[str, Any], owned: Mapping[str, Any], source: str = "ds_config") -> dict[str, Any]:
-    """A copy with the recipe's values at the owned keys, dotted. Raises ConfigError for an "auto" that is left."""
+    """A copy of `tree` with the recipe's values, `owned`, at dotted keys. Raises ConfigError if an "auto" remains."""
     check(dict(tree), source, {key: [value] for key, value in owned.items()})
     result: dict[str, Any] = copy.deepcopy(dict(tree))
     for key in ("optimizer", "scheduler"):
@@ -167,41 +168,41 @@ def complete(tree: Mapping[str, Any], owned: Mapping[str, Any], source: str = "d
     left = [key for key, value in _leaves(result) if value == AUTO]
     if left:
         raise ConfigError(
-            f'{source}: `{left[0]}` is "auto", but nothing owns it here; state a value, or take the key out for '
-            "DeepSpeed's default"
+            f'{source}: `{left[0]}` is "auto", but the recipe has no value for it; set a value, or remove the key to '
+            "use DeepSpeed's default"
         )
     return result
 
 
 def settle_accumulation(tree: dict[str, Any], stage: int, precision: str, source: str) -> None:
-    """Gradients accumulate in float32 wherever DeepSpeed can: not at stage 0 in bf16, where it raises."""
+    """Accumulate gradients in float32 wherever DeepSpeed can. At stage 0 in bf16, DeepSpeed raises an error."""
     section = tree.setdefault("data_types", {})
     if not isinstance(section, dict):
-        raise ConfigError(f"{source}: `data_types` is an object of settings; found {section!r}")
+        raise ConfigError(f"{source}: `data_types` must be an object of settings; found {section!r}")
     found = section.get("grad_accum_dtype", AUTO)
-    can = stage > 0 or precision == "fp32"
+    can_float32 = stage > 0 or precision == "fp32"
     if found == AUTO:
         section.pop("grad_accum_dtype", None)
-        if can:
+        if can_float32:
             section["grad_accum_dtype"] = "fp32"
-    elif not can and found != precision:
+    elif not can_float32 and found != precision:
         raise ConfigError(
             f"{source}: `data_types.grad_accum_dtype` is {found!r}, but ZeRO stage 0 accumulates in {precision}; "
-            "take it out, or use stage 1 or higher"
+            "remove the key, or use stage 1 or higher"
         )
 
 
 def stage_of(tree: Mapping[str, Any], source: str) -> int:
-    """The ZeRO stage. Raises ConfigError if it is missing or not 0 to 3."""
+    """The ZeRO stage, 0 if none is set. Raises ConfigError if it is not 0, 1, 2 or 3."""
     section = tree.get("zero_optimization", {"stage": 0})
     stage = section.get("stage", 0) if isinstance(section, dict) else section
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise ConfigError(f"{source}: `zero_optimization.stage` is 0, 1, 2 or 3; found {_show(stage)}")
+        raise ConfigError(f"{source}: `zero_optimization.stage` must be 0, 1, 2 or 3; found {_show(stage)}")
     return int(stage)
 
 
 def lookup(tree: Mapping[str, Any], dotted: str) -> Any:
-    """The value at a dotted key, None if there is none."""
+    """The value at a dotted key, or None."""
     node: Any = tree
     for name in dotted.split("."):
         if not isinstance(node, Mapping) or name not in node:
@@ -224,7 +225,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_optimizer(tree: Mapping[str, Any], source: str) -> None:
-    """The Hugging Face form, AdamW with every parameter "auto", says nothing of its own and may stay."""
+    """Allow the form of the Hugging Face integration, AdamW with every parameter "auto": it sets no values."""
     optimizer = tree.get("optimizer")
     if optimizer in (None, AUTO):
         return
@@ -233,7 +234,7 @@ def _check_optimizer(tree: Mapping[str, Any], source: str) -> None:
     set_here = [name for name, value in params.items() if value != AUTO] if isinstance(params, dict) else [""]
     if not plain or set_here:
         key = f"optimizer.params.{set_here[0]}" if plain and set_here else "optimizer"
-        raise ConfigError(f"{source}: `{key}`: the recipe owns the optimizer (phases.N.optimizer); take it out")
+        raise ConfigError(f"{source}: `{key}`: the recipe sets the optimizer (phases.N.optimizer); remove it")
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,6 @@
-"""Which keys of a ds_config DeepSpeed knows: its own parser is asked, over a dict that notes what is looked up.
+"""Find the keys of a ds_config that DeepSpeed does not know: run its own parser on a dict that records all look-ups.
 
-At the top and in some sections DeepSpeed ignores a misspelt key silently; the other sections are strict classes.
+At the top level and in some sections, DeepSpeed silently ignores a misspelt key. The other sections are strict classes.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from vae_ds.errors import ConfigError
 
 
 class Reader(dict[str, Any]):
-    """A dict, sections too, that notes the keys asked for."""
+    """A dict that records the keys that are looked up, also in its sections."""
 
     def __init__(self, tree: Mapping[str, Any]) -> None:
         super().__init__({key: Reader(value) if isinstance(value, dict) else value for key, value in tree.items()})
@@ -32,21 +32,21 @@ class Reader(dict[str, Any]):
         return super().__contains__(key)
 
     def keys(self) -> Any:
-        # A view of the keys would answer `in` without a note.
+        # A view of the keys would not record `in`.
         return self
 
     def __iter__(self) -> Iterator[str]:
-        # Overridden so that `f(**section)` asks key by key; a dict that iterates as the plain class does is copied
-        # unnoticed, and the strict class behind `f` reports unknown keys itself.
+        # Overridden so that `f(**section)` looks up each key. Python copies a dict without an own `__iter__` directly,
+        # without a record. The strict class behind `f` reports unknown keys itself.
         return super().__iter__()
 
     def __copy__(self) -> "Reader":
         return self
 
     def unknown(self, prefix: str = "") -> Iterator[tuple[str, str, set[str]]]:
-        """Keys nobody asked for: dotted, bare, and what was asked for beside them."""
+        """Keys that were not looked up, as (dotted key, last part, keys that were looked up in the same section)."""
         for key, value in self.items():
-            # A section of which nothing was asked is read later, if at all.
+            # A section without any look-up is read later, or not at all.
             if self.asked and key not in self.asked:
                 yield f"{prefix}{key}", key, self.asked
             elif isinstance(value, Reader):
@@ -54,17 +54,17 @@ class Reader(dict[str, Any]):
 
 
 def check_known(tree: Mapping[str, Any], source: str, parser: Callable[[Any], Any], strict: type[BaseModel]) -> None:
-    """Let DeepSpeed's `parser` read a filled-in ds_config; `strict` is the base of its settings classes.
+    """Check a complete ds_config with DeepSpeed's `parser`. `strict` is the base class of its settings classes.
 
-    Raises ConfigError for a key that DeepSpeed does not know, with the nearest one that it does, and for a value that
-    it refuses.
+    Raises ConfigError for a key that DeepSpeed does not know, with the most similar known key, and for a value that
+    DeepSpeed rejects.
     """
     reader = Reader(tree)
     try:
         parser(reader)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_explain(error, tree, strict)}") from None
-    except Exception as error:  # its parser raises what it comes across, from AssertionError to AttributeError
+    except Exception as error:  # the parser raises many types, from AssertionError to AttributeError
         raise ConfigError(f"{source}: DeepSpeed refuses it: {error}") from None
     for dotted, key, known in reader.unknown():
         raise ConfigError(f"{source}: DeepSpeed knows no key `{dotted}`{_suggest(key, known)}")

@@ -1,9 +1,9 @@
-"""Exact float32 weights and Adam moments of a live engine, whole tensors in and out, at any ZeRO stage.
+"""Read and write the exact float32 weights and Adam moments of an engine as whole tensors, at any ZeRO stage.
 
-`master` is the float32 tensor that AdamW updates: the parameter itself at stage 0 in float32, a copy of it at stage 0
-in 16 bits, a slice of a flat buffer at stages 1 to 3, which at stage 3 may wait in a file on NVMe. DeepSpeed's own
-accessors serve the stages from 1 on; this room fills their gaps and is handed DeepSpeed and its engine by the engine
-room.
+A *master* is the float32 tensor that AdamW updates: the parameter itself at stage 0 in float32, a copy of it at stage 0
+in 16 bits, or a slice of a flat buffer at stages 1 to 3. At stage 3, the buffer can be in a file on NVMe. DeepSpeed's
+own accessors work from stage 1 on; this module covers the cases that they do not. `phase_engine` passes in DeepSpeed
+and its engine.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Masters:
-    """The masters and moments of one engine's trainable parameters. Every method but `steps` is a collective."""
+    """The masters and moments of one engine's trainable parameters. Every method except `steps` is a collective."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Masters:
 
     @property
     def steps(self) -> int:
-        """AdamW's count of applied steps."""
+        """The number of steps that AdamW has applied."""
         return int(self._adam.state[self._owned()[0]]["step"].item())
 
     @steps.setter
@@ -47,7 +47,7 @@ class Masters:
             self._adam.state[master]["step"].fill_(float(number))
 
     def read(self, name: str, moment: str | None = None) -> torch.Tensor:
-        """The whole master, or one of its moments, float32 on the CPU, a copy."""
+        """A copy of the whole master, or of one of its moments, in float32 on the CPU."""
         parameter = self._trainable[name]
         if self._direct is not None:
             master = self._direct[parameter]
@@ -60,7 +60,7 @@ class Masters:
 
     @torch.no_grad()
     def write(self, name: str, value: torch.Tensor, moment: str | None = None) -> None:
-        """Set the whole master, or one of its moments; the forward pass sees new masters after `publish`."""
+        """Set the whole master, or one of its moments. The forward pass uses new masters after `publish`."""
         parameter, utils = self._trainable[name], self._library.utils
         if self._direct is not None:
             master = self._direct[parameter]
@@ -73,7 +73,7 @@ class Masters:
             utils.safe_set_full_optimizer_state(parameter, value, moment)
 
     def publish(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Bring the weights that the forward pass uses in line with masters just written from `weights`."""
+        """Copy the masters to the weights of the forward pass. `weights` are the values just written to the masters."""
         if self._stage in (1, 2):
             self._engine.optimizer.update_lp_params()
             return
@@ -82,12 +82,12 @@ class Masters:
 
     @torch.no_grad()
     def write_forward(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        """Set what the forward pass uses, for a frozen parameter too, rounded to the engine's precision."""
+        """Set the weight of the forward pass, rounded to the engine's precision. Works for frozen parameters too."""
         with self._library.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.data.copy_(value)
 
     def _pairs(self) -> dict[nn.Parameter, torch.Tensor]:
-        """Stage 0, which DeepSpeed's accessors do not know: each parameter's master."""
+        """The master of each parameter at stage 0, which DeepSpeed's accessors do not support."""
         wrapper = self._engine.optimizer
         if wrapper is self._adam:
             return {parameter: parameter for parameter in self._trainable.values()}
@@ -103,7 +103,7 @@ class Masters:
         return [master for group in self._adam.param_groups for master in group["params"]]
 
     def _create_moments(self) -> None:
-        """Zero moments at once, as a first step would make: before it the accessors raise, each stage in its way."""
+        """Create zero moments now, as the first step would. The accessors raise errors before the moments exist."""
         for number, master in enumerate(self._owned()):
             with self._in_memory(number):
                 self._adam.state[master] = {
@@ -115,10 +115,10 @@ class Masters:
             link()
 
     def _write_part(self, parameter: Any, value: torch.Tensor, moment: str | None) -> None:
-        """This rank's slice at stage 3, padded.
+        """Write this rank's padded slice at stage 3.
 
-        DeepSpeed's setters fail: that of whole tensors where the world does not divide, that of slices where the
-        parameter is on NVMe.
+        DeepSpeed's setters do not always work: the one for whole tensors fails if the world size does not divide the
+        number of elements, the one for slices fails if the parameter is on NVMe.
         """
         wrapper = self._engine.optimizer
         number, start, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
@@ -131,7 +131,7 @@ class Masters:
 
     @contextmanager
     def _in_memory(self, number: int) -> Iterator[None]:
-        """Bring an owned tensor and its moments, by number, from NVMe if they are there, and write them back after."""
+        """Read an owned tensor and its moments, by number, from NVMe if they are there. Write them back at the end."""
         wrapper = self._engine.optimizer
         if self._stage < 3 or not wrapper._swappable_optimizer_subgroup(number):
             yield

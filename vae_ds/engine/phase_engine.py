@@ -1,7 +1,7 @@
-"""The one door to DeepSpeed: resolve a ds_config, build an engine for a phase, carry weights over, tear down.
+"""The only module that imports DeepSpeed: resolve a ds_config, build the engine of a phase, read and load its state.
 
-A phase is an engine: freezing inside a live one trains nothing at ZeRO 1-3, so each phase builds its own on a freshly
-rebuilt float32 module and hands exact float32 weights to the next.
+Each phase has its own engine: at ZeRO 1 to 3, parameters that are unfrozen in an existing engine would not be trained.
+A phase starts from a new float32 module and passes exact float32 weights to the next phase.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one optimizer step did: applied or skipped, the gradient's norm before clipping, fp16's loss scale."""
+    """The outcome of one optimizer step: applied or skipped, gradient norm before clipping, loss scale of fp16."""
 
     applied: bool
     grad_norm: float
@@ -44,9 +44,9 @@ class StepOutcome:
 class PhaseState:
     """A phase's float32 CPU tensors by parameter name: all weights, and AdamW's moments of the trainable ones.
 
-    `names` lists every parameter in the module's order; the tensors may be a share of them (see PhaseEngine.state).
-    `steps` counts AdamW's applied steps; `scaler` is fp16's dynamic loss scale, else empty; `generators` are this
-    rank's random generators, if the state comes from a checkpoint of the same world.
+    `names` lists all parameters in the order of the module. The tensors may be a part of them (see PhaseEngine.state).
+    `steps` is the number of steps that AdamW applied. `scaler` is the dynamic loss scale of fp16, else empty.
+    `generators` are the states of this rank's random generators, if a checkpoint of the same world size has them.
     """
 
     weights: dict[str, torch.Tensor]
@@ -58,7 +58,7 @@ class PhaseState:
 
 
 def precision_for(precision: str, device: torch.device | str, deepspeed: str | None = None) -> str:
-    """Decide `auto`: what the ds_config states, else bf16 on GPUs (fp16 on those without it) and fp32 on CPUs."""
+    """Resolve `auto`: the precision of the ds_config, else bf16 on GPUs (fp16 if they have no bf16), fp32 on CPUs."""
     if precision != ds_config.AUTO:
         return precision
     stated = ds_config.stated_precision(deepspeed) if deepspeed else None
@@ -76,12 +76,12 @@ def resolve(
     *,
     stated: Mapping[str, Sequence[Any]] | None = None,
 ) -> dict[str, Any]:
-    """The ds_config of a recipe's `deepspeed` at a decided precision; needs no process group and no model.
+    """The ds_config for the setting `deepspeed` at a resolved precision. Needs no process group and no model.
 
-    Batch sizes and clipping stay "auto" until an engine is built. `stated` gives each value that the recipe will put
-    at such a key, for example {"gradient_clipping": [0.0]}, so that a clash is told now.
-    Raises ConfigError that names the file and the key: an owned key with another value, a key DeepSpeed does not
-    know, an "auto" that nobody owns, fp16 where it does not work.
+    Batch sizes and clipping stay "auto" until an engine is built. `stated` maps such a key to all values that the
+    recipe will set, for example {"gradient_clipping": [0.0]}, so that conflicts are reported now.
+    Raises ConfigError with the file and the key: a value that differs from the recipe's, a key that DeepSpeed does not
+    know, an "auto" without a value in the recipe, fp16 where it does not work.
     """
     path = ds_config.find(deepspeed, precision)
     source = str(path)
@@ -111,11 +111,11 @@ def resolve(
 
 
 class PhaseEngine:
-    """One phase's DeepSpeed engine.
+    """The DeepSpeed engine of one phase.
 
-    `module` is float32 on the CPU with `requires_grad` already set; the engine takes it over for good. `micro`
-    sentences a rank and forward pass, `accumulation` of them a step. Every method is a collective.
-    Raises ConfigError if nothing is trainable or the ds_config clashes with the recipe.
+    `module` is in float32 on the CPU, with `requires_grad` already set; the engine keeps it. `micro` is the number of
+    sentences per rank and forward pass, `accumulation` the number of forward passes per step. Every method is a
+    collective. Raises ConfigError if nothing is trainable, or if the ds_config conflicts with the recipe.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class PhaseEngine:
         ds_config: dict[str, Any],
         half_of: Callable[[str], str] | None = None,
     ) -> None:
-        """`half_of` says which part of the model a parameter belongs to, if steps are to update one part at a time."""
+        """`half_of` maps a parameter name to its part of the model, for steps that update only one part."""
         parameters = dict(module.named_parameters())
         wrong = [name for name, p in parameters.items() if p.dtype != torch.float32 or p.device.type != "cpu"]
         if wrong:
@@ -148,7 +148,7 @@ class PhaseEngine:
             halves.setdefault(half_of(name) if half_of else "", []).append(parameter)
         self._adam = torch.optim.AdamW(
             [{"params": members, "half": half} for half, members in halves.items()],
-            lr=0.0,  # `step` brings each step's own
+            lr=0.0,  # `step` sets the rate of each step
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
@@ -162,14 +162,14 @@ class PhaseEngine:
         self._library = _library()
         self._engine = self._initialize(module, filled)
         self._masters = Masters(self._library, self._engine, self._adam, self._trainable, self._stage, ranks)
-        # DeepSpeed derives the masters from weights that it has already rounded to 16 bits, and at stage 0 has taken a
-        # step with zero gradients by now.
+        # DeepSpeed derives the masters from weights that it has already rounded to 16 bits. At stage 0, it has also
+        # taken a step with zero gradients.
         for name, value in exact.items():
             self._masters.write(name, value)
 
     @property
     def module(self) -> nn.Module:
-        """The module being trained, for calls other than `forward`; at stage 3 every rank makes the same ones."""
+        """The trained module, for calls other than `forward`. At stage 3, every rank must make the same calls."""
         module: nn.Module = self._engine.module
         return module
 
@@ -178,14 +178,14 @@ class PhaseEngine:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate the gradient of `loss`, the mean over this rank's micro batch (nats a sentence)."""
+        """Accumulate the gradient of `loss`, the mean over this rank's micro batch in nats per sentence."""
         self._engine.backward(loss)
 
     def step(self, lr: float, half: str | None = None) -> StepOutcome | None:
-        """Call after each backward; None inside an accumulation, else what the optimizer step did.
+        """Call this after each backward. Returns None inside an accumulation, else the outcome of the optimizer step.
 
-        With `half`, as `half_of` names it, all other parameters stay; their moments follow the gradients all the same.
-        A step with non-finite gradients is skipped on every rank: weights, moments and AdamW's step stay.
+        With `half`, a name that `half_of` returns, all other parameters stay unchanged, but their moments are updated.
+        A step with non-finite gradients is skipped on every rank: weights, moments and AdamW's step stay unchanged.
         """
         is_boundary = self._engine.is_gradient_accumulation_boundary()
         for group in self._adam.param_groups:
@@ -194,7 +194,7 @@ class PhaseEngine:
         if is_boundary and self._is_plain:
             norm = self._gradient_norm()
             if not math.isfinite(norm):
-                # Torch's own AdamW would apply it; the micro step is counted so that the next boundary stays in place.
+                # Torch's AdamW would apply the step. Count the micro step, so that the next boundary does not move.
                 self._engine.zero_grad()
                 self._engine.micro_steps += 1
                 return StepOutcome(applied=False, grad_norm=norm)
@@ -206,7 +206,7 @@ class PhaseEngine:
         scale = float(self._engine.optimizer.loss_scale) if self._has_scale else None
         applied = bool(self._engine.was_step_applied())
         if not applied and self._stage in (1, 2):
-            # With the optimizer offloaded, a skipped step leaves its non-finite sums for all later steps to add to.
+            # With an offloaded optimizer, a skipped step keeps its non-finite sums, and all later steps add to them.
             sums = getattr(self._engine.optimizer, "averaged_gradients", {})
             sums.update(dict.fromkeys(sums))
         return StepOutcome(applied, norm, scale)
@@ -220,9 +220,9 @@ class PhaseEngine:
         self._engine.eval()
 
     def tensors(self) -> Iterator[tuple[int, str, str, torch.Tensor]]:
-        """Each whole tensor in turn: the parameter's index and name, `weights` or the moment, float32 on the CPU.
+        """Yield each whole tensor, float32 on the CPU, as (parameter index, name, `weights` or the moment, tensor).
 
-        One parameter is gathered at a time; a collective for every item, so exhaust it on each rank.
+        Gathers one parameter at a time. Each item is a collective, so every rank must read the iterator to its end.
         """
         for index, name in enumerate(self._names):
             if name in self._frozen:
@@ -233,7 +233,7 @@ class PhaseEngine:
                 yield index, name, moment, self._masters.read(name, moment)
 
     def state(self, *, share: bool = False) -> PhaseState:
-        """The phase's exact state, at any stage and precision; with `share`, parameter i on rank i mod world only."""
+        """The exact state of the phase, at any stage and precision. `share`: parameter i only on rank i mod world."""
         state = PhaseState({}, {key: {} for key in MOMENTS}, self._masters.steps, self._scaler(), self._names)
         for index, name, kind, tensor in self.tensors():
             if share and index % self._ranks.world != self._ranks.rank:
@@ -245,8 +245,8 @@ class PhaseEngine:
     def load(self, state: PhaseState) -> None:
         """Set masters, forward weights, moments and AdamW's step exactly, and the generators if the state has them.
 
-        `state` is whole and of the same freezing.
-        Raises CheckpointError if names or shapes are others.
+        `state` must be whole, and from a phase with the same frozen parameters.
+        Raises CheckpointError if names or shapes differ.
         """
         self._check_fits(state)
         for name, kept in self._frozen.items():
@@ -266,7 +266,7 @@ class PhaseEngine:
             distributed.restore(state.generators)
 
     def close(self) -> None:
-        """Tear the engine down and free its memory; the module is of no further use."""
+        """Destroy the engine and free its memory. The module cannot be used afterwards."""
         engine = self._engine
         if engine is None:
             return
@@ -274,7 +274,7 @@ class PhaseEngine:
         engine.destroy()
         nvme.free(swappers)
         self._swap.close()
-        # `destroy` leaves these, and through them the whole engine with its optimizer state stays alive.
+        # `destroy` does not remove these references, which keep the whole engine and its optimizer state in memory.
         engine.module_forward_pre_hook.remove()
         engine.module_forward_post_hook.remove()
         for parameter in self._parameters.values():
@@ -292,14 +292,14 @@ class PhaseEngine:
 
     def _initialize(self, module: nn.Module, filled: dict[str, Any]) -> Any:
         if self._ranks.device.type == "cuda":
-            # DeepSpeed takes LOCAL_RANK for the device, also where a task sees one device only.
+            # DeepSpeed uses LOCAL_RANK as the device index, even if a task sees only one device.
             os.environ["LOCAL_RANK"] = str(self._ranks.device.index)
-        # DeepSpeed prints its memory readings at stage 1 in bf16, past its own log.
+        # At stage 1 in bf16, DeepSpeed prints memory statistics to stdout instead of its log.
         with contextlib.redirect_stdout(io.StringIO()):
             in_float32 = not (filled["bf16"]["enabled"] or filled["fp16"]["enabled"])
             can_fp16 = self._library.accelerator.get_accelerator().is_fp16_supported()
             if "offload_param" in nvme.sections(filled) and in_float32 and not can_fp16:
-                # By itself it would write float32 weights as bf16: a slip that shows only on processors without fp16.
+                # By default, DeepSpeed would write float32 weights as bf16: a fault on processors without fp16 only.
                 self._library.init_distributed(dist_init_required=False)
                 self._library.zero.Init(module=module, config_dict_or_path=filled, remote_device="nvme")
             engine, *_ = self._library.initialize(
@@ -318,32 +318,32 @@ class PhaseEngine:
         return {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)}
 
     def _gradient_norm(self) -> float:
-        """The norm of the averaged gradient at stage 0 in float32, the same on every rank."""
+        """The norm of the averaged gradient at stage 0 in float32. It is the same on every rank."""
         gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def _check_fits(self, state: PhaseState) -> None:
         expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
         if (found := {name: tuple(value.shape) for name, value in state.weights.items()}) != expected:
-            odd = sorted(set(found.items()) ^ set(expected.items()))[0][0]
-            raise CheckpointError(f"the checkpoint's weights are not this model's: `{odd}` differs")
+            name = sorted(set(found.items()) ^ set(expected.items()))[0][0]
+            raise CheckpointError(f"the checkpoint has the weights of another model: `{name}` differs")
         for key in MOMENTS:
             if set(state.moments.get(key, {})) != set(self._trainable):
-                odd = sorted(set(state.moments.get(key, {})) ^ set(self._trainable))[0]
-                raise CheckpointError(f"the checkpoint is of a phase that freezes other parameters: `{odd}` differs")
+                name = sorted(set(state.moments.get(key, {})) ^ set(self._trainable))[0]
+                raise CheckpointError(f"the checkpoint is of a phase that freezes other parameters: `{name}` differs")
 
 
 def _library() -> ModuleType:
-    """DeepSpeed, imported late (seconds), without its log and without the operator it compiles on first use."""
+    """Import DeepSpeed (takes seconds), silence its log, and disable the operator that it compiles on first use."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed calls collectives by names that newer releases of torch deprecate, at every parameter.
+    # DeepSpeed calls collectives by names that newer releases of torch deprecate, once per parameter.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     import deepspeed
     import deepspeed.ops
 
-    # Gloo does without it, and a build that is killed leaves a lock on which every later run hangs. Set before the
-    # first reading, which would start compilers to see what could be built.
+    # Gloo does not need this operator, and a killed build leaves a lock on which every later run hangs. Set this before
+    # the first access, which would start compilers to find out what can be built.
     deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
     library: ModuleType = deepspeed
@@ -371,7 +371,7 @@ def _fill(
 
 
 def _check_known(tree: dict[str, Any], source: str) -> None:
-    """Raise ConfigError for a key that DeepSpeed would ignore or a value that it refuses."""
+    """Raise ConfigError for a key that DeepSpeed would ignore, or a value that it rejects."""
     _library()
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
@@ -380,11 +380,11 @@ def _check_known(tree: dict[str, Any], source: str) -> None:
 
 
 def builds_async_io() -> bool:
-    """Whether DeepSpeed's operator for offloading to NVMe is or can be built here: compiles a probe against libaio."""
+    """Whether DeepSpeed's operator for NVMe is built or can be built here. Compiles a test program against libaio."""
     _library()
     own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
     if shutil.which("ninja", path=own) and own not in path.split(os.pathsep):
-        # Another ninja than the environment's, which is on the PATH only while it is active, would build all anew.
+        # Use the environment's ninja even if the environment is not active: another ninja would rebuild everything.
         os.environ["PATH"] = f"{own}{os.pathsep}{path}"
     from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder import AsyncIOBuilder

@@ -146,7 +146,7 @@ class Pretrainer:
                 self.saver.finish(must=True)
                 self._status("stopped")
                 self.monitor.close()
-                raise Stopped(f"stopped at step {state.step} of {config.steps}; rerun to resume")
+                raise Stopped(f"stopped at step {state.step} of {config.steps}; run the same command to resume")
 
     def progress(self) -> float:
         """Progress of the run, from 0 to 1: the larger of the share of steps and, if limited, the share of time."""

@@ -1,6 +1,6 @@
-"""How a process ends: exit codes, who reports them, and the flag that signals set.
+"""How a process ends: exit codes, the file that records them, and the flag that signals set.
 
-The ranks agree on the flag at a step boundary, save, and exit with 75.
+The ranks agree on the flag at the end of a step, save a checkpoint, and exit with 75.
 """
 
 import os
@@ -12,39 +12,39 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-# EX_TEMPFAIL for what was stopped on request and EX_UNAVAILABLE where another rank, or its machine, is gone or hangs:
-# the same command resumes.
+# EXIT_STOPPED is EX_TEMPFAIL: the run was stopped on request. EXIT_LOST is EX_UNAVAILABLE: another rank or its machine
+# is gone or hangs. In both cases the same command resumes the run.
 EXIT_FAULT, EXIT_USER, EXIT_LOST, EXIT_STOPPED = 1, 2, 69, 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# A scheduler's warning may come while the libraries still load, and would end a process that has not asked for it. The
-# others keep their ordinary effect until the training begins: what prepares the text ends at once.
+# A scheduler can send its warning while the libraries are still loading. Without a handler, it would end the process.
+# The other signals keep their default effect until the training begins: they end the preparation of the text at once.
 EARLY_SIGNALS = (signal.SIGUSR1,)
 
 
 def own_rank() -> str:
-    """This process's rank, before it has joined any group: from a launcher's variable, or from srun's."""
+    """The rank of this process before it joins a process group, from the launcher's variable or from srun's."""
     in_step = "SLURM_STEP_NUM_TASKS" in os.environ
     return os.environ.get("RANK") or (os.environ.get("SLURM_PROCID", "0") if in_step else "0")
 
 
 def note_exit(code: int) -> None:
-    """Leave the exit code where our launcher asks for it: DeepSpeed's can exit 0 after a failure.
+    """Write the exit code to the file that our launcher names: DeepSpeed's launcher can exit with 0 after a failure.
 
-    One rank tells, rank 0 unless the launcher of another node asks for its own first rank's.
+    Only one rank writes it: rank 0, or on another node the rank in VAE_DS_EXIT_RANK, which is the node's first.
     """
-    place = os.environ.get("VAE_DS_EXIT_FILE")
-    if place and own_rank() == os.environ.get("VAE_DS_EXIT_RANK", "0"):
-        Path(place).write_text(str(code), encoding="ascii")
+    path = os.environ.get("VAE_DS_EXIT_FILE")
+    if path and own_rank() == os.environ.get("VAE_DS_EXIT_RANK", "0"):
+        Path(path).write_text(str(code), encoding="ascii")
 
 
 class StopFlag:
-    """Whether a signal asked this rank to stop, and which. A second SIGINT interrupts at once, for the impatient."""
+    """The name of the signal that asked this rank to stop, if any. A second SIGINT raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.raised: str | None = None
 
     def install(self, signals: Sequence[signal.Signals] = STOP_SIGNALS) -> dict[signal.Signals, Any]:
-        """Take over the signals; who had them before. Only a main thread may: elsewhere nothing is done."""
+        """Handle these signals and return the previous handlers. Does nothing in a thread other than the main one."""
         if threading.current_thread() is not threading.main_thread():
             return {}
         return {number: signal.signal(number, self._note) for number in signals}
@@ -57,19 +57,19 @@ class StopFlag:
 
 @contextmanager
 def heeded(stop: StopFlag | None) -> Iterator[StopFlag]:
-    """`stop`, with all signals taken over from here on; without one a new flag, which gives them back at the end."""
+    """Let `stop` handle all stop signals. If None, use a new flag and restore the previous handlers at the end."""
     flag = stop or StopFlag()
-    before = flag.install()
+    previous = flag.install()
     try:
         yield flag
     finally:
-        for number, handler in before.items() if stop is None else ():
-            # None: of a program that embeds Python.
+        for number, handler in previous.items() if stop is None else ():
+            # None: the handler was not installed from Python, but by a program that embeds it.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def listening() -> StopFlag:
-    """A flag that hears the early signals from now on."""
+    """A new flag that handles the early signals from now on."""
     stop = StopFlag()
     stop.install(EARLY_SIGNALS)
     return stop

@@ -1,4 +1,4 @@
-"""This machine: its cores and ports, which processes still run, and which launchers stand above one."""
+"""This machine: cores, ports, running processes, and the launchers of a process."""
 
 import os
 import socket
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import psutil
 
-# The script or the module in a launcher's command line; the shell or the batch script above may go without harm.
+# The script or module in a launcher's command line. The shell or batch script above it may end; the run continues.
 LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "ranks.py"}
-# A process's beginning is known to the second of the machine's start, and the clock may have been set since.
+# Start times of processes are computed from the boot time in whole seconds, and the clock may have been set since.
 CLOCKS_AGREE_WITHIN_S = 60.0
 
 
 def cores() -> int:
-    """CPU cores this process may use: its affinity, and a container's quota (control groups, version 2)."""
+    """CPU cores that this process may use, from its affinity and a container's quota (control groups, version 2)."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
@@ -23,14 +23,14 @@ def cores() -> int:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nothing listens on now."""
+    """A free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs; a zombie does not, and neither does another process that has its number now."""
+    """Whether the process runs. False for a zombie, and if another process has the same id now."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -38,7 +38,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def ran_at(pid: int, time_s: float) -> bool:
-    """Whether process `pid` runs and did so at `time_s`, in seconds since 1970: else the number is another's now."""
+    """Whether process `pid` runs and already ran at `time_s` (seconds since 1970), so that its id was not reused."""
     try:
         process = psutil.Process(pid)
         return is_alive(process) and process.create_time() <= time_s + CLOCKS_AGREE_WITHIN_S
@@ -47,14 +47,14 @@ def ran_at(pid: int, time_s: float) -> bool:
 
 
 def launchers_of(process: psutil.Process) -> list[psutil.Process]:
-    """The launchers above a process, nearest first, up to the first parent that is none."""
+    """The launchers among the parents of a process, nearest first, up to the first parent that is not a launcher."""
     found: list[psutil.Process] = []
     try:
         for parent in process.parents():
-            # SLURM's writes its title over its command line.
+            # slurmstepd replaces its command line with a title.
             if parent.name() == "slurmstepd":
                 return [*found, parent]
-            # An interpreter and its options stand in front of it.
+            # The interpreter and its options precede the script.
             if LAUNCHERS.isdisjoint(os.path.basename(word) for word in parent.cmdline()[:4]):
                 break
             found.append(parent)

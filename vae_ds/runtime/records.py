@@ -1,7 +1,7 @@
 """The small JSON files of a run directory: `status.json` (running, stopped, failed, done) and `environment.json`.
 
-All JSON is strict: a number that is not finite is null. A file is replaced atomically: a reader meets the old one or
-the whole new one, whenever the writer dies.
+All JSON is strict: a number that is not finite becomes null. Files are replaced atomically: a reader sees either the
+old file or the complete new one, even if the writer is killed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vae_ds import config as configuration
-from vae_ds.config import differences
-from vae_ds.errors import CheckpointError, ConfigError
+from vae_ds.errors import CheckpointError
 from vae_ds.runtime import machine
 
 if TYPE_CHECKING:
-    from vae_ds.config import Config
+    pass
 
 _log = logging.getLogger(__name__)
 
@@ -41,19 +39,19 @@ PROCESS_BEGAN = _now()
 
 
 def write_status(run_dir: str | Path, state: str, **facts: Any) -> None:
-    """Write `status.json` atomically: the state, when, which process, and `facts` (`reason`, `exit_code`, `step` ...).
+    """Write `status.json` atomically: state, times, process, and `facts` (`reason`, `exit_code`, `step`, ...).
 
-    `started_at` is when this process began, `updated_at` is now; both ISO 8601 in UTC. Call it on rank 0.
-    Raises ValueError for a state that is none of running, stopped, failed, done.
+    `started_at` is the start of this process, `updated_at` is now; both are ISO 8601 in UTC. Call it on rank 0 only.
+    Raises ValueError if the state is not one of running, stopped, failed, done.
     """
     if state not in STATES:
-        raise ValueError(f"state `{state}`; one of {', '.join(STATES)}")
+        raise ValueError(f"state is `{state}`; it must be one of {', '.join(STATES)}")
     process = {"started_at": PROCESS_BEGAN, "updated_at": _now(), "pid": os.getpid(), "host": socket.gethostname()}
     write_json(Path(run_dir) / "status.json", {"state": state, "reason": None} | facts | process)
 
 
 def read_status(run_dir: str | Path) -> dict[str, Any] | None:
-    """What `write_status` wrote last, or None where there is no status. Raises CheckpointError if it is unreadable."""
+    """The last status that `write_status` wrote, None if there is none. Raises CheckpointError if it is unreadable."""
     path = Path(run_dir) / "status.json"
     try:
         status = json.loads(path.read_text(encoding="utf-8"))
@@ -62,50 +60,23 @@ def read_status(run_dir: str | Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a run's status: {error}") from None
     if not isinstance(status, dict) or status.get("state") not in STATES:
-        raise CheckpointError(f"{path}: not a run's status: its `state` is none of {', '.join(STATES)}")
+        raise CheckpointError(f"{path}: not a run's status: its `state` is not one of {', '.join(STATES)}")
     return status
 
 
 def of_the_living(status: dict[str, Any]) -> dict[str, Any]:
-    """The status, but `failed` where it says `running` and the process that said so on this host is gone."""
+    """The status, with `running` replaced by `failed` if its process ran on this host and is gone."""
     here = status["state"] == "running" and status.get("host") == socket.gethostname()
     if not here or machine.ran_at(int(status["pid"]), datetime.fromisoformat(status["started_at"]).timestamp()):
         return status
-    return status | {"state": "failed", "reason": f"process {status['pid']} is gone and left no word"}
-
-
-def is_done(
-    run_dir: Path, config: Config, free: tuple[str, ...], ends: tuple[str, ...], resume: str, tell: bool = True
-) -> bool:
-    """Whether a run directory leaves nothing to do for `config`; False where there is no run yet.
-
-    `free`: starts of dotted keys that a resumed run may set anew; `ends`: the keys that say where it ends, which it may
-    set anew too, and which a run that was done goes on for. `resume`: `auto`, or `never` to refuse a directory that
-    holds a run. What changed in a run that goes on is told in a line of the log, if this process is to `tell`.
-    Raises ConfigError if it does, or if its run was made with other settings, naming them.
-    """
-    stored = run_dir / "config.yaml"
-    if not stored.is_file():
-        return False
-    if resume == "never":
-        raise ConfigError(f"{run_dir} already holds a run; choose another --run-dir, or --resume auto")
-    before = configuration.load(type(config), str(stored))
-    changed = differences(before.model_dump(by_alias=True), config.model_dump(by_alias=True))
-    fatal = [key for key in changed if not key.startswith(free) and key not in ends]
-    if fatal:
-        raise ConfigError(f"{stored}: the run was made with another {', '.join(fatal)}; choose another --run-dir")
-    done = (read_status(run_dir) or {}).get("state") == "done" and not set(changed) & set(ends)
-    if changed and not done and tell:
-        _log.warning("%s: the run goes on with another %s", run_dir, ", ".join(changed))
-    return done
+    return status | {"state": "failed", "reason": f"process {status['pid']} is gone and wrote no final status"}
 
 
 def environment(world_size: int, device: str) -> dict[str, Any]:
-    """Versions, the package's git commit, host, devices of this host and world size, as `environment.json` has them.
+    """The content of `environment.json`: versions, git commit, host, devices of this host, and world size.
 
-    `device` is torch's name of the device type, `cpu` or `cuda`.
-
-    `commit` is null where the package is no checkout; `commit_modified` says that tracked files differ from it.
+    `device` is torch's device type, `cpu` or `cuda`. `commit` is null if the package is not in its own git checkout;
+    `commit_modified` is true if tracked files differ from the commit.
     """
     return {
         "python": platform.python_version(),
@@ -122,20 +93,20 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
 
 
 def write_environment(run_dir: str | Path, world_size: int, device: str) -> None:
-    """Write `environment.json`. Call it on rank 0."""
+    """Write `environment.json`. Call it on rank 0 only."""
     write_json(Path(run_dir) / "environment.json", environment(world_size, device))
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write strict JSON atomically. Arrays and tensors of any library are taken; folders are made."""
+    """Write strict JSON atomically. Accepts arrays and tensors of any library. Creates missing directories."""
     replace_file(Path(path), f"{strict_json(value, indent=2)}\n".encode())
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file atomically; folders are made."""
+    """Write a file atomically. Creates missing directories."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Hosts that share the folder may share process numbers, so the name has both; it has no part of the file's own
-    # name, by which another program may pick up what a crash left behind.
+    # Hosts that share the directory can have the same process ids, so the temporary name contains both. It does not
+    # contain the file's own name, so that no program takes the remains of a crash for the file.
     part = path.with_name(f".part-{socket.gethostname()}-{os.getpid()}")
     with part.open("wb") as file:
         file.write(content)
@@ -145,7 +116,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:
-    """JSON text of `value`; what is not finite becomes null, what JSON has no form for its string."""
+    """JSON text of `value`. Non-finite numbers become null, and objects that JSON cannot represent become strings."""
     return json.dumps(_finite(unpacked(value)), indent=indent, allow_nan=False, default=str)
 
 
@@ -177,7 +148,7 @@ def _checkout() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[2]
     found = _git(root, "rev-parse", "--show-toplevel", "HEAD")
     top, commit = [*found.splitlines(), "", ""][:2] if found else ("", "")
-    # An installed package may lie inside somebody else's checkout, whose commit says nothing about it.
+    # An installed package can be inside the checkout of another project, whose commit does not describe it.
     if not commit or Path(top).resolve() != root:
         return {"commit": None, "commit_modified": None}
     return {"commit": commit, "commit_modified": bool(_git(root, "status", "--porcelain", "--untracked-files=no"))}

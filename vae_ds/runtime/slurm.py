@@ -1,4 +1,4 @@
-"""Which rank a SLURM task is and where its ranks meet, from the variables that `srun` sets for each task."""
+"""The rank of a SLURM task and the address of rank 0, from the variables that `srun` sets for each task."""
 
 import re
 import socket
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from vae_ds.errors import ConfigError
 
-# Below the ports that Linux gives to outgoing connections, above those of well-known services.
+# Below the ports that Linux uses for outgoing connections, and above those of well-known services.
 FIRST_PORT, PORTS = 10000, 20000
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a job step: its numbers, how many tasks its node runs, and where rank 0 listens."""
+    """One task of a job step: its ranks, the number of tasks on its node, and the address and port of rank 0."""
 
     rank: int
     local_rank: int
@@ -25,12 +25,12 @@ class Task:
 
 
 def task(env: Mapping[str, str]) -> Task | None:
-    """The task that `env` describes; None outside a job step, as in a batch script or in salloc's shell.
+    """The task that `env` describes. None outside a job step, as in a batch script or in salloc's shell.
 
-    MASTER_ADDR and MASTER_PORT are taken where they are set. Else rank 0 is on the step's first node, and the port
-    comes from the numbers of job and step. Raises ConfigError if the first node has no address.
+    If MASTER_ADDR and MASTER_PORT are not set, rank 0 is on the step's first node, and the port is computed from the
+    ids of the job and the step. Raises ConfigError if the first node has no address.
     """
-    # srun alone sets it: a batch script has a process number too, and no peers.
+    # Only srun sets SLURM_STEP_NUM_TASKS. A batch script has SLURM_PROCID too, but it is not one of several tasks.
     if "SLURM_STEP_NUM_TASKS" not in env or "SLURM_PROCID" not in env:
         return None
     node, world = int(env.get("SLURM_NODEID", "0")), int(env["SLURM_STEP_NUM_TASKS"])
@@ -46,7 +46,7 @@ def task(env: Mapping[str, str]) -> Task | None:
 
 
 def port_of(job: int, step: int) -> int:
-    """A port that jobs on the same node, and steps of the same job, do not share."""
+    """A port that differs between jobs on the same node, and between steps of the same job."""
     return FIRST_PORT + (job + 4099 * step) % PORTS
 
 
@@ -54,25 +54,26 @@ def first_host(nodes: str) -> str:
     """The first name of a SLURM node list, such as `gpu-[07-09,12],login1`: `gpu-07`."""
     first = re.match(r"(?:\[[^]]*\]|[^,\[])+", nodes)
     if first is None:
-        raise ConfigError(f"SLURM_STEP_NODELIST: no node in {nodes!r}")
+        raise ConfigError(f"SLURM_STEP_NODELIST: found no node in {nodes!r}; set MASTER_ADDR to the host of rank 0")
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0])
 
 
 def tasks_per_node(counts: str) -> list[int]:
-    """SLURM's short form, such as `2(x3),1`, written out: [2, 2, 2, 1]."""
+    """The expansion of SLURM's short form: `2(x3),1` is [2, 2, 2, 1]."""
     whole = []
     for part in counts.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
-            raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE: {counts!r} has no such form as 2(x3),1")
+            raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE: {counts!r}: expected a form such as 2(x3),1")
         whole += [int(match[1])] * int(match[2] or 1)
     return whole
 
 
 def address_of(node: str) -> str:
-    """A node's name where it resolves, else the address that SLURM itself uses for it: names may differ.
+    """The name of a node if it resolves, else the address that SLURM uses for it: the two names can differ.
 
-    A name that means this machine's loopback here means another machine there, so SLURM is asked then, too.
+    A name that resolves to the loopback address here would mean another machine on the other nodes. In this case, the
+    address also comes from SLURM.
     """
     try:
         if not socket.gethostbyname(node).startswith("127."):
@@ -89,4 +90,6 @@ def address_of(node: str) -> str:
     try:
         return socket.gethostbyname(found[1] if found else node)
     except OSError:
-        raise ConfigError(f"the node {node} has no address; set MASTER_ADDR to one that all nodes reach") from None
+        raise ConfigError(
+            f"the node {node} has no address; set MASTER_ADDR to an address that all nodes reach"
+        ) from None

@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 from vae_ds.config.settings import DataConfig
 from vae_ds.data import corpora
+from vae_ds.data.cache import digest
 from vae_ds.data.corpora import dataset, docstrings, prose, sources
 from vae_ds.data.corpora.splits import near_key, split_of
 from vae_ds.errors import DataError, UserError
@@ -494,4 +495,4 @@ def test_the_default_splits_are_those_of_the_settings():
 def test_digests_tell_lists_apart():
     rng = random.Random(0)
     lists = [["ab", "c"], ["a", "bc"], ["abc"], ["", "abc"], [str(rng.random())]]
-    assert len({corpora.corpus.digest(parts) for parts in lists}) == len(lists)
+    assert len({digest(parts) for parts in lists}) == len(lists)
