@@ -13,8 +13,7 @@ DEEPSPEED_WING = "engine"
 # From the lowest layer up. Wings of one layer do not import each other.
 LAYERS = (
     {"errors"},
-    {"config"},
-    {"runtime"},
+    {"config", "runtime"},
     {"distributed"},
     {"engine", "data", "model"},
     {"latents", "cluster"},

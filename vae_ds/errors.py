@@ -27,3 +27,7 @@ class Failed(Exception):  # noqa: N818 - the name describes an outcome
 
 class StorageError(Failed):
     """A required file could not be written to the disk."""
+
+
+class OutOfMemory(Failed):
+    """The memory of a device or of the host was not sufficient. Every rank that meets this reports it. Exit code 1."""

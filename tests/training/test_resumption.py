@@ -9,8 +9,7 @@ from vae_ds import config as configuration
 from vae_ds.config import RunConfig
 from vae_ds.errors import ConfigError
 from vae_ds.runtime import records
-from vae_ds.training.resumption import is_done
-from vae_ds.training.trainer import FREE_ON_RESUME
+from vae_ds.training.resumption import FREE, is_done
 
 ENDS = ("phases.1.steps", "phases.1.epochs")
 
@@ -33,7 +32,7 @@ def run(folder: Path, phase: int | None, state: str = "stopped") -> Path:
 
 
 def done(folder: Path, *overrides: str, resume: str = "auto") -> bool:
-    return is_done(folder, config(*overrides), FREE_ON_RESUME, ENDS, resume)
+    return is_done(folder, config(*overrides), FREE, ENDS, resume)
 
 
 def test_no_run_is_not_done(tmp_path: Path) -> None:

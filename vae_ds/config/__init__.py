@@ -13,6 +13,7 @@ from vae_ds.config.loading import (
     reference,
     shipped_recipes,
 )
+from vae_ds.config.paths import absolute
 from vae_ds.config.settings import (
     SPLITS,
     AggressiveConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "SiteConfig",
     "StudyConfig",
     "TimeoutConfig",
+    "absolute",
     "build",
     "dump",
     "hub",

@@ -23,6 +23,9 @@ class ModelConfig(Settings):
     """The parts added to the pretrained T5 (docs/method.md)."""
 
     base: str = Field("tiny", description="`tiny` (shipped with the package), a hub name, or a directory")
+    weights: str | None = Field(
+        None, description="start from this trained VAE, a run or an export, instead of the base's weights"
+    )
     latent_dim: int = Field(32, ge=1, description="L, the number of latent units")
     pooling: Literal["max", "mean"] = Field("max", description="how the encoder states become one vector")
     pool_layers: Literal["last", "all"] = Field("last", description="encoder layers whose states are pooled")

@@ -4,7 +4,19 @@ Depends on `config` and `errors`.
 """
 
 from vae_ds.model import gaussian
-from vae_ds.model.bases import check_base, load_tokenizer, read_export
+from vae_ds.model.bases import check_base, load_tokenizer, model_dir, read_export
+from vae_ds.model.skeleton import check_base_weights, check_latent_dim, check_start, skeleton
 from vae_ds.model.t5vae import T5VAE
 
-__all__ = ["T5VAE", "check_base", "gaussian", "load_tokenizer", "read_export"]
+__all__ = [
+    "T5VAE",
+    "check_base",
+    "check_base_weights",
+    "check_latent_dim",
+    "check_start",
+    "gaussian",
+    "load_tokenizer",
+    "model_dir",
+    "read_export",
+    "skeleton",
+]

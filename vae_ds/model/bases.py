@@ -48,12 +48,12 @@ def check_base(base: str) -> PreTrainedConfig:
     Raises ConfigError if the base does not exist, cannot be reached, does not have the architecture of T5 (T5, v1.1,
     Flan-T5, mT5, byT5), or is an export of vae_ds.
     """
-    return _base_config(base)[0]
+    return base_config(base)[0]
 
 
 def load_t5(settings: ModelConfig) -> Any:
     """Load the stock model in float32, with the dropout of the recipe. Raises ConfigError if weights are missing."""
-    config, raw, location = _base_config(settings.base)
+    config, raw, location = base_config(settings.base)
     if settings.dropout is not None:
         config.dropout_rate = settings.dropout
     if getattr(config, "decoder_start_token_id", None) is None:
@@ -118,6 +118,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         shutil.copyfile(source, folder / SPIECE)
 
 
+def model_dir(run: str | Path) -> Path:
+    """The exported model of a run directory, or the directory itself if it is an export."""
+    path = Path(run).expanduser()
+    return path / "model" if (path / "config.yaml").is_file() else path
+
+
 def is_export(path: Path) -> bool:
     """Whether a directory is an export of `T5VAE.save_pretrained`."""
     try:
@@ -140,7 +146,7 @@ def read_export(path: Path) -> dict[str, Any]:
     return export
 
 
-def _base_config(base: str) -> tuple[PreTrainedConfig, dict[str, Any], str]:
+def base_config(base: str) -> tuple[PreTrainedConfig, dict[str, Any], str]:
     """The configuration of a base as an object and as stored in the file, and the directory or hub name of the base."""
     location = _locate(base)
     folder = Path(location)

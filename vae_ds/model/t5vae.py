@@ -31,6 +31,7 @@ from vae_ds.model.bases import (
     is_export,
     load_t5,
     load_tokenizer,
+    model_dir,
     read_export,
     save_tokenizer,
     tie,
@@ -120,11 +121,11 @@ class T5VAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
-        """Load an export of `save_pretrained`: float32, on the CPU, in eval mode, with exactly the saved weights.
+        """Load a run directory or an export: float32, on the CPU, in eval mode, with exactly the saved weights.
 
         Raises CheckpointError if the export is missing, broken or of another version.
         """
-        path = Path(path)
+        path = model_dir(path)
         export = read_export(path)
         try:
             settings = ModelConfig.model_validate(export["model"])
@@ -266,7 +267,8 @@ class T5VAE(nn.Module):
         return {
             "format": EXPORT_FORMAT,
             "schema_version": EXPORT_VERSION,
-            "model": self.settings.model_dump(mode="json", by_alias=True),
+            # `weights` is where the training started, a path of the machine that trained.
+            "model": self.settings.model_dump(mode="json", by_alias=True, exclude={"weights"}),
             "t5": self.t5.config.to_dict(),
             "aliases": {name: names[id(parameter)] for name, parameter in every if names[id(parameter)] != name},
         }

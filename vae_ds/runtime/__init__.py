@@ -1,6 +1,6 @@
 """A process and its run directory: records, exit codes, signals, this machine, SLURM's variables. Needs no torch.
 
-Depends on `config` and `errors`.
+Depends on `errors`.
 """
 
 from vae_ds.runtime import records, slurm

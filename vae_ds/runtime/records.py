@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import platform
@@ -17,15 +16,10 @@ import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vae_ds.errors import CheckpointError
 from vae_ds.runtime import machine
-
-if TYPE_CHECKING:
-    pass
-
-_log = logging.getLogger(__name__)
 
 STATES = ("running", "stopped", "failed", "done")
 PACKAGES = ("vae_ds", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")

@@ -14,11 +14,16 @@ Weights = dict[str, torch.Tensor]
 
 
 def build_model(setup: Setup, plan: PhasePlan, weights: Weights | None, is_start: bool) -> T5VAE:
-    """A new float32 module on the CPU. `weights` None stands for the base's.
+    """A new float32 module on the CPU. `weights` None stands for the weights that the run starts from.
+
+    These are the base's, or those of the trained VAE `model.weights`.
 
     With `reset_decoder`, a phase starts (`is_start`) with the base's decoder again (Li et al. 2019).
     """
     model = T5VAE.from_base(setup.config.model, setup.config.seed)
+    if weights is None and setup.config.model.weights is not None:
+        start = T5VAE.from_pretrained(setup.config.model.weights)
+        weights = {name: parameter.detach() for name, parameter in start.named_parameters()}
     is_reset = is_start and plan.settings.reset_decoder
     if weights is not None:
         with torch.no_grad():

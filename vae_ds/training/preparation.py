@@ -9,7 +9,7 @@ from vae_ds import distributed, engine
 from vae_ds.config import RunConfig, Settings
 from vae_ds.data import Source, Streamed, TokenSet, Whole, cache_dir, corpora, micro_batch, steps_per_epoch, tokenise
 from vae_ds.distributed import Ranks
-from vae_ds.model import check_base, load_tokenizer
+from vae_ds.model import check_base, check_base_weights, check_latent_dim, check_start, load_tokenizer, skeleton
 from vae_ds.runtime import records
 from vae_ds.training import phases
 from vae_ds.training.phases import PhasePlan
@@ -38,7 +38,7 @@ class Setup:
 def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
     """Check everything that can be checked, then prepare the data. Raises UserError. Loads no weights. A collective."""
     corpora.check(config.data)
-    check_base(config.model.base)
+    check_model(config)
     precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
     clips = {"gradient_clipping": [phase.optimizer.clip for phase in config.phases]}
     ds_config = engine.resolve(config.deepspeed, precision, ranks.device, stated=clips)
@@ -59,6 +59,21 @@ def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
         plans = phases.plan(config.phases, steps_per_epoch(len(train_set), config.batch.global_size))
     valid_set = tokens_of("valid").first(config.validation.sentences)
     return Setup(config, run_dir, ranks, precision, ds_config, micro, tokenizer, source, valid_set, plans)
+
+
+def check_model(config: RunConfig) -> None:
+    """Check the base, the latent code, the start and the freezing of every phase, before any weight is loaded.
+
+    A fault of the last phase must not end a run after its first. Raises UserError.
+    """
+    model = config.model
+    check_base(model.base)
+    check_latent_dim(model)
+    check_base_weights(model.base)
+    check_start(model)
+    names = [name for name, _ in skeleton(model).named_parameters()]
+    for index, phase in enumerate(config.phases):
+        phases.frozen_names(names, phase.freeze, f"phases.{index}.freeze")
 
 
 def write_headers(run_dir: Path, config: Settings, ranks: Ranks) -> None:

@@ -14,6 +14,11 @@ from vae_ds.training import checkpoint
 _log = logging.getLogger(__name__)
 
 SHOWN_CHANGES = 3
+# What the training of a VAE may change on resumption: how it is watched and stored, not what it computes.
+FREE = (
+    *("name", "logging.", "timeouts.", "checkpoint.", "validation.", "evaluation."),
+    *("deepspeed", "batch.micro", "data.cache_dir"),
+)
 
 
 def is_done(

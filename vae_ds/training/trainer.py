@@ -25,6 +25,7 @@ from vae_ds.runtime import StopFlag, heeded
 from vae_ds.training import checkpoint, phases, resumption, window
 from vae_ds.training.aggressive import Aggressive
 from vae_ds.training.build import Weights, build_engine, build_model
+from vae_ds.training.memory import STEP_ADVICE, explain_out_of_memory
 from vae_ds.training.monitor import Monitor
 from vae_ds.training.phases import PhasePlan
 from vae_ds.training.preparation import Setup, prepare, write_headers
@@ -34,9 +35,6 @@ from vae_ds.training.state import TrainState
 from vae_ds.training.status import Status
 from vae_ds.training.watch import Watch
 
-# Settings that a resumed run may change: how it is watched and stored, not what it computes.
-WATCHED = ("name", "logging.", "timeouts.", "checkpoint.", "validation.", "evaluation.")
-FREE_ON_RESUME = (*WATCHED, "deepspeed", "batch.micro", "data.cache_dir")
 SHOWN_TEXTS = 8
 
 
@@ -66,11 +64,12 @@ def train(
     written.
     """
     config = recipe if isinstance(recipe, RunConfig) else configuration.load(RunConfig, recipe, overrides)
+    config = configuration.absolute(config)
     directory = Path(run_dir or Path("runs") / config.name)
     ranks = distributed.start()
     last = len(config.phases) - 1
     ends = (f"phases.{last}.steps", f"phases.{last}.epochs")
-    if resumption.is_done(directory, config, FREE_ON_RESUME, ends, resume, tell=ranks.is_main):
+    if resumption.is_done(directory, config, resumption.FREE, ends, resume, tell=ranks.is_main):
         return directory
     if until is not None:
         last = phases.number_of(until, [phase.name for phase in config.phases])
@@ -194,7 +193,8 @@ class Trainer:
         for index_B in self._share(index_G, feed):
             batch = self._collate(plan, engine, feed, index_B)
             self.watch.advance()
-            outcome = self.forward_backward_update(plan, engine, batch, now, sums)
+            with explain_out_of_memory(f"a step of phase {plan.name}", STEP_ADVICE.format(self.setup.micro)):
+                outcome = self.forward_backward_update(plan, engine, batch, now, sums)
         self.watch.advance()
         totals, requests = self.reduce(sums)
         if outcome is None or not outcome.applied:
@@ -230,16 +230,17 @@ class Trainer:
         """Measure the first sentences of the valid split; the best nelbo so far becomes model/. Returns the metrics."""
         setup, state = self.setup, self.state
         model = _model_of(engine)
-        metrics = evaluate(
-            model,
-            setup.valid,
-            setup.ranks,
-            setup.config.evaluation,
-            seed=setup.config.seed,
-            full=False,
-            beta=plan.beta.at(state.step, state.beta),
-            pad_id=setup.tokenizer.pad_token_id,
-        )
+        with explain_out_of_memory("a validation", f"lower evaluation.batch (now {setup.config.evaluation.batch})"):
+            metrics = evaluate(
+                model,
+                setup.valid,
+                setup.ranks,
+                setup.config.evaluation,
+                seed=setup.config.seed,
+                full=False,
+                beta=plan.beta.at(state.step, state.beta),
+                pad_id=setup.tokenizer.pad_token_id,
+            )
         sources = [setup.valid.text(i) for i in range(min(SHOWN_TEXTS, len(setup.valid)))]
         pairs, samples = latents.shown(model, setup.tokenizer, sources, setup.config.seed, setup.config.data.max_tokens)
         step = plan.first_step + state.step
