@@ -1,7 +1,8 @@
-"""Put what a recipe needs into a directory for machines without a network: `bundle.py DIR RECIPE [KEY=VALUE ...]`.
+"""Copy what a recipe needs to a directory for machines without a network: `bundle.py DIR RECIPE [KEY=VALUE ...]`.
 
-DIR/base: the base model, unless it ships with vae_ds; DIR/corpus: the text; DIR/cache: its token ids; DIR/recipe.yaml.
-Prints the settings that say so, one a line, with {here} for DIR. Wrong input: one line and exit code 2.
+Writes DIR/base (the base model, unless it ships with vae_ds), DIR/corpus (the text), DIR/cache (the token ids of the
+text) and DIR/recipe.yaml. Prints the settings that select these copies, one per line, with {here} in place of DIR.
+Wrong input: one line on standard error and exit code 2.
 """
 
 import argparse
@@ -14,13 +15,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vae_ds.config.settings import DataConfig, RunConfig
 
-# What a base is loaded from; the hub's directories hold other frameworks' weights, too.
+# The files that a base is loaded from. The hub's directories also contain the weights of other frameworks.
 PLAIN = ("*.json", "spiece.model", "tokenizer*", "*.jinja")
 WEIGHTS = (("*.safetensors",), ("pytorch_model*.bin",))
 
 
 def take_base(base: str, to: Path) -> list[str]:
-    """Copy a base from its directory or the hub, and check the copy. Returns the settings that name it."""
+    """Copy a base from its directory or the hub, and check the copy. Returns the settings that select the copy."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -40,7 +41,7 @@ def take_base(base: str, to: Path) -> list[str]:
                 with hub.reachable_or_offline():
                     source = Path(snapshot_download(base, allow_patterns=wanted))
             except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-                raise ConfigError(f"model.base {base}: cannot be fetched: {str(error).splitlines()[0]}") from None
+                raise ConfigError(f"model.base {base}: the download failed: {str(error).splitlines()[0]}") from None
         if any(source.glob(weights[0])):
             break
     to.mkdir(parents=True)
@@ -53,7 +54,7 @@ def take_base(base: str, to: Path) -> list[str]:
 
 
 def take_text(data: "DataConfig", to: Path) -> list[str]:
-    """Copy a corpus: its files, or a saved data set where it has none of its own. Returns the settings that name it."""
+    """Copy a corpus: its files, or a saved data set if it has no files. Returns the settings that select the copy."""
     from datasets import DatasetDict
 
     from vae_ds.data import corpora
@@ -62,7 +63,7 @@ def take_text(data: "DataConfig", to: Path) -> list[str]:
     shutil.rmtree(to, ignore_errors=True)
     corpora.check(data)
     settings = ["data.cache_dir=null"]
-    if data.corpus == "grammar":  # is drawn anew, or read from the cache
+    if data.corpus == "grammar":  # is generated again, or read from the cache
         return settings
     settings.append("data.path={here}/corpus")
     known = layouts.settings(data) if data.corpus in layouts.LAYOUTS else data
@@ -77,7 +78,7 @@ def take_text(data: "DataConfig", to: Path) -> list[str]:
         for name, file in files.items():
             shutil.copyfile(file, to / name)
         return settings
-    # What is installed there is not what is installed here, and the hub is out of reach.
+    # The other machine has other installed packages and cannot reach the hub.
     splits = corpora.load(data).splits
     names = {"train": "train", "valid": "validation", "test": "test"}
     DatasetDict({names[split]: rows for split, rows in splits.items()}).save_to_disk(str(to))
@@ -86,7 +87,7 @@ def take_text(data: "DataConfig", to: Path) -> list[str]:
 
 
 def tokenise(config: "RunConfig", cache: Path) -> None:
-    """Fill DIR/cache with the token ids of all splits, as a training and an evaluation look for them."""
+    """Fill DIR/cache with the token ids of all splits, under the names that training and evaluation use."""
     from vae_ds.data import corpora, tokens
     from vae_ds.model import bases
 
@@ -98,10 +99,12 @@ def tokenise(config: "RunConfig", cache: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Put what a recipe needs into a directory.")
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("recipe")
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    parser = argparse.ArgumentParser(
+        description="Copy what a recipe needs to a directory for machines without a network."
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="an existing directory")
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="override settings of the recipe")
     given = parser.parse_args()
     from vae_ds import config as configuration
     from vae_ds.config.settings import RunConfig

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a pretrained T5 to a text VAE, and what came of it, in one command: bash launchers/demo.sh
+# Train a text VAE from a pretrained T5, evaluate it and show results: bash launchers/demo.sh
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=lib.sh
@@ -9,14 +9,15 @@ usage() {
   cat <<'USAGE'
 Usage: bash launchers/demo.sh [--runs DIR] [--set[-vae|-yardstick] KEY=VALUE ...] [--no-setup]
 
-Sets up .venv (unless an environment is active), trains a text VAE in two phases and a plain language model beside it,
-evaluates both on the test split, and prints a table, reconstructions, samples and an interpolation. Uses all GPUs;
-without one, 2 processes. Run it again: what is done is not done twice, and what was stopped resumes.
+Sets up .venv (unless an environment is active), trains a text VAE in two phases and a plain language model for
+comparison, evaluates both on the test split, and prints a table, reconstructions, samples and an interpolation. Uses
+all GPUs; without GPUs, 2 processes. The same command resumes after a stop and skips finished stages.
 
-  --runs DIR        where the runs go (default: $RUNS, else runs/ in the repository)
-  --set KEY=VALUE   changes a recipe setting of both trainings; may be given many times,
-                    as may --set-vae and --set-yardstick, which change one of them
-  --no-setup        install nothing, use the environment as it is
+  --runs DIR        the directory of the runs (default: $RUNS, otherwise runs/ in the repository)
+  --set KEY=VALUE   change a recipe setting of both trainings; can be repeated
+  --set-vae KEY=VALUE, --set-yardstick KEY=VALUE
+                    change a recipe setting of one training; can be repeated
+  --no-setup        install nothing; use the environment as it is
 USAGE
 }
 
@@ -47,7 +48,7 @@ report=()
 stage_name=
 stage_began=0
 SECONDS=0
-# stage NAME: announces a stage and times the one before it.
+# stage NAME: print the name of a stage, and record the duration of the stage before it.
 stage() {
   [[ -z $stage_name ]] || report+=("$(printf '%5d s  %s' $((SECONDS - stage_began)) "$stage_name")")
   stage_name=$1
@@ -58,7 +59,7 @@ stage() {
 vae_ds() { attend "$PY" -m vae_ds "$@"; }
 on_all_devices() { attend "$PY" "$REPO/launchers/ranks.py" -n "$count" "$@"; }
 
-# A failed or stopped stage ends the demo with its own exit code.
+# check CODE WHAT: if a stage failed or was stopped, exit with its exit code.
 check() {
   local code=$1 what=$2
   ((code)) || return 0
@@ -67,12 +68,13 @@ check() {
   exit "$code"
 }
 
-# train RECIPE RUN SETTINGS...: status.json says what happened; the launcher can exit 0 after a failure.
+# train RECIPE RUN SETTINGS...: train a run that is not done. The outcome is read from status.json, because the launcher
+# can exit with 0 after a failure.
 train() {
   local recipe=$1 run=$2 code=0
   shift 2
   if "$PY" -m vae_ds status "$run" >/dev/null 2>&1; then
-    echo "$run is done. To train it again, remove it, or choose another place with --runs."
+    echo "$run is done. To train it again, remove it, or choose another directory with --runs."
     return
   fi
   on_all_devices train "$recipe" --run-dir "$run" "$@" || code=$?
@@ -83,37 +85,37 @@ train() {
   check "$code" "the training of $run"
 }
 
-# evaluate RUN ARGUMENTS...: unless the run has been evaluated since it was trained.
+# evaluate RUN ARGUMENTS...: evaluate a run, unless it was already evaluated after its training.
 evaluate() {
   local run=$1 code=0
   shift
   if [[ $run/eval-test.json -nt $run/status.json ]]; then
-    echo "$run/eval-test.json is there."
+    echo "$run/eval-test.json already exists."
     return
   fi
-  # Its own table would be one too many: all runs stand in one at the end.
+  # Drop the table of this run: one table at the end shows all runs.
   on_all_devices evaluate "$run" --split test "$@" >/dev/null || code=$?
   [[ $code -ne 0 || $run/eval-test.json -nt $run/status.json ]] || code=1
   check "$code" "the evaluation of $run"
 }
 
-# show ARGUMENTS...: a quick command on one process.
+# show ARGUMENTS...: run a short command on one process.
 show() {
   local code=0
   vae_ds "$@" || code=$?
   check "$code" "vae-ds $1"
 }
 
-# One function, read whole before it runs: bash reads a script line by line, and this one may change meanwhile.
+# A function, so that bash reads it completely before it runs: the script may change during the run.
 demo() {
   stage "setup"
   if ((install)); then setup ""; else choose_environment; fi
-  mkdir -p "$runs" || die "cannot make the directory $runs" "$WRONG_INPUT"
+  mkdir -p "$runs" || die "cannot create the directory $runs" "$WRONG_INPUT"
   runs=$(cd "$runs" && pwd)
-  # Short names in what is printed, when called from the repository.
+  # Print short paths when called from the repository.
   [[ $PWD != "$REPO" ]] || runs=${runs#"$REPO"/}
   count=$(processes)
-  # The demo's global batch of 64 divides over powers of two.
+  # The demo's global batch of 64 divides only over powers of two.
   while ((count & (count - 1))); do count=$((count - 1)); done
   echo "$("$PY" --version), $count processes, runs in $runs"
 
@@ -126,13 +128,13 @@ demo() {
   stage "evaluate the VAE on the test split"
   evaluate "$runs/demo" --yardstick "$runs/demo-yardstick"
 
-  stage "results on the test split, nats a sentence"
+  stage "results on the test split, in nats per sentence"
   show compare "$runs/demo" "$runs/demo-yardstick"
   stage "reconstructions of test sentences"
   show reconstruct "$runs/demo" --from test -n 5
   stage "samples from the prior"
   show sample "$runs/demo" -n 8
-  stage "from one sentence to another, in equal steps through the latent space"
+  stage "interpolation between two sentences, in equal steps through the latent space"
   show interpolate "$runs/demo" "The name of the file to read." "Returns true if the two objects are equal."
   stage ""
 

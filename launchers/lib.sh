@@ -1,13 +1,13 @@
-# What the launchers share: the environment, its setup, and jobs that a signal stops cleanly. Source it from bash.
+# Functions of all launchers: the environment, its setup, and jobs that a signal stops cleanly. Source it from bash.
 # shellcheck shell=bash
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PINS=$REPO/launchers/constraints.txt
-# This checkout's package, installed or not, from any directory.
+# Use the package of this checkout, installed or not, from any directory.
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 
-# Exit codes: 0 done, 1 a fault, 2 wrong input, 69 a rank or its machine is gone, 75 stopped. After the last two the same
+# Exit codes: 0 done, 1 a fault, 2 wrong input, 69 a rank or its machine is gone, 75 stopped. After 69 and 75 the same
 # command resumes.
 WRONG_INPUT=2
 STOPPED=75
@@ -20,7 +20,7 @@ die() {
 
 recent_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
-# The first Python of at least 3.11: $PYTHON, else what is on the PATH.
+# Print the first Python of at least 3.11: $PYTHON, otherwise from the PATH.
 find_python() {
   local name
   for name in ${PYTHON:+"$PYTHON"} python3 python3.11 python3.12 python3.13 python; do
@@ -32,7 +32,7 @@ find_python() {
   die "Python 3.11 or newer is needed; found $(python3 --version 2>&1 || true). Install one, or name it: PYTHON=/path/to/python3.11 bash $0" "$WRONG_INPUT"
 }
 
-# Sets VENV and PY: the active environment (conda's `base` does not count), else .venv beside the package.
+# Set VENV and PY to the active environment (conda's `base` does not count), otherwise to .venv in the repository.
 choose_environment() {
   OWN_VENV=0
   if [[ -n ${VIRTUAL_ENV:-} ]]; then
@@ -47,14 +47,14 @@ choose_environment() {
   if ((OWN_VENV)) && ! { recent_python "$PY" && "$PY" -m pip --version >/dev/null 2>&1; }; then
     local python
     python=$(find_python)
-    say "making the virtual environment ${VENV#"$REPO"/} with $("$python" --version)"
+    say "creating the virtual environment ${VENV#"$REPO"/} with $("$python" --version)"
     "$python" -m venv "$VENV" ||
-      die "$python cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" "$WRONG_INPUT"
+      die "$python cannot create a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" "$WRONG_INPUT"
   fi
-  [[ -x $PY ]] || die "the active environment $VENV has no Python; deactivate it, and .venv is used" "$WRONG_INPUT"
+  [[ -x $PY ]] || die "the active environment $VENV has no Python; deactivate it to use .venv" "$WRONG_INPUT"
   recent_python "$PY" ||
-    die "the active environment $VENV has $("$PY" --version 2>&1); Python 3.11 or newer is needed. Deactivate it, and .venv is used" "$WRONG_INPUT"
-  # A lock that a killed build leaves in a shared folder hangs everyone, so each environment has its own.
+    die "the active environment $VENV has $("$PY" --version 2>&1); Python 3.11 or newer is needed. Deactivate it to use .venv" "$WRONG_INPUT"
+  # A killed build leaves a lock that blocks all users of the directory, so each environment has its own directory.
   export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$VENV/torch_extensions}
 }
 
@@ -64,7 +64,7 @@ pip_install() {
   "$PY" -m pip install --disable-pip-version-check "$quiet" "$@" || die "the installation failed; see above"
 }
 
-# setup [EXTRAS]: installs this checkout, pinned, unless that was done and neither setup.py nor the pins changed since.
+# setup [EXTRAS]: install this checkout with pinned versions, unless it was installed with the same setup.py and pins.
 setup() {
   choose_environment
   local extras=${1:-} stamp=$VENV/.vae_ds-setup pins=$PINS state
@@ -72,25 +72,25 @@ setup() {
     printf '%s\n' "$REPO"
     cat "$REPO/setup.py" "$REPO/pyproject.toml" "$PINS"
   } | "$PY" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
-  # More extras than asked for do no harm.
+  # More installed extras than requested are fine.
   if [[ -f $stamp && "$(<"$stamp") " == "$state "*"${extras:+$extras }" ]]; then
     return
   fi
-  say "installing vae_ds${extras:+[$extras]} into ${VENV#"$REPO"/}: about a minute where the packages are at hand"
+  say "installing vae_ds${extras:+[$extras]} into ${VENV#"$REPO"/}: about a minute if the packages are cached"
   if ((OWN_VENV)); then
     pip_install --constraint "$PINS" setuptools packaging
   else
-    # A user's own environment keeps what it has, its CUDA build of torch above all; the pins hold for the rest.
+    # A user's environment keeps its packages, in particular its CUDA build of torch. The pins apply to the rest.
     pip_install 'setuptools>=77' packaging
     pins=$VENV/.vae_ds-constraints.txt
     "$PY" "$REPO/launchers/missing_pins.py" "$REPO" >"$pins"
   fi
-  # Building in the environment itself saves pip a second, isolated one.
+  # Build in the environment itself, so that pip does not create an isolated one.
   pip_install --constraint "$pins" --no-build-isolation --editable "$REPO${extras:+[$extras]}"
   printf '%s %s\n' "$state" "$extras" >"$stamp"
 }
 
-# install_programs PROGRAM=PACKAGE...: Debian packages whose program (or header) is missing, where root may install them.
+# install_programs PROGRAM=PACKAGE...: as root, install the Debian packages whose program (or header) is missing.
 install_programs() {
   local pair packages=()
   for pair in "$@"; do
@@ -101,10 +101,11 @@ install_programs() {
   {
     timeout 300 apt-get update --quiet=2
     DEBIAN_FRONTEND=noninteractive timeout 600 apt-get install --quiet=2 --yes --no-install-recommends "${packages[@]}"
-  } </dev/null >/dev/null 2>&1 || echo "not all of them could be installed; the tests that need them are skipped"
+  } </dev/null >/dev/null 2>&1 || echo "not all packages could be installed; the tests that need them are skipped"
 }
 
-# Bash runs a trap only between commands, so what can last runs beside the shell, and `attend COMMAND...` waits for it.
+# attend COMMAND...: run the command in the background, wait for it, and pass signals on to it. Bash runs a trap only
+# between two commands, so a command in the foreground would delay the trap.
 ATTENDED=
 HEARD=0
 INTERRUPTED=0
@@ -130,5 +131,5 @@ attend() {
   return "$code"
 }
 
-# The number of processes for a job on this machine: one a GPU, else two.
+# Print the number of processes for a job on this machine: one per GPU; without GPUs, two.
 processes() { "$PY" -c 'import torch; print(torch.cuda.device_count() or 2)'; }

@@ -1,6 +1,6 @@
-"""What a wheelhouse holds: `manifest.py write DIR ...` lists it in DIR/manifest.json, `check DIR` compares.
+"""The manifest of a wheelhouse: `manifest.py write DIR ...` writes DIR/manifest.json, `check DIR` checks the files.
 
-Runs on any Python 3.11 or newer alone: it comes before the installation.
+Needs only Python 3.11 or newer, because it runs before the installation.
 """
 
 import argparse
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 NAME = "manifest.json"
-# A virtual environment may stand in the same directory.
+# The same directory may also contain a virtual environment, which is not listed.
 PARTS = ("wheels", "base", "corpus", "cache", "launchers", "recipe.yaml", "offline.sh")
 FORMAT = 1
 
 
 def listed(here: Path) -> dict[str, dict[str, Any]]:
-    """Size in bytes and SHA-256 by path, of every file of the wheelhouse."""
+    """The size in bytes and the SHA-256 of every file of the wheelhouse, by path."""
     files = [file for part in PARTS for file in [here / part, *sorted((here / part).rglob("*"))] if file.is_file()]
     return {str(file.relative_to(here)): {"bytes": file.stat().st_size, "sha256": digest(file)} for file in files}
 
@@ -29,7 +29,7 @@ def digest(file: Path) -> str:
 
 
 def write(here: Path, python: str, platform: str, recipe: str, settings: list[str]) -> None:
-    """List what is in the directory; `settings` say where a recipe finds its base and its text, {here} is the place."""
+    """Write the manifest. `settings` select the base and the text of the recipe; {here} stands for the directory."""
     files = listed(here)
     wheels = [Path(name).name.split("-") for name in files if name.startswith("wheels/")]
     manifest = {
@@ -49,18 +49,21 @@ def write(here: Path, python: str, platform: str, recipe: str, settings: list[st
 
 
 def read(here: Path) -> dict[str, Any]:
-    """The manifest. Ends with one line where there is none, or it cannot be read."""
+    """Read the manifest. Exits with one line if it is missing or unreadable."""
     try:
         manifest: dict[str, Any] = json.loads((here / NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        sys.exit(f"error: {here}: no {NAME}; this is not a whole wheelhouse. Make it again: launchers/wheelhouse.sh")
+        sys.exit(f"error: {here}: no {NAME}; the wheelhouse is incomplete. Make it again with launchers/wheelhouse.sh")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {here / NAME}: cannot be read ({error}); copy it again")
     return manifest
 
 
 def check(here: Path, installed: bool) -> None:
-    """Compare the files with the manifest; the wheels are not needed once `installed`. Ends with the first amiss."""
+    """Compare the files with the manifest. Exits with one line at the first difference.
+
+    After the installation (`installed`) the wheels are not needed and not checked.
+    """
     for name, expected in read(here)["files"].items():
         file = here / name
         if installed and name.startswith("wheels/"):
@@ -75,9 +78,9 @@ def check(here: Path, installed: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What a wheelhouse holds.")
+    parser = argparse.ArgumentParser(description="Write, check or print the manifest of a wheelhouse.")
     parser.add_argument("action", choices=("write", "check", "python", "recipe", "settings"))
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--python", default="")
     parser.add_argument("--platform", default="")
     parser.add_argument("--recipe", default="")

@@ -1,6 +1,6 @@
-"""Print the pins that an environment in use still needs: `missing_pins.py REPOSITORY`.
+"""Print the pins that an existing environment still needs: `missing_pins.py REPOSITORY`.
 
-What is installed and within setup.py's ranges stays as it is, so its pin is left out.
+Installed packages within the ranges of setup.py keep their versions, so their pins are omitted.
 """
 
 import ast
@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 
 def declared(repository: Path) -> list[str]:
-    """setup.py's install_requires, read without running it."""
+    """install_requires of setup.py, read without running the file."""
     tree = ast.parse((repository / "setup.py").read_text(encoding="utf-8"))
     keywords = {node.arg: node.value for node in ast.walk(tree) if isinstance(node, ast.keyword)}
     needs: list[str] = ast.literal_eval(keywords["install_requires"])
@@ -21,7 +21,7 @@ def declared(repository: Path) -> list[str]:
 
 
 def missing_pins(repository: Path) -> list[str]:
-    """The lines of launchers/constraints.txt whose package is absent, or outside setup.py's range."""
+    """The lines of launchers/constraints.txt whose package is not installed, or is outside its range in setup.py."""
     ranges = {canonicalize_name(need.name): need.specifier for need in map(Requirement, declared(repository))}
     installed = {canonicalize_name(item.name): item.version for item in metadata.distributions()}
     needed = []

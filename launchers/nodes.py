@@ -1,4 +1,4 @@
-"""The nodes of a job without SLURM, for ranks.py: their hostfile, and how ssh and DeepSpeed's launcher reach them.
+"""The nodes of a job without SLURM, for ranks.py: the hostfile, and commands over ssh and through DeepSpeed's launcher.
 
 Wrong input ends the process with one line and exit code 2.
 """
@@ -17,14 +17,14 @@ from typing import NoReturn
 REPOSITORY = Path(__file__).resolve().parent.parent
 IN_CHECKOUT = (REPOSITORY / "vae_ds").is_dir()
 if IN_CHECKOUT:
-    # This checkout's package, installed or not; a wheelhouse's scripts have theirs installed.
+    # Use the package of this checkout, installed or not. The scripts of a wheelhouse use the installed package.
     sys.path.insert(0, str(REPOSITORY))
 
 from vae_ds.runtime import EXIT_USER  # noqa: E402
 
-# Without a launcher in common the nodes cannot agree on a free port.
+# The default port if each node has its own launcher: these cannot agree on a free port.
 PORT = 29500
-# DeepSpeed passes PYTHON... on to other nodes; these go there too, but no token.
+# Variables passed on to other nodes, in addition to DeepSpeed's PYTHON... . Access tokens are not passed on.
 PASSED_ON = re.compile(
     r"(VAE_DS|NCCL|GLOO|OMP|MALLOC|TORCH)_\w+|DS_ACCELERATOR|TOKENIZERS_PARALLELISM"
     r"|HF_HOME|HF_ENDPOINT|HF_HUB_OFFLINE|HF_DATASETS_OFFLINE|TRANSFORMERS_OFFLINE"
@@ -32,18 +32,18 @@ PASSED_ON = re.compile(
 
 
 def wrong(message: str) -> NoReturn:
-    """End with one line and the exit code for wrong input."""
+    """Exit with one line and the exit code for wrong input."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(EXIT_USER)
 
 
 def launcher() -> str:
-    """DeepSpeed's own, of this environment."""
+    """The path of DeepSpeed's launcher in this environment."""
     return str(Path(sys.executable).with_name("deepspeed"))
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Processes by host, in order, from lines `host slots=N`. Wrong input ends with one line."""
+    """Read lines `host slots=N`. Returns the number of processes by host, in order. Wrong input exits with one line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -54,52 +54,52 @@ def read_hostfile(path: Path) -> dict[str, int]:
             continue
         found = re.match(r"([\w@.:][\w@.:-]*)\s+slots=([1-9]\d*)(\s|$)", line)
         if found is None:
-            wrong(f"{path}, line {number}: found `{line}`; expected a host and its processes, `name slots=8`")
+            wrong(f"{path}, line {number}: found `{line}`; expected a host and its processes, such as `name slots=8`")
         if found[1] in slots:
-            wrong(f"{path}, line {number}: {found[1]} stands there twice")
+            wrong(f"{path}, line {number}: the host {found[1]} is already listed")
         slots[found[1]] = int(found[2])
     if not slots:
-        wrong(f"{path}: names no host; a line is `name slots=8`")
+        wrong(f"{path}: no host in the hostfile; expected lines such as `name slots=8`")
     return slots
 
 
 def check_no_ssh(given: argparse.Namespace, nodes: int) -> None:
-    """Whether this node knows its place among `nodes`. Wrong input ends with one line."""
+    """Check the arguments of a node that starts its own ranks, one of `nodes`. Wrong input exits with one line."""
     if not given.master_addr:
-        wrong("which node is the first? give its address, the same on every node: --master-addr A, or MASTER_ADDR")
+        wrong("no address of the first node; set --master-addr A or MASTER_ADDR, the same on every node")
     if given.node_rank is None:
-        wrong("which node is this? --node-rank K, or NODE_RANK; the first is 0")
+        wrong("no rank of this node; set --node-rank K or NODE_RANK, where the first node is 0")
     if not 0 <= given.node_rank < nodes:
-        wrong(f"node rank {given.node_rank} is none of {nodes} nodes: 0 to {nodes - 1}")
+        wrong(f"found node rank {given.node_rank}; with {nodes} nodes it is 0 to {nodes - 1}")
     names = [name for _, name in socket.if_nameindex()]
     if given.interface and given.interface not in names:
-        wrong(f"no network interface {given.interface} here; there are: {', '.join(names)}")
+        wrong(f"no network interface {given.interface} on this node; found: {', '.join(names)}")
 
 
 def no_ssh_options(given: argparse.Namespace, slots: Mapping[str, int], folder: Path) -> list[str]:
-    """The launcher's options on a node that starts its own ranks; `folder` gets a hostfile."""
+    """The launcher's options on a node that starts its own ranks. Writes a hostfile to `folder`."""
     hosts = folder / "hosts"
     hosts.write_text("".join(f"{host} slots={count}\n" for host, count in slots.items()), encoding="utf-8")
-    # Given the address, the launcher does not ask the first node for it by ssh.
+    # With the address given, the launcher does not use ssh to ask the first node for it.
     options = ["--hostfile", str(hosts), "--no_ssh", "--node_rank", str(given.node_rank)]
     return [*options, "--master_addr", given.master_addr, "--master_port", str(given.master_port or PORT)]
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """Hosts that ssh reaches, with this Python and this file at the same places as here, and a job on them."""
+    """The hosts of a job, reached by ssh. They have this Python and this file at the same paths as this machine."""
 
     hosts: tuple[str, ...]
     job: str
     interface: str
 
-    def start(self, what: str) -> subprocess.Popen[str]:
-        """Begin `ranks.on_node(what)` on all of them; each line of output has its host in front."""
-        words = [sys.executable, str(Path(__file__).with_name("ranks.py")), "--on-node", what, "--job", self.job]
+    def start(self, action: str) -> subprocess.Popen[str]:
+        """Start `ranks.on_node(action)` on all hosts. Each line of output begins with the host."""
+        words = [sys.executable, str(Path(__file__).with_name("ranks.py")), "--on-node", action, "--job", self.job]
         words += ["--interface", self.interface] if self.interface else []
         command = ["pdsh", "-S", "-R", "ssh", "-f", str(len(self.hosts)), "-w", ",".join(self.hosts)]
         command.append(shlex.join(words).replace("%", "%%"))
-        # Without a terminal ssh asks for no password.
+        # Without a terminal ssh does not ask for a password.
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -110,54 +110,56 @@ class Nodes:
         )
 
     def probe(self) -> tuple[str, str]:
-        """The first host's address, and a port free there. A host that cannot be used ends with one line."""
-        asked = self.start("probe")
-        said, complaints = asked.communicate()
-        if asked.returncode:
-            others = [line for line in complaints.splitlines() if not line.startswith("pdsh@")]
-            wrong(f"cannot start on {(others or complaints.splitlines() or ['the nodes'])[0]}")
-        found = re.search(rf"^{re.escape(self.hosts[0])}: address (\S+) port (\d+)$", said, re.MULTILINE)
+        """The address of the first host, and a free port on it. Exits with one line if a host cannot be used."""
+        probe = self.start("probe")
+        output, errors = probe.communicate()
+        if probe.returncode:
+            others = [line for line in errors.splitlines() if not line.startswith("pdsh@")]
+            wrong(f"cannot start on {(others or errors.splitlines() or ['the nodes'])[0]}")
+        found = re.search(rf"^{re.escape(self.hosts[0])}: address (\S+) port (\d+)$", output, re.MULTILINE)
         if found is None:
-            wrong(f"{self.hosts[0]} did not tell its address; give it: --master-addr A")
+            wrong(f"{self.hosts[0]} did not report its address; set --master-addr A")
         return found[1], found[2]
 
-    def end(self, what: str) -> int | None:
-        """`end` or `kill` what is left of the job. Returns rank 0's exit code, None if it left none."""
-        said, _ = self.start(what).communicate()
-        found = re.search(r"^\S+: word (\d+)$", said, re.MULTILINE)
+    def end(self, action: str) -> int | None:
+        """`end` or `kill` the remaining processes of the job. Returns the exit code that rank 0 left, None if none."""
+        output, _ = self.start(action).communicate()
+        found = re.search(r"^\S+: exit code (\d+)$", output, re.MULTILINE)
         return int(found[1]) if found else None
 
-    def told(self) -> Path:
-        """Where rank 0 leaves its exit code, on its own node."""
+    def exit_file(self) -> Path:
+        """The file on its own node in which rank 0 leaves its exit code."""
         return Path("/tmp") / f"vae_ds_exit_{self.job}"
 
     def command_line(self, hostfile: Path, address: str, port: str, arguments: Sequence[str]) -> list[str]:
-        """The deepspeed command that runs `vae-ds ARGUMENTS` on all of them."""
+        """The deepspeed command that runs `vae-ds ARGUMENTS` on all hosts."""
         options = ["-q", "--hostfile", str(hostfile), "--launcher", "pdsh", "--force_multi", "--no_ssh_check"]
         options += ["--master_addr", address, "--master_port", port, "--module", "vae_ds"]
         return [launcher(), *options, *map(_for_remote_shell, arguments)]
 
     def environment(self, env: Mapping[str, str], folder: Path) -> dict[str, str]:
-        """The launcher's environment made of `env`; what the ranks need of it stands in a file that it reads."""
-        mine = {"VAE_DS_JOB": self.job, "VAE_DS_EXIT_FILE": str(self.told())}
-        mine |= {name: value for name, value in env.items() if PASSED_ON.fullmatch(name) and "\n" not in value}
+        """The environment of the launcher, from `env`. It reads the variables of the ranks from a file in `folder`."""
+        passed = {"VAE_DS_JOB": self.job, "VAE_DS_EXIT_FILE": str(self.exit_file())}
+        passed |= {name: value for name, value in env.items() if PASSED_ON.fullmatch(name) and "\n" not in value}
         file = folder / "deepspeed_env"
         name = env.get("DS_ENV_FILE", ".deepspeed_env")
-        # The user's own has the last word.
-        theirs = [place.read_text(encoding="utf-8") for place in (Path.home() / name, Path(name)) if place.is_file()]
-        lines = [f"{name}={_in_double_quotes(value)}" for name, value in mine.items()]
-        lines += [line for text in theirs for line in text.splitlines() if "=" in line]
+        # The user's own files come last, so that they override.
+        user_files = [
+            place.read_text(encoding="utf-8") for place in (Path.home() / name, Path(name)) if place.is_file()
+        ]
+        lines = [f"{name}={_in_double_quotes(value)}" for name, value in passed.items()]
+        lines += [line for text in user_files for line in text.splitlines() if "=" in line]
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return {**env, "DS_ENV_FILE": str(file)}
 
 
 def _in_double_quotes(text: str) -> str:
-    """What a shell reads as `text` between double quotes, after pdsh has looked for its own %n, %h and %u."""
+    """Escape `text` for double quotes in a shell, and for pdsh, which replaces %n, %h and %u."""
     return re.sub(r'([\\"$`])', r"\\\1", text).replace("%", "%%")
 
 
 def _for_remote_shell(word: str) -> str:
-    """An argument that arrives as it is, though DeepSpeed, pdsh and a shell read it on the way."""
-    # With a space in it DeepSpeed puts it between double quotes, and escapes those within.
+    """Escape an argument so that it arrives unchanged through DeepSpeed, pdsh and a shell."""
+    # DeepSpeed puts an argument with a space between double quotes, and escapes double quotes inside it.
     word = re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
     return word.replace("%", "%%")

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Any vae-ds command on all devices of a machine without a network, from the directory that launchers/wheelhouse.sh made
-# (this file is copied there): bash DIR/offline.sh [--venv VENV] [-n N] train RECIPE [ARGUMENTS ...]
-# Installs into VENV first, default DIR/venv. Ctrl-C stops the ranks; the same command resumes.
+# Run any vae-ds command on all devices of a machine without a network. launchers/wheelhouse.sh copies this file to the
+# directory that it makes: bash DIR/offline.sh [--venv VENV] [-n N] train RECIPE [ARGUMENTS ...]
+# Installs into VENV first (default: DIR/venv). Ctrl-C stops the ranks; the same command resumes.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [[ -f $here/launchers/lib.sh ]] || {
-  echo "error: $here is no wheelhouse; make one where there is a network: bash launchers/wheelhouse.sh --to DIR" >&2
+  echo "error: $here is no wheelhouse; make one on a machine with a network: bash launchers/wheelhouse.sh --to DIR" >&2
   exit 2
 }
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$here/launchers/lib.sh"
-# Packages of a cluster's modules would stand before those of the wheelhouse.
+# Packages of a cluster's modules would take precedence over those of the wheelhouse.
 unset PYTHONPATH PYTHONHOME
 manifest=$here/launchers/manifest.py
 
@@ -24,7 +24,7 @@ fi
 
 is_version() { "$1" -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != sys.argv[1])' "$2" >/dev/null 2>&1; }
 
-# python_of VERSION: the Python that the wheels are for, $PYTHON or on the PATH.
+# python_of VERSION: print the Python that the wheels are for: $PYTHON, otherwise from the PATH.
 python_of() {
   local name
   for name in ${PYTHON:+"$PYTHON"} "python$1" python3 python; do
@@ -33,10 +33,10 @@ python_of() {
       return
     fi
   done
-  die "the wheels are for Python $1, which is not on the PATH; name it: PYTHON=/path/to/python$1 bash $0" "$WRONG_INPUT"
+  die "the wheels are for Python $1, which is not on the PATH; set its path: PYTHON=/path/to/python$1 bash $0" "$WRONG_INPUT"
 }
 
-# install_offline: into the virtual environment, unless it has been done with this wheelhouse.
+# install_offline: install into the virtual environment, unless this wheelhouse is already installed there.
 install_offline() {
   local stamp=$venv/.vae_ds-offline state python said
   [[ -f $here/manifest.json ]] || "$any" "$manifest" check "$here" || exit "$WRONG_INPUT"
@@ -48,23 +48,25 @@ install_offline() {
   "$any" "$manifest" check "$here" || exit "$WRONG_INPUT"
   python=$(python_of "$("$any" "$manifest" python "$here")")
   [[ -f $stamp || -z $(ls -A "$venv") ]] ||
-    die "$venv holds other things, or half an installation; remove it, or choose another place with --venv" "$WRONG_INPUT"
+    die "$venv contains other files or a partial installation; remove it, or choose another directory with --venv" \
+      "$WRONG_INPUT"
   say "installing into $venv with $("$python" --version)"
   "$python" -m venv --clear "$venv" ||
-    die "cannot make the virtual environment $venv; choose another place with --venv" "$WRONG_INPUT"
+    die "cannot create the virtual environment $venv; choose another directory with --venv" "$WRONG_INPUT"
   : >"$stamp"
-  # No index and no user's or machine's settings: what is not in the wheelhouse must not come from elsewhere.
+  # No index, and no settings of the user or the machine: packages must come only from the wheelhouse.
   PIP_CONFIG_FILE=/dev/null "$venv/bin/python" -m pip --isolated --disable-pip-version-check --quiet install \
     --no-compile --no-index --find-links "$here/wheels" vae_ds || die "the installation failed; see above"
-  # Proves that it works here, and compiles what is used for all ranks; everything would take three times as long.
+  # Check that the installation works, and compile the used modules once for all ranks. Compiling all modules would take
+  # three times as long.
   said=$("$venv/bin/python" -c 'import vae_ds.training' 2>&1) || {
     printf '%s\n' "$said" >&2
-    die "what is installed does not run here; see above"
+    die "the installed packages do not run on this machine; see above"
   }
   printf '%s\n' "$state" >"$stamp"
 }
 
-# cache_here: sets VAE_DS_CACHE to the wheelhouse's cache, or to a copy where that cannot be written.
+# cache_here: set VAE_DS_CACHE to the cache of the wheelhouse, or to a copy if it is not writable.
 cache_here() {
   export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
   [[ -d $here/cache ]] || return 0
@@ -73,17 +75,17 @@ cache_here() {
     return
   fi
   export VAE_DS_CACHE=${VAE_DS_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vae_ds}
-  # Its files are named by their contents, so they get along with what is there.
+  # The files are named by their contents, so they do not conflict with existing files.
   if ! { mkdir -p "$VAE_DS_CACHE" && cp -Ru "$here/cache/." "$VAE_DS_CACHE"; }; then
-    die "$VAE_DS_CACHE: cannot copy the cache there; set VAE_DS_CACHE to a directory that can be written" "$WRONG_INPUT"
+    die "$VAE_DS_CACHE: cannot copy the cache there; set VAE_DS_CACHE to a writable directory" "$WRONG_INPUT"
   fi
 }
 
 any=$(find_python)
-mkdir -p "$venv" 2>/dev/null || die "cannot make the directory $venv; choose another place with --venv" "$WRONG_INPUT"
+mkdir -p "$venv" 2>/dev/null || die "cannot create the directory $venv; choose another directory with --venv" "$WRONG_INPUT"
 venv=$(cd "$venv" && pwd)
 {
-  # Nodes that share a file system start at once, and one does it for all.
+  # Nodes that share a file system start at the same time. One of them installs for all.
   flock 9 2>/dev/null || true
   install_offline
   cache_here
@@ -92,7 +94,7 @@ PY=$venv/bin/python
 
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}
 
-# The recipe of the wheelhouse, named as when it was made, is the copy there, with the base and the text there.
+# To train the recipe of the wheelhouse, use the copies of the recipe, the base and the text.
 words=("$@")
 recipe=$("$PY" "$manifest" recipe "$here")
 if [[ -n $recipe ]]; then
@@ -103,7 +105,7 @@ if [[ -n $recipe ]]; then
     elif [[ $train -ge 0 && ${words[place]} == "$recipe" ]]; then
       mapfile -t settings < <("$PY" "$manifest" settings "$here")
       words[place]=$here/recipe.yaml
-      # First, so that the user's own have the last word.
+      # Before the user's settings, so that these override.
       words=("${words[@]:0:train+1}" "${settings[@]/#/--set=}" "${words[@]:train+1}")
       break
     fi

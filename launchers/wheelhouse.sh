@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything a machine without a network needs, in one directory: bash launchers/wheelhouse.sh --to DIR. See --help.
+# Collect everything that a machine without a network needs: bash launchers/wheelhouse.sh --to DIR. See --help.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=lib.sh
@@ -9,19 +9,23 @@ usage() {
   cat <<'USAGE'
 Usage: bash launchers/wheelhouse.sh --to DIR [OPTIONS] [-- PIP OPTIONS]
 
-Fills DIR, where there is a network, with vae_ds and everything that it needs. Copy DIR to the machine that has none:
+Fills DIR with vae_ds and all its requirements. Run it on a machine with a network, and copy DIR to the machine without
+one. There:
 
   bash DIR/offline.sh train RECIPE --run-dir RUN
 
-  --python 3.X         the Python of that machine (default: this one's)
-  --platform NAME      its kind (default: manylinux_2_28 of this machine's architecture)
-  --recipe RECIPE      takes along what the recipe needs: its base model, its text, and the text's token ids
-  --set KEY=VALUE      changes a setting of the recipe; may be given many times
-  --no-setup           install nothing here, use the environment as it is
-  -- PIP OPTIONS       where the wheels come from, for example another build of torch:
-                       -- --extra-index-url URL
+  --to DIR             a new directory, or one that this script made
+  --python 3.X         the Python version of the other machine (default: that of this environment)
+  --platform NAME      the platform of the other machine (default: manylinux_2_28 with this machine's architecture)
+  --recipe RECIPE      include what the recipe needs: its base model, its text, and the token ids of the text
+  --set KEY=VALUE      change a setting of the recipe; can be repeated
+  --no-setup           install nothing here; use the environment as it is
+  -- PIP OPTIONS       options for the download, for example another build of torch: -- --extra-index-url URL
 
-Run it again to renew DIR. Exit codes: 0 done, 1 a fault, 2 wrong input, such as a package without a wheel.
+Example:
+  bash launchers/wheelhouse.sh --to house --python 3.12 --recipe ptb --set data.path=data/ptb
+
+Run it again to update DIR. Exit codes: 0 done, 1 a fault, 2 wrong input, such as a package without a wheel.
 USAGE
 }
 
@@ -59,16 +63,16 @@ while (($#)); do
   esac
   shift
 done
-[[ -n $to ]] || die "where to? --to DIR; see --help" "$WRONG_INPUT"
-[[ -n $recipe || ${#settings[@]} -eq 0 ]] || die "--set changes a recipe; name it with --recipe" "$WRONG_INPUT"
+[[ -n $to ]] || die "--to DIR is missing; see --help" "$WRONG_INPUT"
+[[ -n $recipe || ${#settings[@]} -eq 0 ]] || die "--set needs a recipe; name it with --recipe" "$WRONG_INPUT"
 [[ -z $python || $python =~ ^3\.(1[1-9]|[2-9][0-9])$ ]] ||
-  die "--python $python: expected a version from 3.11 on, such as 3.12" "$WRONG_INPUT"
-mkdir -p "$to" || die "cannot make the directory $to" "$WRONG_INPUT"
+  die "--python $python: expected 3.11 or newer, such as 3.12" "$WRONG_INPUT"
+mkdir -p "$to" || die "cannot create the directory $to" "$WRONG_INPUT"
 to=$(cd "$to" && pwd)
 mark=$to/.vae_ds-wheelhouse
-[[ -f $mark || -z $(ls -A "$to") ]] || die "$to holds other things; name a new directory" "$WRONG_INPUT"
+[[ -f $mark || -z $(ls -A "$to") ]] || die "$to contains other files; name a new directory" "$WRONG_INPUT"
 
-# platforms: that one and the older ones that it includes; pip takes a name alone literally.
+# platforms: print the platform and the older ones that it includes. pip does not add these itself.
 platforms() {
   local minor machine
   if [[ ! $platform =~ ^manylinux_2_([0-9]+)_(.+)$ ]]; then
@@ -80,7 +84,7 @@ platforms() {
   printf "%s_$machine\n" manylinux2014 manylinux2010 manylinux1 linux
 }
 
-# Beside what it becomes: /tmp may be small, and a CUDA build of torch brings gigabytes.
+# On the file system of the result: /tmp may be small, and a CUDA build of torch needs gigabytes.
 rm -rf "$to"/.partial-*
 scratch=$(mktemp -d "$to/.partial-XXXXXX")
 touch "$mark"
@@ -89,21 +93,21 @@ logged=(--log "$scratch/log" --quiet --progress-bar=off)
 [[ ! -t 1 ]] || logged=(--log "$scratch/log" --progress-bar=on)
 pip() { attend "$PY" -m pip --disable-pip-version-check --no-input "$@"; }
 
-# explain CODE WHAT: the end after pip failed; why stands in its log, and in what it said.
+# explain CODE WHAT: exit after a failure of pip, with the reason from its log and its error output.
 explain() {
   local missing
   (($1 != STOPPED)) || exit "$STOPPED"
   missing=$(sed -n 's/.* ERROR: No matching distribution found for \([^ ]*\).*/\1/p
     s/.* The user requested (constraint) //p' "$scratch/log" | head -n 1)
   if [[ -n $missing ]] && ! grep -q '^WARNING: Retrying' "$scratch/errors"; then
-    die "no $missing for Python $python on $platform where pip looks; name another index after --, see --help" \
+    die "pip finds no $missing for Python $python on $platform; name another index after --, see --help" \
       "$WRONG_INPUT"
   fi
   tail -n 20 "$scratch/errors" >&2
   die "$2 failed; see above"
 }
 
-# build WHAT...: a wheel from source, made in this environment.
+# build WHAT...: build a wheel from source in this environment.
 build() {
   pip wheel "${logged[@]}" --no-deps --no-build-isolation --wheel-dir "$scratch/built" "$@" 2>"$scratch/errors" ||
     explain $? "the build of $1"
@@ -114,11 +118,11 @@ build_wheels() {
   cp -R "$REPO/vae_ds" "$REPO/ds_configs" "$REPO/setup.py" "$REPO/pyproject.toml" "$REPO/LICENSE" "$scratch/source"
   [[ ! -f $REPO/README.md ]] || cp "$REPO/README.md" "$scratch/source"
   build "$scratch/source"
-  # Only its source is published. It compiles nothing here: its operators are built where they run.
+  # DeepSpeed is published only as source. This compiles nothing: its operators are built where they run.
   DS_BUILD_OPS=0 build "$(grep '^deepspeed==' "$PINS")" "${pip_options[@]}"
   local wheel
   for wheel in "$scratch"/built/*.whl; do
-    [[ $wheel == *-none-any.whl ]] || die "${wheel##*/} is for this machine alone; it should be pure Python"
+    [[ $wheel == *-none-any.whl ]] || die "${wheel##*/} runs only on this machine type; expected a pure Python wheel"
   done
 }
 
@@ -139,7 +143,7 @@ take_recipe() {
 wheelhouse() {
   if ((install)); then setup ""; else choose_environment; fi
   [[ -n $python ]] || python=$("$PY" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-  # Without its list the directory counts as unfinished.
+  # Without the manifest the directory counts as incomplete.
   rm -f "$to/manifest.json"
   say "wheels for Python $python on $platform"
   build_wheels
@@ -148,7 +152,7 @@ wheelhouse() {
   mv "$scratch/wheels" "$to/wheels"
   local manifest=(--python "$python" --platform "$platform")
   if [[ -n $recipe ]]; then
-    say "what $recipe needs"
+    say "base, text and token ids of $recipe"
     take_recipe
     manifest+=(--recipe "$recipe")
   fi
@@ -157,10 +161,10 @@ wheelhouse() {
   cp "$here/offline.sh" "$to/offline.sh"
   "$PY" "$here/manifest.py" write "$to" "${manifest[@]}"
   say "done: $(du -sh "$to" | cut -f1) in $to"
-  printf 'Copy it to the machine without a network; there:\n  bash %q train %q --run-dir runs/mine\n' \
+  printf 'Copy it to the machine without a network. There:\n  bash %q train %q --run-dir runs/mine\n' \
     "${to##*/}/offline.sh" "${recipe:-RECIPE}"
 }
 
-# Read whole before it runs: bash reads a script line by line, and this one may change meanwhile.
+# A function, so that bash reads it completely before it runs: the script may change during the run.
 wheelhouse
 exit

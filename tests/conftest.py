@@ -1,4 +1,4 @@
-"""What every test needs before torch, transformers or deepspeed is imported: threads, no network, private caches."""
+"""Settings of all tests, made before torch, transformers or deepspeed is imported: threads, no network, own caches."""
 
 import os
 import shutil
@@ -14,17 +14,17 @@ LONGEST = (
     *("test_wheelhouse", "test_multinode", "test_doctor", "test_engine"),
 )
 
-# The ranks of a distributed test share the machine's cores; more threads than cores only wait for each other.
+# The ranks of a distributed test share the cores of the machine. More threads than cores only slow them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
-# A worker killed while DeepSpeed compiles leaves a lock on which every user of the same folder hangs.
+# A worker that is killed while DeepSpeed compiles leaves a lock, which blocks all users of the same directory.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose DeepSpeed's accelerator, and give the session a cache of its own: a user's must not make a test pass."""
+    """Select DeepSpeed's accelerator, and use a separate cache: a user's cache must not make a test pass."""
     import torch
 
     if not torch.cuda.is_available():
@@ -36,7 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that two workers end together; the engine's find what CI builds beside them built."""
+    """Run the longest files first, so that two workers end at about the same time.
+
+    test_engine is the last of them, so that the operator that CI builds at the same time is ready for it.
+    """
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 

@@ -1,4 +1,4 @@
-# What the SLURM scripts share: one srun task a rank, logs of job and ranks, and the end of the job. Source it in a job.
+# Functions of all SLURM scripts: one srun task per rank, logs of job and ranks, end of the job. Source it in a job.
 # shellcheck shell=bash
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -8,25 +8,25 @@ source "$here/../lib.sh"
 LOST=69
 [[ -n ${SLURM_JOB_ID:-} ]] || die "not inside a SLURM job; submit this script with sbatch, or run it in salloc's shell" "$WRONG_INPUT"
 
-# The number of an array's last task is the whole array's.
+# The last task of an array has the job number of the whole array, so name the task by array and index.
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 JOB=${JOB:-$SLURM_JOB_ID}
 
 field() { scontrol show job --oneliner "$JOB" | sed -n "s/.* $1=\([^ ]*\).*/\1/p"; }
 is_batch() { [[ $(field BatchFlag) == 1 ]]; }
 
-# prepare_job: the environment, once for all jobs that start together on a shared file system.
+# prepare_job: set up the environment. With the lock, one job installs for all that start together on a shared disk.
 prepare_job() {
   exec {lock}<"$REPO"
   flock "$lock"
   setup ""
   exec {lock}<&-
-  # A build that a killed job leaves locked must not hang another.
+  # The lock of a build in a killed job must not block other jobs.
   export TORCH_EXTENSIONS_DIR=${TMPDIR:-/tmp}/vae_ds-${USER:-$UID}-$SLURM_JOB_ID/torch_extensions
   export PYTHONUNBUFFERED=1
 }
 
-# log_folder: where the ranks' logs go, beside the job's own: NAME-7.log has NAME-7/rank-0.log, ...
+# log_folder: print the directory of the ranks' logs: for the job log NAME-7.log it is NAME-7, with rank-0.log etc.
 log_folder() {
   local log
   log=$(field StdOut)
@@ -34,7 +34,7 @@ log_folder() {
   printf '%s\n' "${log%.*}"
 }
 
-# fill WORD: the job's numbers in an argument, written as in SLURM's file names: %j job, %A array, %a place in it.
+# fill WORD: replace the placeholders of SLURM's file names in an argument: %j job, %A array, %a index in the array.
 fill() {
   local word=$1
   word=${word//%j/$SLURM_JOB_ID}
@@ -42,41 +42,41 @@ fill() {
   printf '%s\n' "${word//%a/${SLURM_ARRAY_TASK_ID:-0}}"
 }
 
-# task_options: what srun has to be told. Tasks a node are what the user said, else one a GPU.
+# task_options: set the options of srun. The number of tasks is that of the user, otherwise one per GPU.
 task_options() {
   options=(--kill-on-bad-exit=1 --wait=60)
   if [[ -z ${SLURM_NTASKS:-} && ${SLURM_GPUS_ON_NODE:-1} -gt 1 ]]; then
-    # The job has one core a task, for fewer tasks than it has GPUs.
+    # The job has one core per task, and fewer tasks than GPUs, so the cores must be shared.
     options+=("--ntasks-per-node=$SLURM_GPUS_ON_NODE" --overcommit)
   fi
-  # Newer releases of srun do not take it over from sbatch.
+  # Newer releases of srun do not inherit it from sbatch.
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || options+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
   [[ -z ${VAE_DS_CONTAINER:-} ]] || options+=("--container-image=$VAE_DS_CONTAINER")
   [[ -z ${VAE_DS_CONTAINER_MOUNTS:-} ]] || options+=("--container-mounts=$VAE_DS_CONTAINER_MOUNTS")
 }
 
-# run_ranks COMMAND ARGUMENTS...: a vae-ds command on all tasks of the job. Returns rank 0's own exit code.
+# run_ranks COMMAND ARGUMENTS...: run a vae-ds command on all tasks of the job. Returns the exit code of rank 0.
 run_ranks() {
-  local words=() word code=0 own logs
+  local words=() word code=0 exit_file logs
   for word in "$@"; do words+=("$(fill "$word")"); done
   task_options
   if is_batch; then
     logs=$(log_folder)
-    mkdir -p "$logs" || die "cannot make the directory $logs for the logs of the ranks"
+    mkdir -p "$logs" || die "cannot create the directory $logs for the logs of the ranks"
     options+=(--open-mode=append "--output=$logs/rank-%t.log")
-    own=$logs/exit_code
+    exit_file=$logs/exit_code
     printf '%s: job %s on %s, start %d: vae-ds %s\n' "$(date '+%F %T')" "$SLURM_JOB_ID" "$SLURM_JOB_NODELIST" \
       "$((${SLURM_RESTART_COUNT:-0} + 1))" "${words[*]}"
     printf 'follow it: tail -F %q\n' "$logs/rank-0.log"
   else
     options+=(--label)
-    own=$(mktemp)
+    exit_file=$(mktemp)
   fi
-  rm -f "$own"
-  VAE_DS_EXIT_FILE=$own wait_for srun "${options[@]}" "${VAE_DS_PYTHON:-$PY}" -m vae_ds "${words[@]}" || code=$?
-  # srun's code says nothing of a rank that saved: it is 0 after scancel, and another rank's after a fault.
-  if [[ -s $own ]]; then
-    code=$(<"$own")
+  rm -f "$exit_file"
+  VAE_DS_EXIT_FILE=$exit_file wait_for srun "${options[@]}" "${VAE_DS_PYTHON:-$PY}" -m vae_ds "${words[@]}" || code=$?
+  # The exit code of srun can differ from that of rank 0: it is 0 after scancel, and another rank's code after a fault.
+  if [[ -s $exit_file ]]; then
+    code=$(<"$exit_file")
   elif ((code == 0)); then
     code=1
   fi
@@ -84,14 +84,14 @@ run_ranks() {
   return "$code"
 }
 
-# wait_for SRUN...: this shell outlives the ranks, whatever it hears. SLURM tells them too, but not in every case, so
-# each signal goes on as SIGUSR1, which srun gives to all tasks.
+# wait_for SRUN...: run srun and wait for it, whatever signals this shell receives. SLURM does not signal the ranks in
+# every case, so each signal is passed on as SIGUSR1, which srun forwards to all tasks.
 wait_for() {
-  local code heard=1
+  local code signalled=1
   "$@" &
-  trap 'heard=1; kill -USR1 $! 2>/dev/null || true' INT TERM HUP USR1
-  while ((heard)); do
-    heard=0
+  trap 'signalled=1; kill -USR1 $! 2>/dev/null || true' INT TERM HUP USR1
+  while ((signalled)); do
+    signalled=0
     code=0
     wait $! || code=$?
   done
@@ -99,7 +99,7 @@ wait_for() {
   return "$code"
 }
 
-# show_failure FOLDER: the end of the ranks' logs, so that the job's log alone tells what happened.
+# show_failure FOLDER: print the end of the ranks' logs, so that the log of the job shows the cause.
 show_failure() {
   local log
   for log in "$1"/rank-*.log; do
@@ -109,12 +109,12 @@ show_failure() {
   done
 }
 
-# end_job CODE: a batch job that saved and stopped, or lost a rank or a node, goes back to the queue and resumes there,
-# unless SLURM is ending it anyway.
+# end_job CODE: exit with CODE. A batch job that saved and stopped, or lost a rank or a node, is requeued and resumes,
+# unless SLURM is ending the job.
 end_job() {
   local code=$1
   printf '%s: exit code %d\n' "$(date '+%F %T')" "$code"
-  # A lost node may be lost for good, and then the job would come back for ever.
+  # A lost node may not come back. The limit prevents endless requeueing.
   if ((code == LOST && ${SLURM_RESTART_COUNT:-0} < ${VAE_DS_RETRIES:-3} || code == STOPPED)) &&
     is_batch && [[ $(field JobState) == RUNNING ]]; then
     if scontrol requeue "$JOB"; then

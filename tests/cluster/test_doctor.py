@@ -98,12 +98,12 @@ def test_what_is_wrong_is_told_with_what_to_do(
     for name, state in states.items():
         assert [line for line in lines if line.startswith(f"  {name}  ") and f" {state} " in line], (name, lines)
     text = "\n".join(lines)
-    assert f"unless another machine builds there now, delete {lock}" in text
+    assert f"if no other machine builds there now, delete {lock}" in text
     assert "GLOO_SOCKET_IFNAME=nosuch0" in text
     assert "NCCL_SOCKET_IFNAME==et" in text
     assert "tqdm 0.1 (needed: >=4.66)" in text
-    assert "limit: open files: `ulimit -n 1024` before the run" in text
-    assert "cores: srun does not pass --cpus-per-task on from sbatch" in text
+    assert "limit: open files: first run `ulimit -n 1024`" in text
+    assert "cores: srun does not inherit --cpus-per-task from sbatch" in text
 
 
 def test_a_lock_that_a_build_holds_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,8 +190,8 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     assert finished.codes == [1, 1], finished.report()
     ranks = by_name(report_in(finished))["ranks"]
     assert ranks["state"] == "fail"
-    assert "no end in 5 s" in ranks["found"]
-    assert "never came: rank 2" in ranks["found"]
+    assert "not finished after 5 s" in ranks["found"]
+    assert "not joined: rank 2" in ranks["found"]
     assert "joining the group: rank 0 on " in ranks["found"]
 
 
@@ -206,12 +206,12 @@ def test_a_wrong_sum_is_seen() -> None:
     )
     finished = launch(["-c", code])
     for output in finished.outputs:
-        assert "a wrong sum on rank 0, 1" in output
+        assert "wrong sum on rank 0, 1" in output
 
 
 @pytest.mark.parametrize(
     ("number", "told"),
-    [(signal.SIGSTOP, "never came: rank 1"), (signal.SIGKILL, "rank 1 ended with -9")],
+    [(signal.SIGSTOP, "not joined: rank 1"), (signal.SIGKILL, "rank 1 exited with code -9")],
 )
 def test_a_process_of_the_doctor_that_hangs_or_dies(tmp_path: Path, number: signal.Signals, told: str) -> None:
     """Told within the time, and none of its processes is left."""
@@ -242,7 +242,7 @@ def test_two_nodes_of_a_slurm_job(tmp_path: Path) -> None:
     found = by_name(report)
     assert found["slurm"]["state"] == "ok"
     assert "is UP" in found["slurm"]["found"]
-    assert found["ranks"]["found"].startswith("2 ranks on n1, n2 over gloo, the sum is right")
+    assert found["ranks"]["found"].startswith("2 ranks on n1, n2 over gloo, the sum is correct")
     assert report["facts"]["slurm_job"]["SLURM_STEP_NUM_TASKS"] == "2"
 
 

@@ -181,7 +181,7 @@ def test_without_one_a_venv_is_made_once(tmp_path: Path) -> None:
     show = 'choose_environment; "$PY" -c "import sys; print(sys.prefix)"'
     first = bash(show, env, library)
     made = tmp_path / "repo" / ".venv"
-    assert "making the virtual environment" in first
+    assert "creating the virtual environment" in first
     assert str(made) in first
     second = bash(show, env, library)
     assert "making" not in second

@@ -143,18 +143,18 @@ NO_SSH = ["--no-ssh", "--master-addr", "127.0.0.1", "--node-rank", "0"]
 @pytest.mark.parametrize(
     ("options", "hosts", "said"),
     [
-        ([], None, "which nodes? --hostfile FILE"),
+        ([], None, "no nodes given; use --hostfile FILE"),
         (["--hostfile", "absent"], None, "absent: cannot read the hostfile (No such file or directory)"),
-        (["--hostfile", "hosts"], "# none\n", "hosts: names no host"),
+        (["--hostfile", "hosts"], "# none\n", "hosts: no host in the hostfile"),
         (["--hostfile", "hosts"], "a slots=1\nb 2\n", "hosts, line 2: found `b 2`; expected a host"),
-        (["--hostfile", "hosts"], "a slots=1\n\na slots=2\n", "hosts, line 3: a stands there twice"),
+        (["--hostfile", "hosts"], "a slots=1\n\na slots=2\n", "hosts, line 3: the host a is already listed"),
         (["--hostfile", "hosts"], "a;b slots=1\n", "hosts, line 1: found `a;b slots=1`"),
-        (["--hostfile", "hosts", "-n", "2", *NO_SSH], "a slots=1\n", "leave -n out"),
-        (["--nodes", "0", *NO_SSH], None, "0 is not a whole number of 1 or more"),
-        (["--nodes", "2", "--node-rank", "0"], None, "which node is the first?"),
-        (["--nodes", "2", "--master-addr", "127.0.0.1"], None, "which node is this?"),
-        (["--nodes", "2", *NO_SSH, "--node-rank", "2"], None, "node rank 2 is none of 2 nodes: 0 to 1"),
-        (["--nodes", "2", *NO_SSH, "--interface", "eth77"], None, "no network interface eth77 here; there are: "),
+        (["--hostfile", "hosts", "-n", "2", *NO_SSH], "a slots=1\n", "omit -n"),
+        (["--nodes", "0", *NO_SSH], None, "found 0; expected an integer of at least 1"),
+        (["--nodes", "2", "--node-rank", "0"], None, "no address of the first node; set --master-addr"),
+        (["--nodes", "2", "--master-addr", "127.0.0.1"], None, "no rank of this node; set --node-rank"),
+        (["--nodes", "2", *NO_SSH, "--node-rank", "2"], None, "found node rank 2; with 2 nodes it is 0 to 1"),
+        (["--nodes", "2", *NO_SSH, "--interface", "eth77"], None, "no network interface eth77 on this node; found: "),
         (["--nodes", "2", *NO_SSH, "--node-ranks", "1"], None, "unrecognized arguments: --node-ranks"),
         (["--nodes", "2", *NO_SSH, NO_COMMAND], None, "name a vae-ds command"),
     ],
@@ -280,5 +280,5 @@ def test_ssh_tells_which_node_it_cannot_use(job: dict[str, str], ssh_path: str, 
         return done.stderr
 
     assert said("127.0.0.3").startswith("error: cannot start on 127.0.0.3: ssh: connect to host 127.0.0.3")
-    assert "no network interface eth77 there; there are: lo" in said("127.0.0.2", "--interface", "eth77")
+    assert "no network interface eth77 on the node; found: lo" in said("127.0.0.2", "--interface", "eth77")
     assert nothing_left(job)

@@ -110,7 +110,7 @@ def house(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("blow", "said"),
     [
-        (lambda house: (house / "manifest.json").unlink(), "{house}: no manifest.json; this is not a whole wheelhouse"),
+        (lambda house: (house / "manifest.json").unlink(), "{house}: no manifest.json; the wheelhouse is incomplete"),
         (lambda house: (house / "manifest.json").write_text("{"), "{house}/manifest.json: cannot be read"),
         (lambda house: (house / "launchers" / "ranks.py").unlink(), "{house}/launchers/ranks.py: missing"),
         (lambda house: next(house.glob("wheels/*")).write_bytes(b"a"), "{wheel}: has 1 bytes instead of 7"),
@@ -135,7 +135,7 @@ def test_what_cannot_be_installed_here(house: Path, tmp_path: Path) -> None:
     offline = ["bash", str(house / "offline.sh")]
     taken = sh([*offline, "--venv", str(tmp_path / "mine"), "recipes"], tmp_path)
     assert taken.returncode == 2
-    assert f"{tmp_path}/mine holds other things" in taken.stderr
+    assert f"{tmp_path}/mine contains other files" in taken.stderr
     assert (tmp_path / "mine" / "thesis.tex").is_file()
 
     file = house / "manifest.json"
@@ -151,13 +151,13 @@ def test_what_cannot_be_installed_here(house: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "where to? --to DIR"),
+        ([], "--to DIR is missing"),
         (["--to"], "--to needs a value"),
-        (["--to", "DIR", "--python", "2.7"], "--python 2.7: expected a version from 3.11 on"),
-        (["--to", "DIR", "--set", "seed=1"], "--set changes a recipe; name it with --recipe"),
+        (["--to", "DIR", "--python", "2.7"], "--python 2.7: expected 3.11 or newer"),
+        (["--to", "DIR", "--set", "seed=1"], "--set needs a recipe; name it with --recipe"),
         (["--to", "DIR", "--wheels"], "unknown argument --wheels"),
-        (["--to", "."], " holds other things; name a new directory"),
-        (["--to", "DIR", "--platform", "manylinux_2_28_vax"], "error: no torch"),
+        (["--to", "."], " contains other files; name a new directory"),
+        (["--to", "DIR", "--platform", "manylinux_2_28_vax"], "error: pip finds no torch"),
     ],
 )
 def test_wrong_arguments(tmp_path: Path, arguments: list[str], said: str) -> None:

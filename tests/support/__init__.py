@@ -1,4 +1,4 @@
-"""What several tests share: small bases and texts, real processes and ranks, a SLURM cluster on one machine."""
+"""Helpers for several tests: small bases and texts, real processes and ranks, a SLURM cluster on one machine."""
 
 from pathlib import Path
 

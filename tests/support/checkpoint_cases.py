@@ -1,4 +1,6 @@
-"""What the ranks of test_checkpoint.py run: `train` saves on two ranks, `resume` goes on at any world and stage."""
+"""The cases that the ranks of test_checkpoint.py run: `train` saves on two ranks, `resume` loads at any world size and
+ZeRO stage.
+"""
 
 import sys
 from dataclasses import asdict
@@ -17,11 +19,11 @@ from vae_ds.training import checkpoint
 from vae_ds.training.saver import Saver
 
 STAGE, STEPS, ACCUMULATION = 2, 2, 2
-OTHER = 1.0  # what the weights of an engine about to be loaded are off by
+OTHER = 1.0  # the offset of the weights of an engine before it loads the checkpoint
 
 
 def save(run_dir: Path, state: PhaseState, progress: dict, ranks: Ranks) -> Path:
-    """Write a checkpoint, wait for it and delete none."""
+    """Write a checkpoint and wait for it. Delete no older one."""
     saver = Saver(run_dir, ranks, CheckpointConfig(keep=1_000_000))
     saver.begin(lambda: state, progress, must=True)
     saver.finish(must=True)
@@ -29,7 +31,7 @@ def save(run_dir: Path, state: PhaseState, progress: dict, ranks: Ranks) -> Path
 
 
 def train(ranks: Ranks, folder: Path) -> None:
-    """Train, save by shares, and record what an uninterrupted run does next."""
+    """Train, let each rank save its share, and record the next step of the uninterrupted run."""
     trained = engine(network(STAGE), ranks, STAGE, "fp32")
     torch.manual_seed(ranks.rank)
     for step in range(STEPS):
@@ -41,7 +43,7 @@ def train(ranks: Ranks, folder: Path) -> None:
     assert (path / checkpoint.MANIFEST).is_file()
     drawn = torch.rand(3)
     rows = distributed.gather_rows(drawn[None])
-    assert not torch.equal(rows[0], rows[1]), "the ranks draw the same numbers, so the case proves nothing"
+    assert not torch.equal(rows[0], rows[1]), "the ranks draw the same numbers, so this case tests nothing"
     loss, outcome = train_step(trained, ranks, STEPS)
     state = trained.state()
     if ranks.is_main:
@@ -53,7 +55,7 @@ def train(ranks: Ranks, folder: Path) -> None:
 
 
 def resume(ranks: Ranks, folder: Path, stage: int, precision: str) -> None:
-    """Load into an engine of any stage at any world size; the next step is the uninterrupted run's."""
+    """Load into an engine of any stage at any world size. The next step equals that of the uninterrupted run."""
     truth = torch.load(folder / "truth.pt")
     found = checkpoint.newest(folder)
     assert found is not None
@@ -68,7 +70,7 @@ def resume(ranks: Ranks, folder: Path, stage: int, precision: str) -> None:
     torch.rand(7)
     resumed.load(state)
     if same_world:
-        assert torch.equal(torch.rand(3), truth["drawn_RX"][ranks.rank]), "the generators are not those saved"
+        assert torch.equal(torch.rand(3), truth["drawn_RX"][ranks.rank]), "the generators differ from the saved ones"
     assert_same(state, resumed.state())
     loss, outcome = train_step(resumed, ranks, STEPS, accumulation)
     assert outcome.applied
@@ -83,7 +85,7 @@ def resume(ranks: Ranks, folder: Path, stage: int, precision: str) -> None:
 
 
 def one_rank_fails(ranks: Ranks, folder: Path) -> None:
-    """A rank that cannot write ends the save on all, at once; what was whole stays the newest."""
+    """If one rank cannot write, the save fails on all ranks, and the last complete checkpoint stays the newest."""
     found = checkpoint.newest(folder)
     assert found is not None
     state, _ = checkpoint.load(found)
@@ -98,7 +100,7 @@ def one_rank_fails(ranks: Ranks, folder: Path) -> None:
 
 
 def other_freezing(ranks: Ranks, folder: Path) -> None:
-    """The checkpoint of a phase does not load into another phase's engine by mistake."""
+    """Loading a checkpoint into the engine of a phase with other frozen parameters is an error."""
     found = checkpoint.newest(folder)
     assert found is not None
     state, _ = checkpoint.load(found)
@@ -109,7 +111,7 @@ def other_freezing(ranks: Ranks, folder: Path) -> None:
 
 
 def cases(folder: Path, world: int) -> dict:
-    """Every case by name; those of one rank follow a launch with two."""
+    """All cases by name. The cases of one rank need the files of an earlier launch with two ranks."""
     found = {}
     if world == 2:
         found["train"] = lambda ranks: train(ranks, folder)

@@ -1,4 +1,4 @@
-"""Save checkpoints without end, each filled with its own step number; test_checkpoint.py kills it while it writes."""
+"""Save checkpoints in an endless loop, each filled with its step number. test_checkpoint.py kills it during a write."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What each rank of test_engine.py runs: engines on a small network with odd sizes, beside plain torch.
+"""The cases that each rank of test_engine.py runs: engines on a small network of odd sizes, compared with plain torch.
 
 Shapes: B sentences of a micro batch, T tokens, G sentences of the global batch.
 """
@@ -25,19 +25,19 @@ from vae_ds.engine.phase_engine import PhaseEngine, PhaseState, StepOutcome, res
 
 STAGES = (0, 1, 2, 3)
 PRECISIONS = ("fp32", "bf16")
-# One launch each; `nvme` has both precisions.
+# Each session is one launch. `nvme` contains both precisions.
 SESSIONS = (*PRECISIONS, "nvme")
 GLOBAL, WORDS, TOKENS = 8, 11, 3
 FROZEN = "middle."
-# Widths that neither two ranks nor DeepSpeed's alignments divide. To NVMe go partitions of a MiB and more: of WIDE the
-# weights of `middle` and `mu`, at two ranks in 16 bits too.
+# Widths that are not divisible by two ranks or by DeepSpeed's alignments. Only partitions of at least 1 MiB go to NVMe:
+# with WIDE these are the weights of `middle` and `mu`, also at two ranks in 16 bits.
 NARROW, WIDE = (6, 7, 5), (1201, 901, 1501)
-# Names of the shipped ds_configs that an engine was built on.
+# Names of the shipped ds_configs that were used for an engine.
 started: set[str] = set()
 
 
 class Output(NamedTuple):
-    """As the model's terms: a named tuple that ZeRO-3's hooks rebuild."""
+    """A named tuple like the output of the model. The hooks of ZeRO-3 rebuild it."""
 
     loss_B: torch.Tensor
     mu_BX: torch.Tensor
@@ -55,11 +55,11 @@ class Network(nn.Module):
         self.norm = nn.LayerNorm(middle)
         self.mu = nn.Linear(middle, latent, bias=False)
         self.out = nn.Linear(latent, WORDS)
-        # AdamW moves each weight as far at any width.
+        # AdamW moves each weight by the same amount at any width, so scale the sum.
         self.share = NARROW[1] / middle
 
     def code(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """An entry beside `forward`, as encode is in the model."""
+        """A second entry point besides `forward`, like `encode` of the model."""
         return self.mu(self.norm(torch.tanh(self.middle(self.embed(ids_BT).mean(1))))) * self.share
 
     def forward(self, ids_BT: torch.Tensor, labels_B: torch.Tensor) -> Output:
@@ -68,7 +68,7 @@ class Network(nn.Module):
 
 
 def network(stage: int | str, weights: dict[str, torch.Tensor] | None = None, freeze: str | None = FROZEN) -> Network:
-    """A float32 network on the CPU, ready for an engine of that stage."""
+    """A float32 network on the CPU for an engine of this stage."""
     model = Network(WIDE if "nvme" in str(stage) else NARROW)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -87,16 +87,16 @@ def engine(
     half_of: Callable[[str], str] | None = None,
     **optimizer: Any,
 ) -> PhaseEngine:
-    """An engine; `stage` may carry a shipped variant (`2_offload`), and a change of TURNS (`3_nvme-pipelined`)."""
-    known, _, turn = str(stage).partition("-")
+    """An engine. `stage` may name a shipped variant (`2_offload`) and a change from CHANGES (`3_nvme-pipelined`)."""
+    known, _, change = str(stage).partition("-")
     number, _, variant = known.partition("_")
     name = f"zero{number}_{precision}" + (f"_{variant}" if variant else "")
     tree = resolve(name, precision)
     started.add(name)
     zero = tree["zero_optimization"]
-    # DeepSpeed keeps parameters whole below this size, and nearly all of ours are.
+    # DeepSpeed does not partition parameters below this size, and nearly all parameters here are smaller.
     zero |= {"stage3_param_persistence_threshold": 0} if number == "3" else {}
-    zero |= TURNS[turn](zero) if turn else {}
+    zero |= CHANGES[change](zero) if change else {}
     return PhaseEngine(
         model,
         optimizer=OptimizerConfig(**{"weight_decay": 0.1, **optimizer}),
@@ -109,7 +109,7 @@ def engine(
     )
 
 
-TURNS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+CHANGES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "persistent": lambda zero: {"stage3_param_persistence_threshold": 100_000},
     "pipelined": lambda zero: {
         "offload_optimizer": zero["offload_optimizer"]
@@ -135,7 +135,7 @@ def train_step(
     spoil: bool = False,
     half: str | None = None,
 ) -> tuple[float, StepOutcome]:
-    """One global batch through the engine: the global mean loss, and the outcome. `spoil`: NaN on the last rank."""
+    """Train on one global batch. Returns the global mean loss and the outcome. `spoil`: NaN loss on the last rank."""
     ids_GT, labels_G = batch(step)
     micro = GLOBAL // ranks.world // accumulation
     total = torch.zeros(())
@@ -160,7 +160,7 @@ def lr_at(step: int) -> float:
 
 
 def assert_same(left: PhaseState, right: PhaseState, tolerance: float | None = None) -> None:
-    """Equal bit for bit, or within an absolute tolerance."""
+    """Assert that two states are equal bit by bit, or within an absolute tolerance."""
 
     def close(a: torch.Tensor, b: torch.Tensor) -> bool:
         return torch.equal(a, b) if tolerance is None else torch.allclose(a, b, rtol=0, atol=tolerance)
@@ -176,16 +176,16 @@ def assert_same(left: PhaseState, right: PhaseState, tolerance: float | None = N
 
 
 def assert_replicas(state: PhaseState) -> None:
-    """Every rank has the same weights and moments."""
+    """Assert that all ranks have the same weights and moments."""
     tensors = [*state.weights.values(), *(value for key in MOMENTS for value in state.moments[key].values())]
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     rows = distributed.gather_rows(flat[None])
-    assert all(torch.equal(row, rows[0]) for row in rows), "the ranks hold different states"
+    assert all(torch.equal(row, rows[0]) for row in rows), "the ranks have different states"
 
 
 def parity(ranks: Ranks, stage: int | str, clip: float, freeze: str | None = FROZEN) -> None:
-    """Float32 training is plain torch's on the global batch: losses, norms, weights, moments, frozen part alone."""
-    # The least gradients of a wide network are noise, which AdamW makes as large as any by a small epsilon.
+    """Float32 training equals plain torch on the global batch: losses, norms, weights, moments; frozen parts stay."""
+    # The smallest gradients of a wide network are noise. With a small epsilon, AdamW scales them up like all others.
     eps = 1e-4 if "nvme" in str(stage) else 1e-8
     plain = network(stage, freeze=freeze)
     trainable = [parameter for parameter in plain.parameters() if parameter.requires_grad]
@@ -206,10 +206,10 @@ def parity(ranks: Ranks, stage: int | str, clip: float, freeze: str | None = FRO
         assert math.isclose(loss, expected.item(), abs_tol=1e-5), (step, loss, expected)
         assert math.isclose(outcome.grad_norm, norm, rel_tol=1e-4), (step, outcome.grad_norm, norm)
         with torch.no_grad():
-            # Validation calls the module by other doors between the steps.
+            # Between the steps, validation calls other methods of the module.
             code = trained.module.code(ids_GT)
         assert torch.allclose(code, plain.code(ids_GT), atol=1e-5)
-    assert clipped == (clip > 0), "the case does not test what it says"
+    assert clipped == (clip > 0), "the gradient norms do not fit the clip value of this case"
     state = trained.state()
     assert state.steps == 4
     for name, parameter in plain.named_parameters():
@@ -221,11 +221,13 @@ def parity(ranks: Ranks, stage: int | str, clip: float, freeze: str | None = FRO
 
 
 def phases(ranks: Ranks, stage: int | str, precision: str) -> None:
-    """Frozen tensors stay bit for bit, all others move, and the next phase's engine starts from exactly that."""
+    """Frozen tensors stay equal bit by bit, all others change, and the next phase's engine starts from this state."""
     start = {name: parameter.detach().clone() for name, parameter in network(stage).named_parameters()}
     first = engine(network(stage), ranks, stage, precision)
     state = first.state()
-    assert all(torch.equal(state.weights[name], value) for name, value in start.items()), "not the weights given"
+    assert all(torch.equal(state.weights[name], value) for name, value in start.items()), (
+        "the initial weights differ from the given ones"
+    )
     assert state.steps == 0
     assert all(not value.any() for key in MOMENTS for value in state.moments[key].values())
     for step in range(2):
@@ -246,7 +248,9 @@ def phases(ranks: Ranks, stage: int | str, precision: str) -> None:
     plain = network(stage, state.weights, freeze=None)
     second = engine(network(stage, state.weights, freeze=None), ranks, stage, precision)
     handed = second.state()
-    assert all(torch.equal(handed.weights[name], value) for name, value in state.weights.items()), "hand-over"
+    assert all(torch.equal(handed.weights[name], value) for name, value in state.weights.items()), (
+        "the weights of the next phase differ from the given ones"
+    )
     ids_GT, labels_G = batch(0)
     with torch.no_grad():
         output = second.forward(ids_BT=ids_GT, labels_B=labels_G)
@@ -259,9 +263,9 @@ def phases(ranks: Ranks, stage: int | str, precision: str) -> None:
 
 
 def skipped(ranks: Ranks, stage: int | str, precision: str) -> None:
-    """A NaN on one rank skips the step on all, leaves everything as it was, and nothing of it in later steps.
+    """A NaN on one rank skips the step on all ranks, and does not change the state or later steps.
 
-    The judge is a twin, built on other weights (frozen ones too) and loaded with the state before the NaN.
+    The reference is a second engine, built on other weights (also frozen ones), that loads the state before the NaN.
     """
     trained = engine(network(stage), ranks, stage, precision)
     assert train_step(trained, ranks, 0)[1].applied
@@ -280,7 +284,7 @@ def skipped(ranks: Ranks, stage: int | str, precision: str) -> None:
     ids_GT, labels_G = batch(5)
     with torch.no_grad():
         outputs = [each.forward(ids_BT=ids_GT, labels_B=labels_G).loss_B for each in (trained, twin)]
-    assert torch.equal(*outputs), "the forward weights are not those loaded"
+    assert torch.equal(*outputs), "the forward weights differ from the loaded ones"
     results = [train_step(each, ranks, 2) for each in (trained, twin)]
     assert results[0][1].applied
     assert results[0] == results[1]
@@ -290,9 +294,9 @@ def skipped(ranks: Ranks, stage: int | str, precision: str) -> None:
 
 
 def halves(ranks: Ranks, stage: int | str, precision: str) -> None:
-    """A step of one half moves that half alone; in float32 as torch's AdamW with a learning rate of zero for the other.
+    """A step of one half changes only this half; in float32 it equals torch's AdamW with learning rate 0 for the other.
 
-    The state goes over to a twin, which takes the same next step.
+    A second engine loads the state and takes the same next step.
     """
 
     def half_of(name: str) -> str:
@@ -332,7 +336,7 @@ def halves(ranks: Ranks, stage: int | str, precision: str) -> None:
 
 
 def cases(session: str) -> dict[str, Callable[[Ranks], None]]:
-    """Every case of a session by name, in the order they run."""
+    """All cases of a session by name, in the order in which they run."""
     found: dict[str, Callable[[Ranks], None]] = {}
 
     def add(name: str, work: Callable[..., None], *arguments: Any) -> None:
@@ -345,8 +349,8 @@ def cases(session: str) -> dict[str, Callable[[Ranks], None]]:
     offloads = ["1_offload", "2_offload", "3_offload", "3_offload_params"]
     if session == "nvme":
         add("parity-zero3_nvme", parity, "3_nvme", 0.05)
-        for turn in ("pipelined", "optimizer_alone", "weights_alone"):
-            add(f"parity-zero3_nvme-{turn}", parity, f"3_nvme-{turn}", 0.05, None)
+        for change in ("pipelined", "optimizer_alone", "weights_alone"):
+            add(f"parity-zero3_nvme-{change}", parity, f"3_nvme-{change}", 0.05, None)
         add("skipped-zero3_nvme-pipelined-bf16", skipped, "3_nvme-pipelined", "bf16")
         for precision in PRECISIONS:
             add_both("3_nvme", precision)
@@ -363,23 +367,23 @@ def cases(session: str) -> dict[str, Callable[[Ranks], None]]:
 
 
 def main(results: Path, works: dict[str, Callable[[Ranks], None]]) -> None:
-    """Run the cases in order; each rank writes its answers, and the first fault ends it: the ranks are out of step."""
+    """Run the cases in order. Each rank writes its results, and exits at the first failure: ranks are out of step."""
     ranks = distributed.start()
     resolve("zero0", "fp32")
-    # DeepSpeed and our tear-down collect garbage at each engine; what was imported needs no second look.
+    # DeepSpeed and the tear-down collect garbage for each engine. Exclude the imported objects, to save time.
     gc.collect()
     gc.freeze()
-    answers: dict[str, Any] = {}
+    outcomes: dict[str, Any] = {}
     path = results / f"rank{ranks.rank}.json"
     for name, work in works.items():
         try:
             work(ranks)
-            answers[name] = "ok"
+            outcomes[name] = "ok"
         except Exception:
-            answers[name] = traceback.format_exc()
-        path.write_text(json.dumps(answers | {"started": sorted(started)}))
-        if answers[name] != "ok":
-            print(name, answers[name], flush=True)
+            outcomes[name] = traceback.format_exc()
+        path.write_text(json.dumps(outcomes | {"started": sorted(started)}))
+        if outcomes[name] != "ok":
+            print(name, outcomes[name], flush=True)
             os._exit(1)
     distributed.finish()
     sys.stdout.flush()

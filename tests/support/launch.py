@@ -1,4 +1,4 @@
-"""Start real processes that talk over gloo, as a cluster would, and never wait for them longer than stated."""
+"""Start real processes that communicate over gloo, as on a cluster, with a limit on every wait."""
 
 import json
 import os
@@ -18,13 +18,13 @@ from support.processes import no_rank
 from vae_ds.runtime.machine import free_port
 
 WORKER = Path(__file__).with_name("train_jobs.py")
-# A rank that fails leaves the others in a collective; they get this long to say something.
+# When a rank fails, the others block in a collective. They get this time to report it.
 GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
 class Finished:
-    """How the processes ended, in rank order; a negative code is the signal's number."""
+    """The results of the processes, in rank order. A negative code is the number of a signal."""
 
     codes: list[int]
     outputs: list[str]
@@ -33,13 +33,13 @@ class Finished:
 
     @property
     def output(self) -> str:
-        """Everything that every rank wrote."""
+        """The output of all ranks."""
         return "\n".join(f"--- rank {rank}\n{text}" for rank, text in enumerate(self.outputs))
 
     def report(self) -> str:
-        """One text for a failed assertion."""
-        fate = "timed out" if self.timed_out else "ended"
-        return f"{fate} after {self.duration_s:.0f} s with codes {self.codes}\n{self.output}"
+        """The message of a failed assertion."""
+        end = "timed out" if self.timed_out else "ended"
+        return f"{end} after {self.duration_s:.0f} s with codes {self.codes}\n{self.output}"
 
 
 def launch(
@@ -51,10 +51,10 @@ def launch(
     cwd: Path = ROOT,
     check: bool = True,
 ) -> Finished:
-    """Run `python ARGUMENTS` (a script, or `-m` and a module, with their own) as `processes` ranks of one group.
+    """Run `python ARGUMENTS` (a script or `-m` and a module, with arguments) as `processes` ranks of one group.
 
-    Each rank has a session of its own, so that whatever it starts ends with it; environment and caches are private to
-    this call. With `check`, an AssertionError carries all output unless every code is 0.
+    Each rank has its own session, so that its child processes end with it. Environment and caches are private to this
+    call. With `check`, raises AssertionError with all output unless every code is 0.
     """
     with tempfile.TemporaryDirectory(prefix="vae_ds_launch_") as folder:
         private = Path(folder)
@@ -74,14 +74,14 @@ def launch(
 
 
 def job(recipe: Path, run_dir: Path, *overrides: str, stop_at: int | None = None) -> dict[str, Any]:
-    """A training for `run_jobs`; `stop_at` is the step after which a signal stops it."""
+    """A training for `run_jobs`. A signal stops it after the step `stop_at`."""
     return {"recipe": str(recipe), "run_dir": str(run_dir), "overrides": list(overrides), "stop_at": stop_at}
 
 
 def run_jobs(
     world: int, jobs: list[dict[str, Any]], folder: Path, before: str = "pass", timeout_s: float = 400
 ) -> None:
-    """Run jobs on `world` real processes, after a line of Python; `launch` raises with their output if one fails."""
+    """Run jobs on `world` real processes, after the Python code `before`. If a job fails, raises with all output."""
     listing = folder / f"jobs-{world}.json"
     listing.write_text(json.dumps(jobs), encoding="utf-8")
     run = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -90,7 +90,7 @@ def run_jobs(
 
 
 def clean_environment(private: Path) -> dict[str, str]:
-    """This process's environment without any rank of ours or a scheduler's, with caches below `private`."""
+    """The environment of this process, without variables of ranks and schedulers, with caches below `private`."""
     kept = no_rank()
     kept.update(
         CUDA_VISIBLE_DEVICES="",
@@ -129,7 +129,7 @@ def _start(
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], deadline: float) -> bool:
-    """Until all ended, or one failed and the others had their grace. Whether the deadline came first."""
+    """Wait until all have ended, or one has failed and GRACE_S has passed. Returns whether the deadline came first."""
     failed = False
     while any(rank.poll() is None for rank in ranks):
         now = time.monotonic()
@@ -142,7 +142,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], deadline: float) -> bool:
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Kill each rank's whole session, also what a rank that is gone has left behind."""
+    """Kill the session of each rank, with processes that an ended rank has left."""
     for rank in ranks:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(rank.pid, signal.SIGKILL)
@@ -151,7 +151,7 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _remove_shared_memory(port: str) -> None:
-    """DeepSpeed's shared-memory buffers outlive their processes; 69 MB each where they are made at all."""
+    """Remove DeepSpeed's shared-memory buffers, 69 MB each, which outlive their processes."""
     for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
         with suppress(OSError):
             path.unlink()

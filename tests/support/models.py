@@ -1,4 +1,4 @@
-"""Small models, a batch of texts for them, and the stock T5 beside them."""
+"""Small models, a batch of texts for them, and the stock T5 for comparison."""
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ def build(kind: str = "t5", seed: int = 0, **settings) -> T5VAE:
 
 
 def batch(kind: str = "t5", extra: int = 0) -> dict[str, Tensor]:
-    """Ids, mask and labels of TEXTS, padded by `extra` positions more than needed; eps drawn once."""
+    """Ids, mask and labels of TEXTS, with `extra` additional padding positions, and a fixed eps."""
     tokens = load_tokenizer(tiny.base(kind))(list(TEXTS), padding=True, return_tensors="pt")
     ids_BT = nn.functional.pad(tokens["input_ids"], (0, extra))
     mask_BT = nn.functional.pad(tokens["attention_mask"], (0, extra))

@@ -1,4 +1,4 @@
-"""Jobs as a user starts them, found again by a mark in their environment, watched, signalled and cleaned up."""
+"""Jobs as a user starts them: start, find by a mark in their environment, wait, signal, and clean up."""
 
 import json
 import os
@@ -17,18 +17,18 @@ import pytest
 
 from vae_ds import distributed
 
-# What a launcher and its ranks need to the first step, on a machine that others use too.
+# Time limit for a launcher and its ranks to reach the first step, on a machine with other load.
 STARTUP_S = 300.0
 
 
 def no_rank() -> dict[str, str]:
-    """This process's environment without what makes it a rank of some run, or a job of a scheduler."""
+    """The environment of this process, without variables of ranks and of schedulers."""
     ours = (*distributed.VARIABLES, "LOCAL_SIZE", "RUNS")
     return {k: v for k, v in os.environ.items() if k not in ours and not k.startswith(("SLURM_", "SBATCH_"))}
 
 
 def new_job() -> dict[str, str]:
-    """The environment of a job, with a mark by which its processes are found again."""
+    """The environment of a job, with a mark by which `processes_of` finds its processes."""
     return {**no_rank(), "VIRTUAL_ENV": sys.prefix, "VAE_DS_TEST_JOB": uuid.uuid4().hex}
 
 
@@ -51,7 +51,7 @@ def kill_all(job: dict[str, str]) -> None:
 
 
 def start(command: list[str], job: dict[str, str], output: Path) -> subprocess.Popen[bytes]:
-    """Start a command as a terminal does: a process group of its own, in which Ctrl-C is not ignored."""
+    """Start a command as a terminal does: in its own process group, which does not ignore Ctrl-C."""
     with output.open("wb") as file:
         return subprocess.Popen(
             command,
@@ -78,7 +78,7 @@ def rows(run: Path) -> list[dict[str, float]]:
 
 
 def curve(run: Path) -> list[dict[str, float]]:
-    """The rows that two runs share: without the speed."""
+    """The logged rows without the speed, for comparisons between runs."""
     return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows(run)]
 
 
@@ -88,11 +88,11 @@ def state_of(run: Path) -> str:
 
 @contextmanager
 def small_disk_at(place: Path, size: str) -> Iterator[Path]:
-    """A file system of that size, as mount has it; the test is skipped where none may be mounted."""
+    """A file system of this size, in the notation of mount. Skips the test if mounting is not permitted."""
     place.mkdir()
     can = shutil.which("mount") and os.geteuid() == 0
     if not can or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place]).returncode:
-        pytest.skip("only root may mount a small file system here")
+        pytest.skip("mounting a small file system needs root")
     try:
         yield place
     finally:

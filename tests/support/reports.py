@@ -1,4 +1,4 @@
-"""What a training reports, for tests of its readers and writers."""
+"""Log rows of a training, for tests of their readers and writers."""
 
 from typing import Any
 

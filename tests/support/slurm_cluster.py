@@ -1,6 +1,6 @@
-"""A real SLURM on this machine: munged, slurmctld and two slurmd, on free ports and in a directory of their own.
+"""A real SLURM on this machine: munged, slurmctld and two slurmd, on free ports and in a separate directory.
 
-With `apart`, each node has a network namespace and an address of its own behind a bridge, and its link can be cut.
+With `apart`, each node has its own network namespace and address behind a bridge, and its link can be cut.
 """
 
 import os
@@ -26,7 +26,7 @@ ClusterName=vaeds
 SlurmctldHost={host}({controller})
 SlurmctldPort={port}
 AuthType=auth/munge
-# Requeued jobs wait until their old credentials are void: two minutes by default.
+# Requeued jobs wait until their old credentials expire, by default after two minutes.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmUser=root
@@ -55,15 +55,15 @@ GPUS = "NodeName=n[1-2] Name=gpu Count=2 File=/dev/tty[1-2]\n"
 
 
 def why_not() -> str | None:
-    """Why no cluster can run here, None if one can."""
+    """The reason why no cluster can run here, None if one can."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
-        return f"no {', '.join(missing)}; on Debian: apt-get install slurm-wlm munge"
-    return None if os.geteuid() == 0 else "the daemons of SLURM are started as root"
+        return f"{', '.join(missing)} not installed; on Debian: apt-get install slurm-wlm munge"
+    return None if os.geteuid() == 0 else "starting the daemons of SLURM needs root"
 
 
 class Cluster:
-    """Two nodes, n1 and n2, with 4 cores and 2 devices each, whatever the machine has. `close` ends everything."""
+    """Two nodes, n1 and n2, configured with 4 cores and 2 devices each on any machine. `close` ends everything."""
 
     def __init__(self, folder: Path, apart: bool = False) -> None:
         self.folder = folder
@@ -77,14 +77,14 @@ class Cluster:
             raise
 
     def submit(self, *words: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
-        """`sbatch WORDS`: the job's number."""
+        """Run `sbatch WORDS`. Returns the job number."""
         done = self.run("sbatch", "--parsable", *words, env=env, cwd=cwd)
         return done.split(";")[0].strip()
 
     def run(
         self, *words: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 60
     ) -> str:
-        """Run a command that talks to this cluster; what it prints."""
+        """Run a command with the environment of this cluster. Returns its standard output."""
         done = subprocess.run(
             list(map(str, words)),
             env=self.env | (env or {}),
@@ -97,17 +97,17 @@ class Cluster:
         return done.stdout
 
     def state(self, job: str) -> str:
-        """SLURM's word for the job: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ..."""
+        """The state of the job in SLURM: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ..."""
         return self.field(job, "JobState")
 
     def field(self, job: str, name: str) -> str:
-        """A field of the job's record."""
+        """A field of the record of the job."""
         found = re.search(rf"\b{name}=(\S*)", self.run("scontrol", "show", "job", "--oneliner", job))
         assert found is not None, name
         return found[1]
 
     def wait(self, job: str, *states: str, limit_s: float = 240) -> str:
-        """Wait until the job is in one of the states, by default until it has ended; which one."""
+        """Wait until the job is in one of the states, by default until it has ended. Returns the state."""
         wanted = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         deadline = time.monotonic() + limit_s
         while (state := self.state(job)) not in wanted:
@@ -116,7 +116,7 @@ class Cluster:
         return state
 
     def processes(self) -> list[psutil.Process]:
-        """Living processes that belong to a job of this cluster."""
+        """The processes of all jobs of this cluster, without zombies."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -126,7 +126,7 @@ class Cluster:
         return found
 
     def ranks(self, job: str) -> dict[int, psutil.Process]:
-        """The running ranks of a job, by rank; their own children left out."""
+        """The running ranks of a job, by rank, without their child processes."""
         found: dict[int, psutil.Process] = {}
         for process in self.processes():
             with suppress(psutil.Error):
@@ -137,17 +137,17 @@ class Cluster:
         return found
 
     def cut(self, node: str) -> None:
-        """Take the node's link down."""
+        """Take the link of the node down."""
         assert self._network is not None
         self._network.link(node, "down")
 
     def mend(self, node: str) -> None:
-        """Take it up again."""
+        """Take the link of the node up again."""
         assert self._network is not None
         self._network.link(node, "up")
 
     def logs(self) -> str:
-        """The end of the daemons' logs and of the jobs'."""
+        """The last lines of the logs of the daemons and of the jobs."""
         files = [*self.folder.glob("slurm*.log"), *self.folder.rglob("*-*.log"), *self.folder.rglob("rank-*.log")]
         return "\n".join(f"--- {file}\n{file.read_text(errors='replace')[-2000:]}" for file in dict.fromkeys(files))
 
@@ -174,7 +174,7 @@ class Cluster:
             for node in NODES
         ]
         controller = network.gateway if network else "127.0.0.1"
-        # Ports come from the numbers of jobs: clusters on one machine must not all count from 1.
+        # Ports are computed from job numbers, so clusters on one machine need different first numbers.
         first_job = random.randrange(1, 10**6)
         text = CONFIGURATION.format(
             first_job=first_job,
@@ -193,7 +193,7 @@ class Cluster:
         key.chmod(0o600)
 
     def _start(self) -> None:
-        """The daemons go to the background themselves."""
+        """Start the daemons, which go to the background themselves, and wait until both nodes are idle."""
         folder, conf = self.folder, self.env["SLURM_CONF"]
         own = {name: folder / f"munge.{name}" for name in ("socket", "pid", "log", "seed")}
         self.run(
@@ -211,7 +211,7 @@ class Cluster:
 
 
 class Network:
-    """A bridge of this machine with a namespace a node behind it, on addresses that are private to the test."""
+    """A bridge on this machine with one network namespace per node behind it, on private addresses."""
 
     def __init__(self) -> None:
         self._mark = f"v{os.getpid() % 100000}"

@@ -1,4 +1,4 @@
-"""Tiny random bases in the hub's layout, and English text of our own, for all tests."""
+"""Tiny random bases in the layout of the Hugging Face hub, and generated English text, for all tests."""
 
 import atexit
 import io
@@ -42,7 +42,7 @@ ENGLISH: tuple[str, ...] = _sentences(400)
 def spiece_model() -> bytes:
     """A SentencePiece unigram model of ENGLISH with T5's special ids: pad 0, end-of-sentence 1, unknown 2.
 
-    SentencePiece takes as pieces what stands in two different words: with the plurals, whole words become pieces.
+    SentencePiece forms pieces only from strings that occur in at least two words. The plurals make whole words pieces.
     """
     plurals = sorted({f"{word}s" for sentence in ENGLISH for word in sentence.split()})
     model = io.BytesIO()
@@ -64,7 +64,7 @@ def spiece_model() -> bytes:
 
 @cache
 def base(kind: str = "t5", **overrides: Any) -> str:
-    """The directory of a random base, made once a session and shared: do not write into it."""
+    """The directory of a random base, made once per session and shared. Do not write to it."""
     name = "-".join([kind, *(f"{key}_{value}" for key, value in overrides.items())])
     return str(make_base(_session_directory() / name, kind, **overrides))
 
@@ -77,10 +77,10 @@ def _session_directory() -> Path:
 
 
 def make_base(directory: str | Path, kind: str = "t5", seed: int = 0, **overrides: Any) -> Path:
-    """Write a random base of a kind (`t5` tied; `v1_1`, `flan`, `mt5`, `byt5` gated and untied); returns its directory.
+    """Write a random base of a kind: `t5` is tied; `v1_1`, `flan`, `mt5` and `byt5` are gated and untied.
 
-    `overrides` are settings of T5Config. d_kv is not d_model / heads and the encoder is not as deep as the decoder.
-    Random weights are scaled so that logits and gradients are of ordinary size.
+    Returns its directory. `overrides` are settings of T5Config. d_kv differs from d_model / heads, and the encoder and
+    the decoder have different depths. The random weights are scaled so that logits and gradients have a normal size.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def make_base(directory: str | Path, kind: str = "t5", seed: int = 0, **override
         "dropout_rate": 0.1,
         "feed_forward_proj": "relu" if kind == "t5" else "gated-gelu",
     }
-    if kind == "byt5":  # as in the hub's byT5: an encoder three times as deep as the decoder
+    if kind == "byt5":  # as in byT5 on the hub: the encoder is three times as deep as the decoder
         settings |= {"num_layers": 3, "num_decoder_layers": 1}
     settings |= overrides
     with torch.random.fork_rng(devices=[]):
@@ -116,7 +116,7 @@ def make_base(directory: str | Path, kind: str = "t5", seed: int = 0, **override
 
 
 def write_splits(folder: Path, train: Sequence[str], valid: Sequence[str], test: Sequence[str]) -> Path:
-    """Make a directory of train.txt, valid.txt and test.txt, a sentence a line. Returns it."""
+    """Make a directory with train.txt, valid.txt and test.txt, one sentence per line. Returns the directory."""
     folder.mkdir()
     for name, lines in {"train": train, "valid": valid, "test": test}.items():
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -124,7 +124,7 @@ def write_splits(folder: Path, train: Sequence[str], valid: Sequence[str], test:
 
 
 def demo_settings(folder: Path, **base: Any) -> list[str]:
-    """Settings that make the demo's recipes runs of seconds: a random base without dropout, and text, in `folder`."""
+    """Settings with which the demo's recipes take seconds: a random base without dropout and a text, in `folder`."""
     made = make_base(folder / "base", dropout_rate=0.0, **base)
     text = write_splits(folder / "text", ENGLISH[:256], ENGLISH[256:320], ENGLISH[320:])
     return [
@@ -141,7 +141,10 @@ def demo_settings(folder: Path, **base: Any) -> list[str]:
 
 
 def _hub_config(file: Path, tied: bool) -> None:
-    """The hub's files are older than transformers 5: they say `tie_word_embeddings` as it is, and no scaling."""
+    """Change config.json to the format of the hub's files, which are older than transformers 5.
+
+    They contain no `scale_decoder_outputs`, and `tie_word_embeddings` only if it is false.
+    """
     config = json.loads(file.read_text(encoding="utf-8"))
     config.pop("scale_decoder_outputs", None)
     config.pop("tie_word_embeddings", None)
@@ -151,7 +154,7 @@ def _hub_config(file: Path, tied: bool) -> None:
 
 
 def _tokenizer(directory: Path, kind: str) -> int:
-    """Write the tokenizer's files as the hub has them for this kind; returns the size of the embedding."""
+    """Write the tokenizer files that the hub has for this kind. Returns the size of the embedding."""
     if kind == "byt5":
         settings: dict[str, Any] = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}
         (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -162,7 +165,7 @@ def _tokenizer(directory: Path, kind: str) -> int:
     settings = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": extra}
     settings["tokenizer_class"] = "T5Tokenizer"
     (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    if kind in ("t5", "flan"):  # these have the fast tokenizer's file on the hub too
+    if kind in ("t5", "flan"):  # on the hub these also have the file of the fast tokenizer
         (directory / "config.json").write_text('{"model_type": "t5"}', encoding="utf-8")
         AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
     return -(-(pieces + extra) // 64) * 64

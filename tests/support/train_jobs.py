@@ -1,7 +1,7 @@
 """Run training jobs one after the other in one process group: `train_jobs.py JOBS.json`, on each rank.
 
-A job: {"recipe": FILE, "run_dir": DIR, "overrides": [...], "stop_at": step or null}. A job with `stop_at` sends a real
-SIGTERM to the LAST rank once that step is logged, and must end in Stopped. At the end rank 0 prints ENDED.
+The format of a job is {"recipe": FILE, "run_dir": DIR, "overrides": [...], "stop_at": step or null}. A job with
+`stop_at` sends SIGTERM to the last rank once this step is logged, and must raise Stopped. Finally, rank 0 prints ENDED.
 """
 
 import json
@@ -18,7 +18,7 @@ from vae_ds.training import trainer
 
 
 def signal_at(step: int, run_dir: Path) -> None:
-    """Wait until the run has logged `step`, then signal this process."""
+    """Wait until the run has logged `step`, then send SIGTERM to this process."""
     metrics = run_dir / "metrics.jsonl"
     while True:
         rows = metrics.read_text().splitlines() if metrics.exists() else []
@@ -49,5 +49,5 @@ def main() -> None:
 
 main()
 sys.stdout.flush()
-# A native thread of gloo can abort an ordinary end of the interpreter.
+# A native thread of gloo can abort an interpreter that ends normally.
 os._exit(0)

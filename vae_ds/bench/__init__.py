@@ -1,6 +1,6 @@
-"""Measurements of the package itself; each bench is a module and a command of `vae-ds bench`.
+"""Measurements of the package itself. Each measurement is a module and a command of `vae-ds bench`.
 
-Stands on `runtime` and `config`; the benches start `vae-ds train` in processes of their own.
+Imports `runtime` and `config`. The measurements start `vae-ds train` in separate processes.
 """
 
 from vae_ds.bench import soak

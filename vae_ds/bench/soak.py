@@ -1,8 +1,9 @@
-"""Measurements that take longer than a test may, or whose numbers belong into a report.
+"""The soak test: a long run on several ranks that are killed repeatedly.
 
-`soak`: a run on several ranks that is killed again and again. Does it end as if nothing had happened, and is its memory
-flat? Memory is what a rank holds between two steps: the least resident set of some seconds, in MB of 10^6 bytes, while
-glibc gives back at once what is freed. Steps are applied optimizer steps of the whole run.
+It measures whether the run ends with the same weights as an undisturbed run, and whether its memory stays constant.
+The memory of a rank is the smallest resident set size within some seconds, in MB of 10^6 bytes, which excludes the
+temporary memory of a step; glibc is set to return freed memory at once. Steps are applied optimizer steps of the whole
+run.
 """
 
 import itertools
@@ -28,19 +29,20 @@ from vae_ds.config import RunConfig
 from vae_ds.errors import ConfigError, Failed
 from vae_ds.runtime import free_port, records
 
-WARM_STEPS = 400  # of each stretch: allocators and caches fill; and the first validation brings memory of its own
+WARM_STEPS = 400  # at the start of each stretch: allocators and caches fill, and the first validation allocates memory
 SAMPLE_S = 0.25
-WINDOW = 40  # readings a sample is the least of
+WINDOW = 40  # readings per sample; the sample is their minimum
 END_S = 90.0
-# By itself glibc keeps what it may need again, tens of MB more or less from one step to the next.
-GIVES_BACK = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
+# By default glibc keeps freed memory for reuse. The amount varies by tens of MB from step to step.
+RETURN_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
 
 
 @dataclass
 class Stretch:
-    """One life of the ranks, from a start to a kill or the end: (step, MB of each rank) samples, a window each.
+    """The time between a start of the ranks and their kill or end.
 
-    `validated_step` is where its first validation was seen to be done, None if it had none.
+    `samples` are pairs of the step and the MB of each rank, one per window. `validated_step` is the step at which the
+    first validation was seen to be complete, None if there was none.
     """
 
     rank_killed: int | None = None
@@ -52,7 +54,11 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Soak:
-    """What came of it. `memory_slope` is the largest of the ranks, None where no stretch was long enough for one."""
+    """The result of a soak test.
+
+    The memory slope is the largest of all ranks, None if no stretch was long enough. The weights are compared only if
+    requested and if the run is done; otherwise `same_weights` is None.
+    """
 
     steps: int
     processes: int
@@ -75,18 +81,19 @@ def soak(
     seed: int = 0,
     compare: bool = True,
 ) -> Soak:
-    """Train `recipe` into `run_dir`/soak, killing a random rank (SIGKILL) every `kill_every_s` seconds or so.
+    """Train `recipe` into `run_dir`/soak, and kill a random rank (SIGKILL) about every `kill_every_s` seconds.
 
-    None is killed after the last step. Between two kills there must be time for a checkpoint, or the run never gets
-    further: mind the recipe's `checkpoint.every_steps`. `minutes` ends the soak with the next kill, though the run is
-    not done. With `compare`, a run that is done is trained once more, undisturbed, into `run_dir`/quiet, and the
-    weights are compared bit for bit.
-    Writes `run_dir`/soak.json, and stretches.json with the samples. Raises ConfigError if the directory holds a soak
-    already or the recipe is wrong, Failed if the ranks end by themselves without being done.
+    No rank is killed after the last step. The run must write a checkpoint between two kills, otherwise it makes no
+    progress: set `checkpoint.every_steps` of the recipe accordingly. After `minutes`, the soak test ends with the next
+    kill, even if the run is not done. With `compare`, and if the run is done, the recipe is trained again, undisturbed,
+    into `run_dir`/quiet, and the weights are compared bit by bit.
+
+    Writes `run_dir`/soak.json, and the samples to `run_dir`/stretches.json. Raises ConfigError if the directory already
+    contains a soak test or the recipe is wrong, Failed if the ranks exit before the run is done without being killed.
     """
-    configuration.load(RunConfig, recipe, overrides)  # before ranks do, whose word is in their log
+    configuration.load(RunConfig, recipe, overrides)  # report a wrong recipe here; the ranks report only to their log
     if (run_dir / "soak").exists():
-        raise ConfigError(f"{run_dir} already holds a soak; choose another --run-dir")
+        raise ConfigError(f"{run_dir} already contains a soak test; choose another --run-dir")
     draw = random.Random(seed)
     began_s = time.monotonic()
     stretches: list[Stretch] = []
@@ -95,7 +102,7 @@ def soak(
         kill_after_s = kill_every_s * draw.uniform(0.5, 1.5)
         stretches.append(_stretch(recipe, target, overrides, processes, kill_after_s, draw.randrange(processes)))
         if stretches[-1].rank_killed is None and not _is_done(target):
-            raise Failed(f"the ranks ended by themselves; see {run_dir / 'output.log'}")
+            raise Failed(f"the ranks exited before the run was done, without a kill; see {run_dir / 'output.log'}")
     starts = [stretch.first_step or 0 for stretch in stretches[1:]]
     result = Soak(
         steps=stretches[-1].last_step,
@@ -109,7 +116,7 @@ def soak(
         memory_slope_mb_per_1000_steps=memory_slope(stretches),
         same_weights=None,
     )
-    # At once: the undisturbed run takes long, too.
+    # Write the result before the undisturbed run, which takes long too.
     records.write_json(run_dir / "stretches.json", [asdict(stretch) for stretch in stretches])
     records.write_json(run_dir / "soak.json", asdict(result))
     if compare and _is_done(target):
@@ -120,11 +127,12 @@ def soak(
 
 
 def memory_slope(stretches: Sequence[Stretch], warm_steps: int = WARM_STEPS) -> float | None:
-    """MB a rank grows by in 1000 steps, of the worst rank: the median slope between two samples of one stretch.
+    """The growth of the memory in MB per 1000 steps: the largest of all ranks.
 
-    A sample that a validation or the copy for a checkpoint filled from end to end stands out; a median is not moved by
-    it (Theil and Sen's estimator). Left out are the first `warm_steps` of each stretch and what comes before the end of
-    its first validation. None if fewer than 20 pairs are left.
+    The growth of a rank is the median slope over all pairs of samples of one stretch (the Theil-Sen estimator). The
+    median is robust against outliers: samples whose whole window lies in a validation or in the copy for a checkpoint.
+    The first `warm_steps` steps of each stretch, and the steps before the end of its first validation, are excluded.
+    Returns None if fewer than 20 pairs remain.
     """
     slopes: list[list[float]] = []
     for stretch in stretches:
@@ -141,7 +149,7 @@ def memory_slope(stretches: Sequence[Stretch], warm_steps: int = WARM_STEPS) -> 
 def _stretch(
     recipe: str, run: Path, overrides: Sequence[str], processes: int, kill_after_s: float | None, victim: int
 ) -> Stretch:
-    """Start the ranks, sample them, kill one some time after their first step, and wait until all are gone."""
+    """Start the ranks and sample their memory. Kill one after `kill_after_s`, and wait until all have ended."""
     stretch = Stretch()
     ranks = _start(recipe, run, overrides, processes)
     since = time.time()
@@ -166,12 +174,12 @@ def _stretch(
             if len(readings) == WINDOW:
                 stretch.samples.append((step, [min(of_rank) for of_rank in zip(*readings, strict=True)]))
                 readings = []
-            # A resumed run begins with the rows it had; killed before it adds any it would never get further.
+            # A resumed run starts with its earlier rows. Killed before it adds a row, it would make no progress.
             if advanced_s is None and step > stretch.first_step:
                 advanced_s = time.monotonic()
             lasted_s = 0.0 if advanced_s is None else time.monotonic() - advanced_s
             due = kill_after_s is not None and lasted_s > kill_after_s
-            # After its last step a run only writes and validates: whoever resumes it would have nothing to train.
+            # After its last step, a run only validates and writes. A resumed run would have nothing to train.
             if due and step < (records.read_status(run) or {}).get("total_steps", math.inf):
                 stretch.rank_killed = victim
                 ranks[victim].send_signal(signal.SIGKILL)
@@ -184,18 +192,18 @@ def _stretch(
             rank.kill()
             rank.wait()
     stretch.last_step = _last_step(run, since) or 0
-    note_validation(stretch.last_step)  # a run's last one may end between the last sample and the exit
+    note_validation(stretch.last_step)  # the last validation may end between the last sample and the exit
     return stretch
 
 
 def _start(recipe: str, run: Path, overrides: Sequence[str], processes: int) -> list[subprocess.Popen[bytes]]:
-    """The ranks of one training, each a child of this process, so that it can be watched and killed alone."""
+    """Start the ranks of one training as child processes, so that each can be measured and killed separately."""
     run.parent.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "-m", "vae_ds", "train", recipe, "--run-dir", str(run)]
     words += ["--set", *overrides] if overrides else []
     common = {
         **os.environ,
-        **GIVES_BACK,
+        **RETURN_FREED_MEMORY,
         "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "PYTHONUNBUFFERED": "1",
@@ -210,7 +218,7 @@ def _start(recipe: str, run: Path, overrides: Sequence[str], processes: int) -> 
 
 
 def _memory_mb(ranks: Sequence[subprocess.Popen[bytes]]) -> list[float] | None:
-    """None if one of them has ended; a zombie has no memory."""
+    """The resident set size of each rank. None if one of them has ended; a zombie has no memory."""
     try:
         memory_mb = [psutil.Process(rank.pid).memory_info().rss / 1e6 for rank in ranks]
     except psutil.Error:
@@ -219,7 +227,7 @@ def _memory_mb(ranks: Sequence[subprocess.Popen[bytes]]) -> list[float] | None:
 
 
 def _last_step(run: Path, since: float) -> int | None:
-    """The last logged step, None if nothing was logged since that time."""
+    """The last logged step, None if nothing has been logged since the time `since`."""
     file = run / "metrics.jsonl"
     if not file.is_file() or file.stat().st_mtime < since:
         return None

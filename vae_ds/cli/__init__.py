@@ -1,4 +1,4 @@
-"""The command line. Its modules import nothing heavy at the top, so that `vae-ds --help` answers at once."""
+"""The command line. Its modules import no slow package at the top, so that `vae-ds --help` answers within a second."""
 
 from vae_ds.cli.entry import main, parser, run
 

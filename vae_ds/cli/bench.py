@@ -10,21 +10,53 @@ from vae_ds.cli.options import add_command, add_overrides, overrides_of, positiv
 
 
 def add(subparsers: Any) -> None:
-    """Add the commands of this family."""
-    benches = subparsers.add_parser("bench", help="measure; see `vae-ds bench --help`").add_subparsers(
-        required=True, metavar="BENCH"
+    """Add the commands of this module."""
+    summary = "measure the package itself"
+    benches = subparsers.add_parser(
+        "bench", help=f"{summary}; see `vae-ds bench --help`", description=f"{summary.capitalize()}."
+    ).add_subparsers(required=True, metavar="BENCH")
+    parser = add_command(
+        benches,
+        "soak",
+        soak,
+        "train while random ranks are killed, and compare with an undisturbed run",
+        "Checkpoints must be more frequent than kills. Prints one JSON object; exit code 1 if the weights differ.",
+        [
+            "vae-ds bench soak demo --run-dir runs/soak \\\n      --set phases.1.steps=5000 checkpoint.every_steps=50",
+        ],
     )
-    one = add_command(
-        benches, "soak", soak, "train while ranks are killed repeatedly; checkpoints must come faster than the kills"
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        default="demo",
+        metavar="RECIPE",
+        help="a YAML file, or the name of a shipped recipe (default: %(default)s)",
     )
-    one.add_argument("recipe", nargs="?", default="demo")
-    one.add_argument("--run-dir", default="runs/soak")
-    add_overrides(one)
-    one.add_argument("--processes", type=positive, default=2)
-    one.add_argument("--kill-every-minutes", type=float, default=3.0)
-    one.add_argument("--minutes", type=float, help="end with the next kill after this time, done or not")
-    one.add_argument("--seed", type=int, default=0, help="decides which rank is killed and when")
-    one.add_argument("--no-compare", action="store_true", help="skip the undisturbed run whose weights are compared")
+    parser.add_argument(
+        "--run-dir", default="runs/soak", metavar="DIR", help="a new directory for the runs (default: %(default)s)"
+    )
+    add_overrides(parser)
+    parser.add_argument(
+        "--processes", type=positive, default=2, metavar="N", help="number of ranks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--kill-every-minutes",
+        type=float,
+        default=3.0,
+        metavar="MINUTES",
+        help="mean time between two kills (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="end with the first kill after this time, even if the run is not done (default: no limit)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the choice of ranks and times (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--no-compare", action="store_true", help="skip the undisturbed run and the comparison of the weights"
+    )
 
 
 def soak(arguments: argparse.Namespace) -> None:
@@ -42,4 +74,7 @@ def soak(arguments: argparse.Namespace) -> None:
     )
     print(json.dumps(asdict(result), indent=2))
     if result.same_weights is False:
-        raise RuntimeError("the run that was killed ended with other weights than the undisturbed one")
+        raise RuntimeError(
+            f"the weights of {arguments.run_dir}/soak, whose ranks were killed, differ from those of the undisturbed "
+            f"run {arguments.run_dir}/quiet"
+        )

@@ -1,4 +1,4 @@
-"""`vae-ds submit` and `doctor`."""
+"""`vae-ds submit` and `vae-ds doctor`."""
 
 import argparse
 import sys
@@ -10,17 +10,45 @@ from vae_ds.runtime import EXIT_FAULT
 
 
 def add(subparsers: Any) -> None:
-    """Add the commands of this family."""
-    one = add_command(subparsers, "submit", submit, "train a recipe as a SLURM job")
-    add_recipe(one)
-    add_job(one)
+    """Add the commands of this module."""
+    parser = add_command(
+        subparsers,
+        "submit",
+        submit,
+        "train a recipe as a SLURM job",
+        "Writes RUN/submit.sbatch and hands it to sbatch. The job saves before its time limit, requeues and resumes.",
+        ["vae-ds submit demo --nodes 2 --gpus-per-node 4 --time 24:00:00"],
+    )
+    add_recipe(parser)
+    add_job(parser)
 
-    one = add_command(subparsers, "doctor", doctor, "check this machine, or a job's nodes, before a run")
-    one.add_argument("--run-dir", help="the directory of the run; default runs, else the current one")
-    one.add_argument("--json", action="store_true", help="print one JSON object, for a support ticket")
-    one.add_argument("--no-ranks", dest="ranks", action="store_false", help="leave out the all-reduce between ranks")
-    one.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="for the ranks; default 60")
-    one.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser = add_command(
+        subparsers,
+        "doctor",
+        doctor,
+        "check this machine, or the nodes of a job, before a run",
+        "Checks versions, GPUs, disks, limits, network and SLURM, and runs an all-reduce between ranks. The exit code "
+        "is 1 if a check failed.",
+        [
+            "vae-ds doctor              # this machine",
+            "srun vae-ds doctor         # in a SLURM job: all nodes and the network between them",
+        ],
+    )
+    parser.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help="the run directory whose disk is checked (default: runs if it exists, otherwise the current directory)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--no-ranks", dest="ranks", action="store_false", help="skip the all-reduce between the ranks")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="time limit of the all-reduce (default: %(default)g)",
+    )
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
 
 
 def submit(arguments: argparse.Namespace) -> None:
@@ -30,9 +58,9 @@ def submit(arguments: argparse.Namespace) -> None:
     overrides = overrides_of(arguments)
     config = configuration.load(configuration.RunConfig, arguments.recipe, overrides)
     run_dir = Path(arguments.run_dir or Path("runs") / config.name)
-    wanted = submission.Wanted(arguments.nodes, arguments.gpus_per_node, arguments.tasks_per_node, arguments.time)
+    resources = submission.Wanted(arguments.nodes, arguments.gpus_per_node, arguments.tasks_per_node, arguments.time)
     train = [arguments.recipe, "--run-dir", str(run_dir), *(("--set", *overrides) if overrides else ())]
-    text = submission.batch_file(config, train, run_dir, wanted, submission.site(arguments.site), arguments.sbatch)
+    text = submission.batch_file(config, train, run_dir, resources, submission.site(arguments.site), arguments.sbatch)
     if arguments.dry_run:
         print(text, end="")
         return

@@ -1,7 +1,8 @@
 """The command line: `vae-ds COMMAND ...`, `python -m vae_ds COMMAND ...`, `deepspeed --module vae_ds COMMAND ...`.
 
-Exit codes: 0 done; 2 the user's input is wrong; 1 a fault; 75 stopped on request, the same command resumes.
-Heavy imports stand inside the commands, so that `--help` answers at once.
+Exit codes: 0 done; 1 a fault; 2 wrong input; 69 another rank or its machine is gone; 75 stopped on request. After 69
+and 75 the same command resumes. The commands import slow packages inside their functions, so that `--help` answers
+within a second.
 """
 
 import argparse
@@ -19,96 +20,109 @@ from vae_ds.errors import Failed, Stopped, UserError
 from vae_ds.runtime import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, note_exit, own_rank
 
 WAIT_FOR_RANK0_S = 10.0
+EPILOG = """\
+`vae-ds COMMAND --help` lists the options of a command.
+
+Exit codes:
+  0   done
+  1   a fault
+  2   wrong input
+  69  another rank or its machine is gone; the same command resumes
+  75  stopped on request; the same command resumes
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Parse, run, and leave with the documented exit code."""
+    """Parse the arguments, run the command, and exit with the documented exit code."""
     code = run(list(sys.argv[1:] if argv is None else argv))
     note_exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     if _distributed():
-        # A native thread of the collective library can abort an interpreter that ends in the ordinary way,
-        # and that would hide the exit code.
+        # A native thread of the collective library can abort an interpreter that ends normally. That would hide the
+        # exit code.
         os._exit(code)
     sys.exit(code)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of `vae-ds`. In the parsed arguments, `command` is the function that takes them."""
-    whole = argparse.ArgumentParser(
-        prog="vae-ds", description="Turn a pretrained T5 into a text variational autoencoder by finetuning alone."
+    """The parser of `vae-ds`. The attribute `command` of the parsed arguments is the function to call with them."""
+    top = argparse.ArgumentParser(
+        prog="vae-ds",
+        description="Turn a pretrained T5 into a text variational autoencoder by finetuning.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    subparsers = whole.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = top.add_subparsers(required=True, metavar="COMMAND")
     for family in (train, evaluation, latents, studies, cluster, bench, recipes):
         family.add(subparsers)
-    return whole
+    return top
 
 
 def run(words: Sequence[str]) -> int:
-    """Run one command in this process and return its exit code; wrong arguments raise SystemExit(2)."""
-    # DeepSpeed's launcher puts --local_rank=N in front; the environment says the same.
+    """Run one command in this process and return its exit code. Wrong arguments raise SystemExit(2)."""
+    # DeepSpeed's launcher adds --local_rank=N in front. The environment contains the same number.
     arguments = parser().parse_args([word for word in words if not word.startswith("--local_rank")])
     try:
         arguments.command(arguments)
     except UserError as error:
-        _say_last(f"error: {error}")
+        _print_before_exit(f"error: {error}")
         return EXIT_USER
     except BrokenPipeError:
-        # The reader, such as `head`, has enough; what is still buffered must not raise again at exit.
+        # The reader, such as `head`, has closed the pipe. The buffered output must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        _say_last("interrupted")
+        _print_before_exit("interrupted")
         return EXIT_STOPPED
     except Stopped as stop:
-        _say(str(stop))
-        _leave()
+        _print_on_rank0(str(stop))
+        _leave_group()
         return EXIT_STOPPED
     except Failed as error:
-        _say_last(f"error: {error}")
-        _note_failure(arguments, error)
+        _print_before_exit(f"error: {error}")
+        _record_failure(arguments, error)
         return EXIT_FAULT
     except Exception as error:
         traceback.print_exc()
-        _note_failure(arguments, error)
+        _record_failure(arguments, error)
         return EXIT_FAULT
-    _leave()
+    _leave_group()
     return 0
 
 
 def _distributed() -> bool:
-    # Asked for only where a command has imported it: torch takes seconds to load.
+    # Do not import torch for this question: it takes seconds to load.
     torch_distributed = sys.modules.get("torch.distributed")
     return torch_distributed is not None and bool(torch_distributed.is_initialized())
 
 
-def _leave() -> None:
-    """Wait for all ranks, where there are some; only where each comes here."""
+def _leave_group() -> None:
+    """Wait for all ranks of a distributed run. Call it only where every rank calls it."""
     if _distributed():
         from vae_ds import distributed
 
         distributed.part()
 
 
-def _say(message: str) -> None:
-    """Print on rank 0."""
+def _print_on_rank0(message: str) -> None:
+    """Print to standard error on rank 0."""
     if own_rank() == "0":
         print(message, file=sys.stderr, flush=True)
 
 
-def _say_last(message: str) -> None:
-    """Print on rank 0. The others wait for it: the launcher ends all when one ends, the message must come first."""
-    _say(message)
+def _print_before_exit(message: str) -> None:
+    """Print on rank 0. The other ranks wait for it, because the launcher ends all ranks as soon as one ends."""
+    _print_on_rank0(message)
     if own_rank() != "0":
         time.sleep(WAIT_FOR_RANK0_S)
 
 
-def _note_failure(arguments: argparse.Namespace, error: Exception) -> None:
+def _record_failure(arguments: argparse.Namespace, error: Exception) -> None:
     run_dir = getattr(arguments, "run_dir", None)
     if run_dir and Path(run_dir, "config.yaml").is_file():
         from vae_ds.runtime import records
 
-        # On a full disk that is what failed, and there is no place to tell it.
+        # On a full disk the status cannot be written either.
         with suppress(OSError):
             records.write_status(Path(run_dir), "failed", reason=f"{type(error).__name__}: {error}")

@@ -8,26 +8,81 @@ from vae_ds.cli.options import add_command, add_split, count, positive
 
 
 def add(subparsers: Any) -> None:
-    """Add the commands of this family."""
-    one = add_command(subparsers, "evaluate", evaluate, "every metric of a run, on one split")
-    one.add_argument("run", metavar="RUN", help="a run directory, or an exported model with --recipe")
-    add_split(one)
-    one.add_argument("--iw-samples", type=positive)
-    one.add_argument("--iw-sentences", type=positive)
-    one.add_argument("--batch", type=positive, help="sentences per forward pass")
-    one.add_argument("--bleu-sentences", type=count, metavar="N", help="sentences reconstructed for BLEU; 0: none")
-    one.add_argument("--samples", type=count, metavar="N", help="prior samples for the metrics of text; 0: none")
-    one.add_argument("--recipe", help="the recipe that names the text, for an exported model")
-    one.add_argument("--yardstick", metavar="RUN", help="a run with injection `none`, evaluated on the same split")
+    """Add the commands of this module."""
+    parser = add_command(
+        subparsers,
+        "evaluate",
+        evaluate,
+        "compute all metrics of a run on one split",
+        "Writes RUN/eval-SPLIT.json and prints a table.",
+        [
+            "vae-ds evaluate runs/demo-yardstick",
+            "vae-ds evaluate runs/demo --yardstick runs/demo-yardstick",
+        ],
+    )
+    parser.add_argument("run", metavar="RUN", help="a run directory, or an exported model together with --recipe")
+    add_split(parser)
+    parser.add_argument(
+        "--iw-samples",
+        type=positive,
+        metavar="N",
+        help="importance samples per sentence for iw_nll (default: evaluation.iw_samples of the recipe)",
+    )
+    parser.add_argument(
+        "--iw-sentences",
+        type=positive,
+        metavar="N",
+        help="sentences for iw_nll (default: evaluation.iw_sentences of the recipe)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        metavar="N",
+        help="sentences per forward pass and rank (default: evaluation.batch of the recipe)",
+    )
+    parser.add_argument(
+        "--bleu-sentences",
+        type=count,
+        metavar="N",
+        help="sentences reconstructed for BLEU, 0 for none (default: evaluation.bleu_sentences of the recipe)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=count,
+        metavar="N",
+        help="prior samples for the text metrics, 0 for none (default: evaluation.samples of the recipe)",
+    )
+    parser.add_argument("--recipe", help="the recipe whose data and settings are used (default: the recipe of the run)")
+    parser.add_argument(
+        "--yardstick",
+        metavar="RUN",
+        help="an evaluated run of a plain language model (injection `none`), for lm_gain and forward_ppl "
+        "(default: without these two)",
+    )
 
-    one = add_command(subparsers, "compare", compare, "one table of evaluated runs")
-    one.add_argument("runs", nargs="+", metavar="RUN")
-    add_split(one)
+    parser = add_command(
+        subparsers,
+        "compare",
+        compare,
+        "print one table of evaluated runs",
+        "Reads the stored evaluations and computes nothing.",
+        ["vae-ds compare runs/demo runs/demo-yardstick"],
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="an evaluated run directory")
+    add_split(parser)
 
-    one = add_command(subparsers, "report", report, "tables and figures of runs: Markdown, CSV, PNG, SVG")
-    one.add_argument("runs", nargs="+", metavar="RUN", help="a run directory, or a directory of runs such as a study's")
-    one.add_argument("--to", required=True, metavar="DIR", help="the report's directory; its page is report.md")
-    add_split(one)
+    parser = add_command(
+        subparsers,
+        "report",
+        report,
+        "write tables and figures of runs: Markdown, CSV, PNG, SVG",
+        examples=["vae-ds report runs/demo runs/demo-yardstick --to report"],
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run directory, or a directory of runs such as a study"
+    )
+    parser.add_argument("--to", required=True, metavar="DIR", help="the directory of the report; its page is report.md")
+    add_split(parser)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

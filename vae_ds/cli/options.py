@@ -1,75 +1,120 @@
-"""Arguments that several commands share, and how a command is added to the parser."""
+"""Options that several commands share, and the function that adds a command to the parser."""
 
 import argparse
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 SPLITS = ("train", "valid", "test")
+HELP_WIDTH = 79
 
 Command = Callable[[argparse.Namespace], None]
 
 
-def add_command(subparsers: Any, name: str, run: Command, text: str) -> argparse.ArgumentParser:
-    """Add a command to `subparsers`; `run` gets its parsed arguments."""
-    one: argparse.ArgumentParser = subparsers.add_parser(name, help=text, description=text)
-    one.set_defaults(command=run)
-    return one
+def add_command(
+    subparsers: Any, name: str, run: Command, summary: str, details: str = "", examples: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """Add a command to `subparsers`.
 
-
-def add_recipe(one: argparse.ArgumentParser) -> None:
-    """The recipe of a training, and what the command line changes in it."""
-    one.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    add_overrides(one)
-    one.add_argument("--run-dir", help="the run directory; default runs/NAME")
-
-
-def add_overrides(one: argparse.ArgumentParser) -> None:
-    """Settings that override those of a recipe."""
-    one.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="override a setting")
-    one.add_argument("--deepspeed", metavar="FILE", help="zero0..zero3, a shipped ds_config's name, or a JSON file")
-
-
-def add_job(one: argparse._ActionsContainer) -> None:
-    """The resources of a SLURM job."""
-    one.add_argument("--dry-run", action="store_true", help="print the batch file, submit nothing")
-    one.add_argument("--nodes", type=positive, default=1)
-    one.add_argument("--gpus-per-node", type=int, default=0, metavar="N")
-    one.add_argument("--tasks-per-node", type=positive, metavar="N", help="ranks per node; default one per GPU")
-    one.add_argument(
-        "--time", metavar="LIMIT", help="time limit as in SLURM (24:00:00); the run saves and requeues before it ends"
+    `run` is called with the parsed arguments. `summary` is the line in the list of commands. The command's own help
+    shows `summary` and `details` above the options, and the shell commands in `examples` below them.
+    """
+    description = f"{summary[0].upper()}{summary[1:]}. {details}".strip()
+    title = "Examples" if len(examples) > 1 else "Example"
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(description, HELP_WIDTH),
+        epilog="\n  ".join([f"{title}:", *examples]) if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps one example per line
     )
-    one.add_argument("--site", metavar="FILE", help="default $VAE_DS_SITE, or ~/.config/vae_ds/site.yaml")
-    one.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="another option of sbatch: --sbatch=--exclusive"
+    parser.set_defaults(command=run)
+    return parser
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add the recipe of a training, its overrides and the run directory."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    add_overrides(parser)
+    parser.add_argument("--run-dir", metavar="DIR", help="the run directory (default: runs/NAME, NAME from the recipe)")
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add the options that override settings of a recipe."""
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
+        help="override settings of the recipe, such as seed=1 phases.0.steps=100 (default: none)",
+    )
+    parser.add_argument(
+        "--deepspeed",
+        metavar="FILE",
+        help="the DeepSpeed configuration: zero0 to zero3, the name of a shipped one, or a JSON file "
+        "(default: `deepspeed` of the recipe)",
     )
 
 
-def add_split(one: argparse.ArgumentParser) -> None:
-    """The split of an evaluation."""
-    one.add_argument("--split", choices=SPLITS, default="test")
+def add_job(parser: argparse._ActionsContainer) -> None:
+    """Add the resources of a SLURM job."""
+    parser.add_argument("--dry-run", action="store_true", help="print the batch file and submit nothing")
+    parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="number of nodes (default: %(default)s)")
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=0, metavar="N", help="GPUs on each node (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tasks-per-node",
+        type=positive,
+        metavar="N",
+        help="ranks on each node (default: one per GPU, or one without GPUs)",
+    )
+    parser.add_argument(
+        "--time",
+        metavar="LIMIT",
+        help="time limit in SLURM's format, such as 24:00:00; the job saves and requeues before it expires "
+        "(default: the limit of the partition)",
+    )
+    parser.add_argument(
+        "--site",
+        metavar="FILE",
+        help="settings of the cluster (default: $VAE_DS_SITE, otherwise ~/.config/vae_ds/site.yaml)",
+    )
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="an additional sbatch option, such as --sbatch=--exclusive; can be repeated",
+    )
+
+
+def add_split(parser: argparse.ArgumentParser) -> None:
+    """Add the split of an evaluation."""
+    parser.add_argument("--split", choices=SPLITS, default="test", help="the evaluated split (default: %(default)s)")
 
 
 def overrides_of(arguments: argparse.Namespace) -> list[str]:
-    """The KEY=VALUE words of `--set`, and `--deepspeed` as one of them."""
+    """The KEY=VALUE items of `--set`, followed by `--deepspeed` as one more item."""
     chosen: Sequence[str] = arguments.set or []
     return [*chosen, f"deepspeed={arguments.deepspeed}"] if arguments.deepspeed else list(chosen)
 
 
 def run_dir_of(arguments: argparse.Namespace, name: str) -> Path:
-    """`--run-dir`, else runs/NAME. Stored in `arguments`, so that a failure is recorded in that directory."""
+    """`--run-dir`, otherwise runs/NAME. Stored in `arguments`, so that a failure is recorded in that directory."""
     arguments.run_dir = arguments.run_dir or str(Path("runs") / name)
     return Path(arguments.run_dir)
 
 
 def count(text: str) -> int:
-    """A whole number of at least 0."""
+    """Parse an integer of at least 0."""
     return 0 if text == "0" else positive(text)
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse an integer of at least 1."""
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"found {text}; expected an integer of at least 1")
     return value

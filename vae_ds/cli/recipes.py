@@ -8,10 +8,22 @@ from vae_ds.errors import ConfigError
 
 
 def add(subparsers: Any) -> None:
-    """Add the commands of this family."""
-    one = add_command(subparsers, "recipes", recipes, "list the shipped recipes, show one, or list all keys")
-    one.add_argument("action", choices=("list", "show", "keys"), nargs="?", default="list")
-    one.add_argument("name", nargs="?")
+    """Add the commands of this module."""
+    parser = add_command(
+        subparsers,
+        "recipes",
+        recipes,
+        "list the shipped recipes, show one, or list all settings",
+        examples=["vae-ds recipes", "vae-ds recipes show demo > mine.yaml", "vae-ds recipes keys"],
+    )
+    parser.add_argument(
+        "action",
+        choices=("list", "show", "keys"),
+        nargs="?",
+        default="list",
+        help="list the recipes, show one, or list all settings with their defaults (default: %(default)s)",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the recipe for `show`: a shipped name or a YAML file")
 
 
 def recipes(arguments: argparse.Namespace) -> None:
@@ -22,7 +34,9 @@ def recipes(arguments: argparse.Namespace) -> None:
         return
     if arguments.action == "show":
         if not arguments.name:
-            raise ConfigError("recipes show NAME: the name is missing; `vae-ds recipes list` prints the names")
+            raise ConfigError(
+                "the name of the recipe is missing: vae-ds recipes show NAME; `vae-ds recipes` lists the names"
+            )
         print(configuration.read_recipe(arguments.name)[0], end="")
         return
     for name in configuration.shipped_recipes():

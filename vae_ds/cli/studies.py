@@ -12,32 +12,62 @@ from vae_ds.runtime import listening, own_rank
 
 
 def add(subparsers: Any) -> None:
-    """Add the commands of this family."""
-    one = add_command(subparsers, "study", study, "many runs of one recipe: list them, train them, report")
-    one.add_argument("study", metavar="STUDY", help="`paper`, `recommended`, or a YAML file: recipe, set, grid, ...")
-    one.add_argument("--corpus", metavar="NAME", help="the data of every run, as in `data.corpus`")
-    one.add_argument("--path", metavar="PATH", help="the path of that data, as in `data.path`")
-    one.add_argument("--base", metavar="MODEL", help="the pretrained T5 of every run, as in `model.base`")
-    one.add_argument("--length", type=float, metavar="FACTOR", help="multiplies every length in epochs")
-    one.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="repeat each run with each seed")
-    one.add_argument(
+    """Add the commands of this module."""
+    parser = add_command(
+        subparsers,
+        "study",
+        study,
+        "list, train and report many runs of one recipe",
+        "Without --run, --here, --slurm or --report: lists the runs and their states.",
+        [
+            "vae-ds study paper --corpus grammar --length 0.1           # list the runs",
+            "vae-ds study paper --corpus grammar --length 0.1 --here    # train, evaluate, report",
+            "vae-ds study paper --corpus snli --path data/snli --slurm --gpus-per-node 1",
+        ],
+    )
+    parser.add_argument("study", metavar="STUDY", help="`paper`, `recommended`, or a YAML file")
+    parser.add_argument("--corpus", metavar="NAME", help="`data.corpus` of every run (default: from the study)")
+    parser.add_argument("--path", metavar="PATH", help="`data.path` of every run (default: from the study)")
+    parser.add_argument("--base", metavar="MODEL", help="`model.base` of every run (default: from the study)")
+    parser.add_argument(
+        "--length", type=float, metavar="FACTOR", help="factor for all lengths in epochs (default: from the study)"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, metavar="SEED", help="repeat each run with each seed (default: from the study)"
+    )
+    parser.add_argument(
         *("--add", "-a"),
         nargs="+",
         action="append",
         default=[],
         metavar="WORD",
-        help="one more run: its name, then KEY=VALUE ...; as --add deep model.base=google-t5/t5-base",
+        help="add a run: its name, then KEY=VALUE ..., such as --add deep model.base=google-t5/t5-base; "
+        "can be repeated",
     )
-    one.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="override a setting of every run")
-    one.add_argument("--runs", metavar="DIR", help="the directory of the runs; default runs/NAME, or runs/NAME-CORPUS")
-    what = one.add_mutually_exclusive_group()
-    what.add_argument("--run", type=int, metavar="N", help="train and evaluate run N, counted from 0")
-    what.add_argument("--here", action="store_true", help="train and evaluate what is missing, then report")
-    what.add_argument("--slurm", action="store_true", help="submit what is missing as a job array")
-    what.add_argument("--report", action="store_true", help="tables and figures of what is there, in DIR/report")
-    jobs = one.add_argument_group("with --slurm, of each run")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
+        help="override settings of every run, such as batch.global=32 (default: none)",
+    )
+    parser.add_argument(
+        "--runs",
+        metavar="DIR",
+        help="the directory of the runs (default: runs/NAME, or runs/NAME-CORPUS with --corpus)",
+    )
+    actions = parser.add_mutually_exclusive_group()
+    actions.add_argument("--run", type=int, metavar="N", help="train and evaluate run N, counted from 0")
+    actions.add_argument("--here", action="store_true", help="train and evaluate the missing runs, then report")
+    actions.add_argument("--slurm", action="store_true", help="submit the missing runs as job arrays")
+    actions.add_argument(
+        "--report", action="store_true", help="write tables and figures of the existing runs to DIR/report"
+    )
+    jobs = parser.add_argument_group("with --slurm, for each run")
     add_job(jobs)
-    jobs.add_argument("--parallel", type=positive, default=4, metavar="N", help="runs at a time")
+    jobs.add_argument(
+        "--parallel", type=positive, default=4, metavar="N", help="number of runs at a time (default: %(default)s)"
+    )
 
 
 def study(arguments: argparse.Namespace) -> None:
@@ -63,20 +93,20 @@ def study(arguments: argparse.Namespace) -> None:
             raise Failed(f"{len(failed)} of the runs failed: {', '.join(failed)}")
     elif arguments.report:
         _report(root)
-    elif left := _listed(studies.states(config, root)):
-        _submit(arguments, name, root, left)
+    elif missing := _list_runs(studies.states(config, root)):
+        _submit(arguments, name, root, missing)
     else:
-        print(f"\nall done; tables and figures: vae-ds {shlex.join(_words(arguments, root))} --report")
+        print(f"\nall runs are done; tables and figures: vae-ds {shlex.join(_words(arguments, root))} --report")
 
 
-def _listed(states: Sequence[tuple[Any, str]]) -> list[list[int]]:
-    """Print a study's runs. Returns the numbers of those that are not done: the yardsticks, then the others."""
-    left: list[list[int]] = [[], []]
+def _list_runs(states: Sequence[tuple[Any, str]]) -> list[list[int]]:
+    """Print the runs of a study. Returns the numbers of the runs that are not done: the yardsticks, then the others."""
+    missing: list[list[int]] = [[], []]
     for number, (row, state) in enumerate(states):
         print(f"{number:4} {state:8} {row.name}")
         if state != "done":
-            left[row.yardstick is not None].append(number)
-    return [numbers for numbers in left if numbers]
+            missing[row.yardstick is not None].append(number)
+    return [numbers for numbers in missing if numbers]
 
 
 def _report(root: Path) -> None:
@@ -85,18 +115,18 @@ def _report(root: Path) -> None:
     print(f"\n{report.write([root], root / 'report')}")
 
 
-def _submit(arguments: argparse.Namespace, name: str, root: Path, left: Sequence[Sequence[int]]) -> None:
-    """Submit what is left as job arrays, each after the one before; without `--slurm`, print the commands that do."""
+def _submit(arguments: argparse.Namespace, name: str, root: Path, missing: Sequence[Sequence[int]]) -> None:
+    """Submit the missing runs as job arrays that run one after the other. Without `--slurm`, print the commands."""
     from vae_ds.cluster import submission
 
     words = _words(arguments, root)
     if not arguments.slurm:
-        print(f"\nto train what is left, here or on a cluster: vae-ds study {shlex.join(words)} --here, or --slurm")
+        print(f"\nto train the missing runs, here or on a cluster: vae-ds study {shlex.join(words)} --here, or --slurm")
         return
-    wanted = submission.Wanted(arguments.nodes, arguments.gpus_per_node, arguments.tasks_per_node, arguments.time)
-    options = wanted, submission.site(arguments.site), arguments.parallel, arguments.sbatch
+    resources = submission.Wanted(arguments.nodes, arguments.gpus_per_node, arguments.tasks_per_node, arguments.time)
+    options = resources, submission.site(arguments.site), arguments.parallel, arguments.sbatch
     job = None
-    for text in [submission.array_file(name, words, numbers, root, *options) for numbers in left]:
+    for text in [submission.array_file(name, words, numbers, root, *options) for numbers in missing]:
         if arguments.dry_run:
             print(f"\n{text}", end="")
             continue
@@ -106,7 +136,7 @@ def _submit(arguments: argparse.Namespace, name: str, root: Path, left: Sequence
 
 
 def _words(arguments: argparse.Namespace, root: Path) -> list[str]:
-    """The arguments that name the same study again, without the action."""
+    """The arguments that select the same study again, without the action."""
     words = [arguments.study, "--runs", str(root)]
     for option in ("corpus", "path", "base", "length"):
         value = getattr(arguments, option)

@@ -12,26 +12,68 @@ from vae_ds.runtime import EXIT_FAULT, EXIT_STOPPED, listening
 
 
 def add(subparsers: Any) -> None:
-    """Add the commands of this family."""
-    one = add_command(subparsers, "train", train, "train a recipe; run the same command again to resume")
-    _add_training(one)
-    one.add_argument("--dry-run", action="store_true", help="resolve and check everything, train nothing")
-    one.add_argument(
-        "--until", metavar="PHASE", help="stop after this phase (name, or number from 1); a later start continues"
+    """Add the commands of this module."""
+    parser = add_command(
+        subparsers,
+        "train",
+        train,
+        "train a recipe; run the same command again to resume",
+        "`vae-ds` starts one process. To use all GPUs, start it with a launcher.",
+        [
+            "vae-ds train demo --run-dir runs/demo --set seed=1",
+            "vae-ds train demo --dry-run",
+            "deepspeed --module vae_ds train demo          # on all GPUs of this machine",
+        ],
     )
-    _add_training(add_command(subparsers, "pretrain", pretrain, "pretrain a small T5 from nothing"))
+    _add_training(parser)
+    parser.add_argument("--dry-run", action="store_true", help="resolve and check everything, but train nothing")
+    parser.add_argument(
+        "--until",
+        metavar="PHASE",
+        help="stop after this phase, a name or a number from 1; a later start continues (default: the last phase)",
+    )
 
-    one = add_command(subparsers, "status", status, "print the state of a run; exit code 0 only if it is done")
-    one.add_argument("run", metavar="RUN")
-    one = add_command(subparsers, "export", export, "copy a run's model to a directory of its own")
-    one.add_argument("run", metavar="RUN")
-    one.add_argument("--to", required=True, metavar="DIR")
+    parser = add_command(
+        subparsers,
+        "pretrain",
+        pretrain,
+        "pretrain a small T5 from scratch; run the same command again to resume",
+        examples=["vae-ds pretrain pretrain-tiny --run-dir runs/tiny"],
+    )
+    _add_training(parser)
+
+    parser = add_command(
+        subparsers,
+        "status",
+        status,
+        "print the state of a run as JSON",
+        "The exit code is 0 if the run is done, 75 if it is stopped, 1 if it is running or failed.",
+        ["vae-ds status runs/demo"],
+    )
+    parser.add_argument("run", metavar="RUN", help="a run directory")
+
+    parser = add_command(
+        subparsers,
+        "export",
+        export,
+        "copy the model of a run to a new directory",
+        examples=["vae-ds export runs/demo --to demo-model"],
+    )
+    parser.add_argument("run", metavar="RUN", help="a run directory or an exported model")
+    parser.add_argument("--to", required=True, metavar="DIR", help="a new or empty directory")
 
 
-def _add_training(one: argparse.ArgumentParser) -> None:
-    add_recipe(one)
-    one.add_argument("--resume", choices=("auto", "never"), default="auto")
-    one.add_argument("--changed-data", action="store_true", help="resume although the training text has changed")
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto: resume an existing run; never: refuse a run directory that contains one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--changed-data", action="store_true", help="resume although the training text has changed since the checkpoint"
+    )
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -48,15 +90,15 @@ def train(arguments: argparse.Namespace) -> None:
         if ranks.is_main:
             print(configuration.dump(config))
             for plan in prepared.plans:
-                of_epoch = f", {plan.steps_per_epoch} an epoch" if plan.steps_per_epoch else ""
-                print(f"# phase {plan.name}: {plan.steps} steps{of_epoch}")
+                per_epoch = f", {plan.steps_per_epoch} an epoch" if plan.steps_per_epoch else ""
+                print(f"# phase {plan.name}: {plan.steps} steps{per_epoch}")
             print(
                 f"# {ranks.world} ranks, {prepared.precision}, micro batch {prepared.micro}, "
                 f"accumulation {prepared.accumulation}"
             )
         return
-    how: dict[str, Any] = {name: getattr(arguments, name) for name in ("resume", "changed_data", "until")}
-    training.train(config, run_dir, stop=stop, **how)
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in ("resume", "changed_data", "until")}
+    training.train(config, run_dir, stop=stop, **options)
 
 
 def pretrain(arguments: argparse.Namespace) -> None:
@@ -75,7 +117,7 @@ def status(arguments: argparse.Namespace) -> None:
 
     found = records.read_status(Path(arguments.run))
     if found is None:
-        raise CheckpointError(f"{arguments.run}: no status.json; not a run directory")
+        raise CheckpointError(f"{arguments.run} has no status.json; name a run directory")
     found = records.of_the_living(found)
     print(json.dumps(found))
     if found["state"] != "done":

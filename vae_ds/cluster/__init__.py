@@ -1,6 +1,6 @@
-"""Machines and jobs: the doctor that checks a machine or a job's nodes, and the submission of SLURM jobs.
+"""Machines and jobs: checks of a machine or of the nodes of a job, and the submission of SLURM jobs.
 
-Stands on `engine`, `data`, `distributed`, `runtime` and `config`.
+Imports `engine`, `data`, `distributed`, `runtime` and `config`.
 """
 
 from vae_ds.cluster import doctor, submission

@@ -1,7 +1,7 @@
-"""A real all-reduce, by the ranks that are here already or by processes started for it: is it right, and how fast?
+"""Run an all-reduce between the existing ranks, or between processes started for it; check the sum, measure the speed.
 
-Nothing here waits for ever: the group is tried in a thread, and a store beside it says which ranks came and how far
-each has got.
+All waiting is bounded. The collectives run in a thread, and a separate connection to the store shows which ranks have
+joined and the stage that each rank has reached.
 """
 
 import json
@@ -30,66 +30,70 @@ from vae_ds.runtime import free_port, own_rank
 NAME = "ranks"
 BYTES = 64 * 2**20
 REPETITIONS = 5
-# Whole numbers below 2^24 add up exactly in float32, so for tens of thousands of ranks.
+# Sums of integers below 2^24 are exact in float32. With values below 251 this holds for tens of thousands of ranks.
 DISTINCT = 251
 MOST_PROCESSES = 8
 POLL_S = 0.2
 PROBE_S, STORE_S = 1.0, 5.0
-# A process from its start to its first line, where the packages lie on a busy network disk.
+# Startup of a process until it runs its first line, with the packages on a busy network disk.
 STARTUP_S = 60.0
-# For rank 0 to notice and to tell: a launcher ends all ranks once one has ended.
-LAST_WORD_S = 3.0
+# Time for rank 0 to detect and print a failure: a launcher ends all ranks as soon as one ends.
+REPORT_S = 3.0
 GRACE_S = 5.0
-PATIENCE = 3
+PATIENCE = 3  # the other ranks wait this many times longer than rank 0, which prints
 FAILED = "failed"
-ADVICE = "see `network` and `host name`, and firewalls between machines; on GPUs NCCL_DEBUG=INFO tells more"
+ADVICE = "see `network` and `host name`, and check firewalls between machines; on GPUs set NCCL_DEBUG=INFO for details"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The check of the ranks, and the checks that all of them brought, in rank order.
+    """The check of the group, and the checks of all ranks, in rank order.
 
-    `broken`: the group is of no more use, and a thread may wait in it for ever; leave by os._exit.
+    `broken`: the group is unusable, and a thread may block in it forever. End the process with os._exit.
     """
 
     check: Check
-    brought: list[Check]
+    gathered: list[Check]
     broken: bool = False
 
 
 def in_group() -> bool:
-    """Whether this process is one of several ranks, which a launcher or srun has started."""
+    """Whether this process is one of several ranks that a launcher or srun has started."""
     env = os.environ
     return int(env.get("WORLD_SIZE", "1") if "RANK" in env else env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
-def try_group(bring: Sequence[Check], timeout_s: float) -> Outcome:
-    """Join the group, exchange what each rank brings, and measure; every rank of it calls this.
+def try_group(own_checks: Sequence[Check], timeout_s: float) -> Outcome:
+    """Join the group, gather the checks of all ranks, and measure. Every rank of the group must call this.
 
-    Rank 0 has an outcome within `timeout_s` seconds, which names ranks that are missing, behind or have failed.
+    Rank 0 returns within `timeout_s` seconds. Its outcome names the ranks that are missing, behind or have failed.
     """
-    trial = _Trial(bring)
+    trial = _Trial(own_checks)
     trial.start()
-    begun_s, board = time.monotonic(), None
+    begun_s, stages = time.monotonic(), None
     while trial.is_alive():
         trial.join(POLL_S)
-        board = board or _open_board()
-        fault = board.exchange(trial.stage) if board else None
+        stages = stages or _open_stages()
+        fault = stages.exchange(trial.stage) if stages else None
         is_late = time.monotonic() - begun_s > timeout_s * (1 if own_rank() == "0" else PATIENCE)
         if trial.is_alive() and (fault or is_late):
-            where = board.stages() if board else f"{trial.stage}; nobody answers where rank 0 should"
-            return Outcome(_failed(fault or f"no end in {timeout_s:g} s. {where}"), list(bring), broken=True)
+            reached = stages.describe() if stages else f"{trial.stage}; no answer at the address of rank 0"
+            found = fault or f"not finished after {timeout_s:g} s. {reached}"
+            return Outcome(_failed(found), list(own_checks), broken=True)
     if trial.error is None and trial.result is not None:
         return Outcome(*trial.result)
-    told = f"{FAILED} {trial.stage}: {trial.error}"
-    board = board or _open_board()
-    if board:
-        board.exchange(told)
-    return Outcome(_failed(f"rank {own_rank()} {told}"), list(bring), broken=True)
+    failure = f"{FAILED} {trial.stage}: {trial.error}"
+    stages = stages or _open_stages()
+    if stages:
+        stages.exchange(failure)
+    return Outcome(_failed(f"rank {own_rank()} {failure}"), list(own_checks), broken=True)
 
 
 def start_group(timeout_s: float) -> Check:
-    """The same with processes of this machine: one a GPU, at most 8; without GPUs, 2. None outlives this call."""
+    """Do the same with new processes on this machine: one per GPU, at most 8; without GPUs, 2.
+
+    All of them have ended when this returns.
+    """
     processes = min(MOST_PROCESSES, torch.cuda.device_count()) if torch.cuda.is_available() else 2
     with tempfile.TemporaryDirectory(prefix="vae_ds_doctor_") as folder:
         common = _environment(processes)
@@ -102,31 +106,33 @@ def start_group(timeout_s: float) -> Check:
                 worker.kill()
                 worker.wait()
         answer = (Path(folder) / "0.out").read_text(encoding="utf-8")
-        told = {rank: _last_line(Path(folder) / f"{rank}.err") for rank in range(processes)}
-    fates = [f"rank {rank} ended with {code}: {told[rank] or 'no word'}" for rank, code in enumerate(codes) if code]
+        errors = {rank: _last_line(Path(folder) / f"{rank}.err") for rank in range(processes)}
+    exits = [
+        f"rank {rank} exited with code {code}: {errors[rank] or 'no output'}" for rank, code in enumerate(codes) if code
+    ]
     if not answer:
-        return _failed("; ".join(fates) or "rank 0 ended without a word")
+        return _failed("; ".join(exits) or "rank 0 exited without output")
     check = Check(**json.loads(answer))
-    # Rank 0 can only say who is missing.
-    return check if check.state == "ok" else replace(check, found="; ".join([check.found, *fates]))
+    # Rank 0 knows only which ranks are missing. The exit codes give the reason.
+    return check if check.state == "ok" else replace(check, found="; ".join([check.found, *exits]))
 
 
 class _Trial(threading.Thread):
-    """One rank's part, in a thread that may never end; `stage` says where it is."""
+    """The collectives of one rank, in a thread that may block forever. `stage` is what it is doing."""
 
-    def __init__(self, bring: Sequence[Check]) -> None:
+    def __init__(self, own_checks: Sequence[Check]) -> None:
         super().__init__(name="all-reduce", daemon=True)
         self.stage = "starting"
         self.result: tuple[Check, list[Check]] | None = None
         self.error: str | None = None
-        self._bring = list(bring)
+        self._own_checks = list(own_checks)
 
     def run(self) -> None:
         try:
             self.result = self._measure()
         except UserError as error:
             self.error = str(error)
-        except Exception as error:  # whatever it is, it is the answer
+        except Exception as error:  # any error is a result of this check
             self.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else '-'}"
 
     def _measure(self) -> tuple[Check, list[Check]]:
@@ -135,20 +141,20 @@ class _Trial(threading.Thread):
         self.stage = "in the first all-reduce"
         pattern = (torch.arange(BYTES // 4, dtype=torch.int32, device=ranks.device) % DISTINCT).float()
         expected = pattern * ranks.world + ranks.world * (ranks.world - 1) // 2
-        durations_s, right = [], True
+        durations_s, is_correct = [], True
         for turn in range(1 + REPETITIONS):
             tensor = pattern + ranks.rank
             distributed.barrier()
             durations_s.append(_time(tensor, ranks))
-            right = right and torch.equal(tensor, expected)
+            is_correct = is_correct and torch.equal(tensor, expected)
             self.stage = f"in the timed all-reduce {turn + 1}"
         self.stage = "gathering the results"
-        mine = (right, statistics.median(durations_s[1:]), this_host(), self._bring)
-        every = distributed.gather_objects(mine)
-        brought = [check for *_, checks in every for check in checks]
-        wrong = [rank for rank, (is_right, *_) in enumerate(every) if not is_right]
+        own = (is_correct, statistics.median(durations_s[1:]), this_host(), self._own_checks)
+        every = distributed.gather_objects(own)
+        gathered = [check for *_, checks in every for check in checks]
+        wrong = [rank for rank, (was_correct, *_) in enumerate(every) if not was_correct]
         hosts = list(dict.fromkeys(host for _, _, host, _ in every))
-        return _verdict(ranks, wrong, max(duration_s for _, duration_s, _, _ in every), hosts), brought
+        return _result(ranks, wrong, max(duration_s for _, duration_s, _, _ in every), hosts), gathered
 
 
 def _time(tensor: torch.Tensor, ranks: Ranks) -> float:
@@ -163,9 +169,9 @@ def _time(tensor: torch.Tensor, ranks: Ranks) -> float:
     return time.perf_counter() - begun_s
 
 
-def _verdict(ranks: Ranks, wrong: Sequence[int], duration_s: float, hosts: Sequence[str]) -> Check:
+def _result(ranks: Ranks, wrong: Sequence[int], duration_s: float, hosts: Sequence[str]) -> Check:
     backend, gb_s = dist.get_backend(), BYTES / duration_s / 1e9
-    # What each link carries, whatever the number of ranks: a ring sends 2(n-1)/n of the tensor.
+    # The rate on each link, comparable between numbers of ranks: a ring algorithm sends 2(n-1)/n of the tensor.
     bus_gb_s = gb_s * 2 * (ranks.world - 1) / ranks.world
     facts = {
         "world": ranks.world,
@@ -177,65 +183,65 @@ def _verdict(ranks: Ranks, wrong: Sequence[int], duration_s: float, hosts: Seque
         "bus_gb_s": bus_gb_s,
         "sum_is_right": not wrong,
     }
-    many = f"{ranks.world} rank{'s' * (ranks.world > 1)} on {some(hosts)} over {backend}"
+    group = f"{ranks.world} rank{'s' * (ranks.world > 1)} on {some(hosts)} over {backend}"
     if wrong:
-        advice = "memory, driver or network corrupt data: on GPUs try NCCL_P2P_DISABLE=1, then another machine"
-        found = f"{many}: a wrong sum on rank {some(wrong)}"
+        advice = "memory, driver or network corrupts data: on GPUs try NCCL_P2P_DISABLE=1, then another machine"
+        found = f"{group}: wrong sum on rank {some(wrong)}"
         return Check(NAME, "fail", found, advice, {"ranks": facts})
-    found = f"{many}, the sum is right; {BYTES >> 20} MiB in {1000 * duration_s:.3g} ms: {gb_s:.3g} GB/s"
+    found = f"{group}, the sum is correct; {BYTES >> 20} MiB in {1000 * duration_s:.3g} ms: {gb_s:.3g} GB/s"
     return Check(NAME, "ok", f"{found}, on the bus {bus_gb_s:.3g} GB/s", facts={"ranks": facts})
 
 
-class _Board:
-    """What each rank is at, in the store that rank 0 serves for the group; a connection of its own."""
+class _Stages:
+    """The stage of each rank, kept in the store that rank 0 serves for the group, through a separate connection."""
 
     def __init__(self, store: dist.TCPStore, rank: int, world: int) -> None:
         self._store, self._rank, self._world = store, rank, world
         self._known: dict[int, str] = {}
 
     def exchange(self, stage: str) -> str | None:
-        """Tell this rank's stage, and on rank 0 read the others'. The fault of a rank, if there is one."""
+        """Write the stage of this rank. Rank 0 also reads the stages of all. Returns the failure of a rank, or None."""
         try:
             self._store.set(f"doctor/{self._rank}", f"{stage}\t{this_host()}")
             if self._rank:
                 return None
             keys = {rank: f"doctor/{rank}" for rank in range(self._world)}
-            here = [rank for rank, key in keys.items() if self._store.check([key])]
-            self._known = {rank: self._store.get(keys[rank]).decode() for rank in here}
+            joined = [rank for rank, key in keys.items() if self._store.check([key])]
+            self._known = {rank: self._store.get(keys[rank]).decode() for rank in joined}
         except (RuntimeError, dist.DistError):
-            return "rank 0 is gone"
+            return "the connection to rank 0 is lost"
         failed = [rank for rank in sorted(self._known) if self._known[rank].startswith(FAILED)]
         if not failed:
             return None
         stage, _, host = self._known[failed[0]].rpartition("\t")
         return f"rank {failed[0]} on {host} {stage}"
 
-    def stages(self) -> str:
-        """Who never came, and who is where."""
-        where: dict[str, list[str]] = {}
+    def describe(self) -> str:
+        """The ranks at each stage, and the ranks that have not joined."""
+        ranks_at: dict[str, list[str]] = {}
         for rank in range(self._world):
             stage, _, host = self._known.get(rank, "").rpartition("\t")
-            where.setdefault(stage or "never came", []).append(f"rank {rank}{host and ' on '}{host}")
-        return "; ".join(f"{stage}: {some(names)}" for stage, names in sorted(where.items()))
+            ranks_at.setdefault(stage or "not joined", []).append(f"rank {rank}{host and ' on '}{host}")
+        return "; ".join(f"{stage}: {some(names)}" for stage, names in sorted(ranks_at.items()))
 
 
-def _open_board() -> _Board | None:
-    """None while rank 0 does not serve, and for a group of one."""
+def _open_stages() -> _Stages | None:
+    """Connect to the store. None while rank 0 does not serve it yet, and for a group of one rank."""
     env = os.environ
-    # The trial sets what the launcher has not.
+    # The trial sets the variables that the launcher has not set.
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(env) or env["WORLD_SIZE"] == "1":
         return None
     try:
-        # The store itself would try long and loudly.
+        # Probe first: the store client retries for a long time and logs each attempt.
         socket.create_connection((env["MASTER_ADDR"], int(env["MASTER_PORT"])), timeout=PROBE_S).close()
         store = distributed.open_store(int(env["MASTER_PORT"]), False, timedelta(seconds=STORE_S))
     except (OSError, RuntimeError, dist.DistError):
         return None
-    return _Board(store, int(env["RANK"]), int(env["WORLD_SIZE"]))
+    return _Stages(store, int(env["RANK"]), int(env["WORLD_SIZE"]))
 
 
 def _environment(processes: int) -> dict[str, str]:
-    """That of this process, with another group's and rank 0's exit code file left out."""
+    """The environment of this process, without the rank in an existing group and without the file for the exit code."""
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "VAE_DS_EXIT_FILE")}
     ours = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "LOCAL_SIZE": str(processes)}
     return kept | ours | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -249,7 +255,7 @@ def _start_worker(rank: int, common: dict[str, str], folder: Path, timeout_s: fl
 
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]], deadline_s: float) -> None:
-    """Until all have ended, or rank 0 has, or another in a bad way and rank 0 had time to tell."""
+    """Wait until rank 0 has ended or the deadline has passed. If a rank fails, rank 0 has GRACE_S to report it."""
     while workers[0].poll() is None and time.monotonic() < deadline_s:
         time.sleep(POLL_S)
         if any(worker.poll() for worker in workers):

@@ -1,4 +1,4 @@
-"""Checks of a machine, or of all nodes of a job, before a run: as a table, or as JSON for a support ticket."""
+"""Checks of a machine, or of all nodes of a job, before a run. Prints a table, or JSON for a support ticket."""
 
 import contextlib
 import json
@@ -25,23 +25,23 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"
 
 
 def examine(run_dir: Path, *, with_ranks: bool = True, timeout_s: float = 60.0, as_json: bool = False) -> bool:
-    """Check everything, print it, and return whether nothing failed.
+    """Run all checks, print them, and return True if none failed.
 
-    In a group of ranks every rank calls it: one rank a node checks its node, all try the group, and rank 0 prints.
-    Elsewhere processes are started to be such a group. Without `with_ranks` each process is on its own.
-    Where a group is broken, the process ends here, with the exit code of a fault.
+    In a group of ranks, every rank must call it: one rank per node checks its node, all ranks run the all-reduce, and
+    rank 0 prints. Outside a group, it starts processes for the all-reduce. Without `with_ranks`, each process checks
+    only its machine. If the group is broken, this function ends the process with the exit code of a fault.
     """
     with _own_stdout() as out:
         if not with_ranks:
-            left_out = Check(allreduce.NAME, "skipped", "left out, as asked")
-            found = _of(checks.this_host(), [*of_this_node(run_dir), left_out])
+            skipped = Check(allreduce.NAME, "skipped", "disabled by --no-ranks")
+            found = _on_host(checks.this_host(), [*of_this_node(run_dir), skipped])
         elif not allreduce.in_group():
-            found = _of(checks.this_host(), [*of_this_node(run_dir), allreduce.start_group(timeout_s)])
+            found = _on_host(checks.this_host(), [*of_this_node(run_dir), allreduce.start_group(timeout_s)])
         else:
             local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-            mine = _of(checks.this_host(), of_this_node(run_dir)) if local_rank == "0" else []
-            outcome = allreduce.try_group(mine, timeout_s)
-            found = [*outcome.brought, *_of(checks.this_host(), [outcome.check])]
+            own = _on_host(checks.this_host(), of_this_node(run_dir)) if local_rank == "0" else []
+            outcome = allreduce.try_group(own, timeout_s)
+            found = [*outcome.gathered, *_on_host(checks.this_host(), [outcome.check])]
             _leave(outcome.broken, lambda: _show(found, out, as_json))
             return _passed(found)
         _show(found, out, as_json)
@@ -49,14 +49,14 @@ def examine(run_dir: Path, *, with_ranks: bool = True, timeout_s: float = 60.0, 
 
 
 def work(timeout_s: float) -> None:
-    """One rank of a group that `examine` has started; rank 0 prints the check of the group as JSON."""
+    """Run one rank of a group that `examine` has started. Rank 0 prints the check of the group as JSON."""
     with _own_stdout() as out:
         outcome = allreduce.try_group([], timeout_s)
         _leave(outcome.broken, lambda: print(json.dumps(asdict(outcome.check)), file=out, flush=True))
 
 
 def of_this_node(run_dir: Path) -> list[Check]:
-    """All checks but that of the ranks; one that breaks is a failed check."""
+    """All checks except the all-reduce. A check that raises counts as failed."""
     each: dict[str, Callable[[], Check | list[Check]]] = {
         "versions": installation.versions,
         "driver": installation.driver,
@@ -68,8 +68,10 @@ def of_this_node(run_dir: Path) -> list[Check]:
         "cores": checks.cores,
         "memory": checks.memory,
         "disk: run": lambda: checks.disk("run", run_dir, "choose another --run-dir"),
-        "disk: corpora": lambda: checks.disk("corpora", cache_dir(), "set VAE_DS_CACHE to another"),
-        "disk: temporary": lambda: checks.disk("temporary", Path(tempfile.gettempdir()), "set TMPDIR to another"),
+        "disk: corpora": lambda: checks.disk("corpora", cache_dir(), "set VAE_DS_CACHE to another directory"),
+        "disk: temporary": lambda: checks.disk(
+            "temporary", Path(tempfile.gettempdir()), "set TMPDIR to another directory"
+        ),
         "disk: shared memory": checks.shared_memory,
         "limit: open files": checks.open_files,
         "limit: locked memory": checks.locked_memory,
@@ -81,14 +83,14 @@ def of_this_node(run_dir: Path) -> list[Check]:
     found: list[Check] = []
     for name, check in each.items():
         try:
-            told = check()
-        except Exception as error:  # one check's fault must not keep the others from being told
-            told = Check(name, "fail", f"the check broke: {type(error).__name__}: {error}", "please report this")
-        found += told if isinstance(told, list) else [told]
+            result = check()
+        except Exception as error:  # a fault in one check must not hide the results of the others
+            result = Check(name, "fail", f"the check raised {type(error).__name__}: {error}", "please report this")
+        found += result if isinstance(result, list) else [result]
     return found
 
 
-def _of(host: str, found: Sequence[Check]) -> list[Check]:
+def _on_host(host: str, found: Sequence[Check]) -> list[Check]:
     return [replace(check, host=host) for check in found]
 
 
@@ -97,18 +99,18 @@ def _passed(found: Sequence[Check]) -> bool:
 
 
 def _leave(broken: bool, show: Callable[[], None]) -> None:
-    """Print on rank 0 and leave the group; a broken one with the process, since a thread may wait in it for ever."""
+    """Print on rank 0 and leave the group. If it is broken, end the process: a thread may block in it forever."""
     if own_rank() == "0":
         show()
     if not broken:
         device = distributed.start().device
         if device.type == "cuda":
-            # The group was joined in another thread, and each has a current device of its own.
+            # Another thread joined the group, and each thread has its own current device.
             torch.cuda.set_device(device)
         distributed.finish()
         return
     if own_rank() != "0":
-        time.sleep(allreduce.LAST_WORD_S)
+        time.sleep(allreduce.REPORT_S)
     note_exit(EXIT_FAULT)
     sys.stderr.flush()
     os._exit(EXIT_FAULT)
@@ -123,7 +125,10 @@ def _show(found: Sequence[Check], out: TextIO, as_json: bool) -> None:
 
 
 def report(found: Sequence[Check]) -> dict[str, Any]:
-    """What `--json` prints: the checks, and the facts of this host. No environment variable but the few it names."""
+    """The output of `--json`: the checks and the facts of this host.
+
+    It contains no environment variables except a fixed list.
+    """
     host = checks.this_host()
     here = records.environment(1, "cuda" if torch.cuda.is_available() else "cpu")
     shown = [{key: value for key, value in asdict(check).items() if key != "facts"} for check in found]
@@ -138,7 +143,7 @@ def report(found: Sequence[Check]) -> dict[str, Any]:
 
 
 def _print_table(found: Sequence[Check], out: TextIO) -> None:
-    """A row a check; of other nodes only what is wrong, once. Beneath, what to do, in lines that can be copied."""
+    """Print one row per check, from other nodes only distinct problems. Below, print the advice in unwrapped lines."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
@@ -162,14 +167,14 @@ def _print_table(found: Sequence[Check], out: TextIO) -> None:
         if check.advice:
             console.print(f" {title}: {check.advice}", markup=False, highlight=False, soft_wrap=True)
     counts = {state: sum(check.state == state for check in found) for state in COLOURS}
-    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     nodes = len({check.host for check in found})
-    console.print(f"\n {told}" + (f", on {nodes} nodes" if nodes > 1 else ""), highlight=False)
+    console.print(f"\n {summary}" + (f", on {nodes} nodes" if nodes > 1 else ""), highlight=False)
 
 
 @contextlib.contextmanager
 def _own_stdout() -> Iterator[TextIO]:
-    """Standard output for us alone: what libraries print there, native ones too, goes to standard error."""
+    """Reserve standard output for this command: output of libraries, native ones too, goes to standard error."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""A training as a SLURM job: the batch file that fits the recipe and the site, written, shown or submitted."""
+"""Training as a SLURM job: write, show and submit the batch file for a recipe and a site."""
 
 import os
 import re
@@ -14,14 +14,14 @@ from vae_ds.config import RunConfig, SiteConfig
 from vae_ds.data import micro_batch
 from vae_ds.errors import ConfigError
 
-# As in SLURM: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on.
+# SLURM's formats: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, and so on.
 TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
 SAVE_WITHIN_S = 180
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a job asks for: nodes, GPUs and ranks on each (by default one a GPU), and SLURM's time limit."""
+    """The resources that a job requests: nodes, GPUs and ranks per node (default: one per GPU), and a time limit."""
 
     nodes: int = 1
     gpus_per_node: int = 0
@@ -35,7 +35,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job in the queue: its number, its log, and rank 0's."""
+    """A job in the queue: its number, its log, and the log of rank 0."""
 
     job: str
     log: Path
@@ -43,7 +43,10 @@ class Submitted:
 
 
 def site(path: str | None) -> SiteConfig:
-    """The site's settings: `path`, else $VAE_DS_SITE, else ~/.config/vae_ds/site.yaml if there is one."""
+    """Load the settings of the site from `path`, otherwise $VAE_DS_SITE, otherwise ~/.config/vae_ds/site.yaml.
+
+    Without any of these files, the settings have their default values.
+    """
     chosen = path or os.environ.get("VAE_DS_SITE")
     default = Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "vae_ds" / "site.yaml"
     if chosen is None and not default.is_file():
@@ -52,7 +55,7 @@ def site(path: str | None) -> SiteConfig:
 
 
 def launchers_dir() -> Path:
-    """The SLURM launchers of this checkout. Raises ConfigError where the package was installed without them."""
+    """The directory of the SLURM launchers. Raises ConfigError if the package was installed without them."""
     folder = Path(__file__).resolve().parents[2] / "launchers" / "slurm"
     if not (folder / "train.sbatch").is_file():
         raise ConfigError(f"{folder}: no launchers here; run vae-ds from a checkout (pip install -e .)")
@@ -63,17 +66,17 @@ def batch_file(
     config: RunConfig,
     train: Sequence[str],
     run_dir: Path,
-    wanted: Wanted,
-    place: SiteConfig,
+    resources: Wanted,
+    site_config: SiteConfig,
     extra: Sequence[str] = (),
 ) -> str:
-    """The text of the batch file: sbatch's options, the site's environment, and train.sbatch.
+    """The text of the batch file: the options of sbatch, the environment of the site, and the call of train.sbatch.
 
-    `train` are the arguments of `vae-ds train` that gave `config`, `extra` further options of sbatch. Raises
-    ConfigError if the global batch does not divide over the ranks, or an option cannot stand in a batch file.
+    `train` are the arguments of `vae-ds train` that produced `config`; `extra` are additional options of sbatch. Raises
+    ConfigError if the global batch does not divide over the ranks, or if a batch file cannot contain an option.
     """
-    micro_batch(config.batch.global_size, wanted.nodes * wanted.ranks_per_node, config.batch.micro)
-    return _text("train.sbatch", train, _options(config.name, run_dir, wanted, place, extra), place)
+    micro_batch(config.batch.global_size, resources.nodes * resources.ranks_per_node, config.batch.micro)
+    return _text("train.sbatch", train, _options(config.name, run_dir, resources, site_config, extra), site_config)
 
 
 def array_file(
@@ -81,38 +84,39 @@ def array_file(
     study: Sequence[str],
     numbers: Sequence[int],
     root: Path,
-    wanted: Wanted,
-    place: SiteConfig,
+    resources: Wanted,
+    site_config: SiteConfig,
     parallel: int,
     extra: Sequence[str] = (),
 ) -> str:
-    """The same for runs of a study, by number, as a job array of which `parallel` run at a time.
+    """The text of the batch file for runs of a study, as a job array of which `parallel` tasks run at a time.
 
-    `study` are the arguments of `vae-ds study`; the runs go below `root`, which has the logs too.
+    `study` are the arguments of `vae-ds study`, and `numbers` are those of the runs. The runs and the logs are below
+    `root`.
     """
     array = f"--array={','.join(map(str, numbers))}%{parallel}"
-    options = _options(name, root, wanted, place, [array, *extra], log="slurm-%A_%a.log")
-    return _text("sweep.sbatch", study, options, place)
+    options = _options(name, root, resources, site_config, [array, *extra], log="slurm-%A_%a.log")
+    return _text("sweep.sbatch", study, options, site_config)
 
 
-def _text(script: str, arguments: Sequence[str], options: Sequence[str], place: SiteConfig) -> str:
+def _text(script: str, arguments: Sequence[str], options: Sequence[str], site_config: SiteConfig) -> str:
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in options), "set -euo pipefail"]
     call = f"exec bash {shlex.quote(str(launchers_dir() / script))} {shlex.join(arguments)}"
-    return "\n".join([*lines, *_environment(place), call]) + "\n"
+    return "\n".join([*lines, *_environment(site_config), call]) + "\n"
 
 
 def submit(text: str, run_dir: Path, name: str = "submit.sbatch", after: str | None = None) -> Submitted:
-    """Write RUN/`name` and hand it to sbatch, to start when the job `after` has ended, however it did.
+    """Write RUN/`name` and submit it with sbatch. The job starts after the job `after` has ended in any state.
 
-    Raises ConfigError with SLURM's own words if it refuses.
+    Raises ConfigError with the message of sbatch if it refuses the job.
     """
     if shutil.which("sbatch") is None:
-        raise ConfigError("no sbatch here; run this on a login node, or look at the file with --dry-run")
+        raise ConfigError("no sbatch here; run this on a login node, or print the batch file with --dry-run")
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     file = run_dir / name
     file.write_text(text, encoding="utf-8")
-    order = [] if after is None else [f"--dependency=afterany:{after}"]
-    done = subprocess.run(["sbatch", "--parsable", *order, str(file)], capture_output=True, text=True, timeout=120)
+    dependency = [] if after is None else [f"--dependency=afterany:{after}"]
+    done = subprocess.run(["sbatch", "--parsable", *dependency, str(file)], capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise ConfigError(f"sbatch refused {file}: {done.stderr.strip()}")
     job = done.stdout.split(";")[0].strip()
@@ -121,33 +125,41 @@ def submit(text: str, run_dir: Path, name: str = "submit.sbatch", after: str | N
 
 
 def _options(
-    name: str, run_dir: Path, wanted: Wanted, place: SiteConfig, extra: Sequence[str], log: str = "slurm-%j.log"
+    name: str,
+    run_dir: Path,
+    resources: Wanted,
+    site_config: SiteConfig,
+    extra: Sequence[str],
+    log: str = "slurm-%j.log",
 ) -> list[str]:
-    if wanted.time is not None and not TIME.fullmatch(wanted.time):
-        raise ConfigError(f"--time {wanted.time}: use SLURM's form, such as 24:00:00 or 2-00:00:00")
-    options = [f"--job-name={re.sub('[^!-~]+', '-', name)}", f"--nodes={wanted.nodes}"]
-    options.append(f"--ntasks-per-node={wanted.ranks_per_node}")
-    if wanted.gpus_per_node:
-        options.append(f"--gpus-per-node={wanted.gpus_per_node}")
-    if wanted.time is not None:
-        options.append(f"--time={wanted.time}")
+    if resources.time is not None and not TIME.fullmatch(resources.time):
+        raise ConfigError(f"--time {resources.time}: use SLURM's format, such as 24:00:00 or 2-00:00:00")
+    options = [f"--job-name={re.sub('[^!-~]+', '-', name)}", f"--nodes={resources.nodes}"]
+    options.append(f"--ntasks-per-node={resources.ranks_per_node}")
+    if resources.gpus_per_node:
+        options.append(f"--gpus-per-node={resources.gpus_per_node}")
+    if resources.time is not None:
+        options.append(f"--time={resources.time}")
     named = {"partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint"}
     named |= {"reservation": "reservation", "mem": "memory", "cpus-per-task": "cpus_per_task"}
-    options += [f"--{word}={value}" for word, key in named.items() if (value := getattr(place, key)) is not None]
+    options += [f"--{word}={value}" for word, key in named.items() if (value := getattr(site_config, key)) is not None]
     options += ["--requeue", "--open-mode=append", f"--signal=USR1@{SAVE_WITHIN_S}"]
-    options += [f"--output={run_dir.absolute() / 'logs' / log}", *place.options, *extra]
+    options += [f"--output={run_dir.absolute() / 'logs' / log}", *site_config.options, *extra]
     for option in options:
         if not option.startswith("--") or re.search(r"[^!-~]", option):
-            raise ConfigError(f"{option!r} cannot stand in a batch file; write --option=value, without spaces")
+            raise ConfigError(f"a batch file cannot contain {option!r}; write --option=value, without spaces")
     return options
 
 
-def _environment(place: SiteConfig) -> list[str]:
-    variables = dict(place.environment)
-    if place.interface is not None:
-        variables |= {"NCCL_SOCKET_IFNAME": place.interface, "GLOO_SOCKET_IFNAME": place.interface}
-    chosen = {"VAE_DS_CONTAINER": place.container, "VAE_DS_CONTAINER_MOUNTS": ",".join(place.container_mounts) or None}
-    chosen["VAE_DS_PYTHON"] = place.python
+def _environment(site_config: SiteConfig) -> list[str]:
+    variables = dict(site_config.environment)
+    if site_config.interface is not None:
+        variables |= {"NCCL_SOCKET_IFNAME": site_config.interface, "GLOO_SOCKET_IFNAME": site_config.interface}
+    chosen = {
+        "VAE_DS_CONTAINER": site_config.container,
+        "VAE_DS_CONTAINER_MOUNTS": ",".join(site_config.container_mounts) or None,
+    }
+    chosen["VAE_DS_PYTHON"] = site_config.python
     variables |= {name: value for name, value in chosen.items() if value is not None}
-    lines = [f"module load {shlex.join(place.modules)}"] if place.modules else []
+    lines = [f"module load {shlex.join(site_config.modules)}"] if site_config.modules else []
     return lines + [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
