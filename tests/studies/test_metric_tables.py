@@ -1,4 +1,4 @@
-"""The table that sets runs side by side."""
+"""The tables of metrics with one row per run."""
 
 import io
 import json
@@ -72,7 +72,7 @@ def test_the_gain_over_a_yardstick_has_a_column_once_a_run_has_it(tmp_path: Path
     assert [line.split()[-1] for line in lines[1:3]] == ["-", "-0.50"]
 
 
-def test_runs_of_unlike_extent_are_told_apart_below(tmp_path: Path) -> None:
+def test_runs_with_different_numbers_of_sentences_have_a_note_each(tmp_path: Path) -> None:
     other = FULL | {"sentences": 100, "iw_sentences": None, "iw_samples": 50}
     lines = printed(write(tmp_path / "[a]", FULL), write(tmp_path / "b", other))
     assert lines[4:] == [
@@ -83,7 +83,7 @@ def test_runs_of_unlike_extent_are_told_apart_below(tmp_path: Path) -> None:
     ]
 
 
-def test_namesakes_are_shown_by_their_paths(tmp_path: Path) -> None:
+def test_runs_with_the_same_name_are_shown_by_their_paths(tmp_path: Path) -> None:
     runs = [write(tmp_path / "x" / "run", FULL), write(tmp_path / "y" / "run", FULL), write(tmp_path / "z", FULL)]
     assert list(read_evaluations(runs)) == [str(runs[0]), str(runs[1]), "z"]
 
@@ -143,5 +143,7 @@ def test_the_kl_of_units_is_sorted_and_long_lists_end(tmp_path: Path) -> None:
 def test_a_run_without_a_whole_evaluation_is_named(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "eval-valid.json").write_text(text, encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"eval-valid\.json: (not an evaluation|no such file; `vae-ds evaluate)"):
+    with pytest.raises(
+        CheckpointError, match=r"eval-valid\.json: (not an evaluation|no such file; write it with `vae-ds evaluate)"
+    ):
         print_metrics([tmp_path], "valid")

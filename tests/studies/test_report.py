@@ -1,12 +1,12 @@
-"""The report: its numbers are those of the evaluations, the printed rows are put right, its figures show every run."""
+"""The report: numbers as in the evaluations, corrected rows of the paper, and figures that show every run."""
 
 import csv
-import itertools
 import json
 import re
 import shutil
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -18,7 +18,7 @@ from vae_ds import cli
 from vae_ds.config.settings import RunConfig
 from vae_ds.config.yaml_tree import override
 from vae_ds.data.corpora import grammar
-from vae_ds.studies import figures, runs
+from vae_ds.studies import figures, runs, setting_words
 from vae_ds.studies.figures import Curve, Point
 from vae_ds.studies.paper import printed_rows
 from vae_ds.studies.report import pareto_front
@@ -38,6 +38,7 @@ evaluation: {{iw_samples: 2, bleu_sentences: 0, samples: 4}}
 """
 DENOISE = ["phases.0.denoise", "phases.1.denoise"]
 README_LIMIT_BYTES = 60_000
+LOOK = ("#000000", "o")  # of a point
 
 
 def code_of(*words: object) -> int:
@@ -115,19 +116,19 @@ def test_the_numbers_are_those_of_the_evaluations(trained: Path, report: Path) -
     assert layout["noisy"]["model"] == "Max pool + Denoise 0.4 + KLT 0.5 (per_dim)"
 
 
-def test_a_run_without_an_evaluation_is_told(trained: Path, report: Path) -> None:
+def test_a_run_without_an_evaluation_is_listed(trained: Path, report: Path) -> None:
     page = (report / "report.md").read_text(encoding="utf-8")
     left = trained / "study" / "left"
     assert f"- left: done; `vae-ds evaluate {left} --split test` evaluates it" in page
-    assert "3 of 4 were evaluated" in page
-    assert page.count("Not drawn, for want of a finite number: left.") == 2
+    assert "3 of 4 runs were evaluated" in page
+    assert page.count("Not drawn, because a finite number is missing: left.") == 2
     assert rows_of(report / "runs.csv")["left"]["state"] == "done, not evaluated"
     assert rows_of(report / "runs.csv")["left"]["rec"] == ""
     assert rows_of(report / "table-grammar.csv")["left"]["note"] == "not evaluated (done)"
 
 
 def test_runs_of_several_seeds_have_their_mean(trained: Path, tmp_path: Path) -> None:
-    """Two copies of a run that tell other seeds and other numbers; what stands alone is in no mean."""
+    """Two copies of a run with other seeds and other numbers. A run with one seed is in no mean."""
     folders = [trained / "study" / "noisy", tmp_path / "plain+seed=0", tmp_path / "plain+seed=7"]
     for number, folder in enumerate(folders[1:]):
         shutil.copytree(trained / "study" / "plain", folder)
@@ -145,7 +146,7 @@ def test_runs_of_several_seeds_have_their_mean(trained: Path, tmp_path: Path) ->
 
 
 def test_the_page_shows_what_the_folder_has(report: Path) -> None:
-    """Each table and figure in the folder is linked, and the rounded numbers are in the page."""
+    """The page links each table and figure in the folder, and has the rounded numbers."""
     page = (report / "report.md").read_text(encoding="utf-8")
     for file in report.iterdir():
         assert file.name == "report.md" or f"({file.name})" in page
@@ -169,8 +170,8 @@ def test_the_same_runs_give_the_same_bytes(trained: Path, report: Path) -> None:
 # The paper's rows
 
 
-def test_the_printed_rows_are_put_right(report: Path) -> None:
-    """The README's arithmetic on Yahoo: what was printed as -ELBO is rec - KL."""
+def test_the_printed_rows_are_corrected(report: Path) -> None:
+    """The arithmetic on Yahoo: the number printed as -ELBO is rec - KL."""
     with (report / "table-1-yahoo.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["tokens_per_sentence"]]
     assert [round(float(row["rec"]), 1) for row in rows] == [343.2, 343.4, 343.6, 296.1]
@@ -204,11 +205,11 @@ def test_quoted_rows_and_gaps_of_the_print_stay_as_they_are() -> None:
 # Figures
 
 
-def test_every_figure_is_a_whole_image_fit_for_a_readme(report: Path) -> None:
+def test_every_figure_is_a_complete_and_small_image(report: Path) -> None:
     names = {"phase-1", "phase-2", "rate-distortion", "perplexity-information"}
     page = (report / "report.md").read_text(encoding="utf-8")
-    assert "the counterpart of the paper's Figure 2" in page.partition("## Along phase 2")[0]
-    assert "the counterpart of the paper's Figure 3" in page.partition("## Along phase 2")[2]
+    assert "the counterpart of the paper's Figure 2" in page.partition("## Phase 2")[0]
+    assert "the counterpart of the paper's Figure 3" in page.partition("## Phase 2")[2]
     assert {file.stem for file in report.glob("*.png")} == {file.stem for file in report.glob("*.svg")} == names
     for file in report.glob("*.png"):
         assert file.stat().st_size < README_LIMIT_BYTES
@@ -218,21 +219,22 @@ def test_every_figure_is_a_whole_image_fit_for_a_readme(report: Path) -> None:
 
 
 def test_the_figures_name_the_runs_by_what_differs(report: Path, trained: Path) -> None:
-    """`left` is `plain` again, so their curves are one; in the planes they would share a label, and go by name."""
+    """`left` is `plain` again, so their curves are one. In the planes they would share a label, and go by name."""
     for name in ("phase-1", "phase-2"):
         words = texts(report / f"{name}.svg")
-        assert {"denoise=0", "denoise=0.4", "MI (nats)", "active units", "KL (nats)"} <= set(words)
-        assert sum(word.startswith("denoise=") for word in words) == 2
+        assert {"no denoising", "denoising 0.4", "mutual information (nats)", "KL (nats)"} <= set(words)
+        assert any("active units" in word for word in words)
+        assert sum("denoising" in word for word in words) == 2
     rec = float(str(evaluation(trained / "yardstick")["rec"]))
     words = texts(report / "rate-distortion.svg")
-    assert {"denoise=0.4", "plain", f"language model: {rec:.1f} nats"} <= set(words)
-    assert f"H(x) of the source: {grammar.entropy_nats():.1f} nats" in words
+    assert {"denoising 0.4", "plain", f"language model: {rec:.1f} nats"} <= set(words)
+    assert f"entropy of the source: {grammar.entropy_nats():.1f} nats" in words
     assert evaluation(trained / "yardstick")["truncated"] == 0
-    assert any(word.startswith("-ELBO ") for word in words)
-    ppl = float(str(evaluation(trained / "yardstick")["iw_ppl"]))
+    assert any(word.startswith("nelbo ") for word in words)
+    nll = float(str(evaluation(trained / "yardstick")["iw_nll"]))
     words = texts(report / "perplexity-information.svg")
-    assert {"Pareto front", "ceiling: 3.00", f"language model: {ppl:.1f}"} <= set(words)
-    assert any("iw_ppl" in word for word in words)
+    assert {"Pareto front", f"language model: {nll:.1f} nats", "iw_nll (nats per sentence)"} <= set(words)
+    assert any(word.startswith("perplexity per word (") for word in words)
 
 
 def test_many_runs_are_drawn_by_what_they_differ_in(trained: Path, tmp_path: Path) -> None:
@@ -248,7 +250,7 @@ def test_many_runs_are_drawn_by_what_they_differ_in(trained: Path, tmp_path: Pat
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         (run / "config.yaml").write_text(yaml.safe_dump(override(config, words)), encoding="utf-8")
-        found = evaluation(run) | {"mi": 1 + number / 10, "iw_ppl": 99.0 if name == "bits-2" else 50.0 + number}
+        found = evaluation(run) | {"mi": 1 + number / 10, "iw_nll": 500.0 if name == "bits-2" else 50.0 + number}
         (run / "eval-test.json").write_text(json.dumps(found), encoding="utf-8")
     folder = tmp_path / "out"
     assert code_of("report", tmp_path / "study", trained / "yardstick", "--to", folder) == 0
@@ -260,42 +262,69 @@ def test_many_runs_are_drawn_by_what_they_differ_in(trained: Path, tmp_path: Pat
     page = (folder / "report.md").read_text(encoding="utf-8")
     assert all(f"({file.name})" in page for file in folder.glob("*.png"))
     legend = set(texts(folder / "phase-2-free_bits.svg"))
-    assert {f"free_bits.mode=total, free_bits.nats={n}" for n in range(1, 5)} <= legend
+    assert {f"free bits {n}, in total" for n in range(1, 5)} <= legend
+    assert "free bits 0.5, per unit" in legend
     for name in ("rate-distortion", "perplexity-information"):
-        words = texts(folder / f"{name}.svg")
-        assert {"reference", "pooling", "denoise", "free_bits", "several"} <= set(words)
-        # Each but one has more of both than the one before: these are on the front, by number.
-        assert ("13" in words) == (name == "perplexity-information")
-    front = page.partition("On the front, by `iw_ppl` and `mi`, from the lowest MI on: ")[2].splitlines()[0]
-    assert front.startswith("1 ")
+        found_words = set(texts(folder / f"{name}.svg"))
+        assert {"reference", "pooling", "denoising", "free bits (KL threshold)", "several settings"} <= found_words
+        assert not any(re.match(r"free_bits|phases\.", word) for word in found_words)
+    # bits-2 is worse than all others by far: it is beyond the axes, and named.
+    words = texts(folder / "perplexity-information.svg")
+    notes = [word for word in words if "Beyond the axes" in word]
+    assert len(notes) == 1
+    assert notes[0].endswith("bits-2 (1.70, 500.0)")
+    assert "Beyond the axes of this figure, with `mi` and `iw_nll`: bits-2 (1.70, 500.0)." in page
+    # Each other run has more of both than the run before: these are on the front.
+    front = page.partition("On the front, by `iw_nll` and `mi`, from the lowest `mi` on: ")[2].splitlines()[0]
     assert front.count(", ") == 12
+    assert "bits-2" not in front
+    # The table of the groups names every run.
+    groups = page.partition("## Groups of runs")[2].partition("## Phase 1")[0]
+    assert all(name in groups for name in changes)
+    (denoising,) = [line for line in groups.splitlines() if line.startswith("| denoising |")]
+    assert sorted(denoising.strip("| ").split(" | ")[1].split(", ")) == [*(f"denoise-{n}" for n in range(1, 6)), "warm"]
 
 
-def test_many_long_curves_stay_small(tmp_path: Path) -> None:
-    curves = [
-        Curve(
-            f"free_bits.nats={n / 4:g}, denoise=0.{n}",
-            tuple(
-                {"step": 100 * s, "mi": 9 - 8 / (s + n), "au": min(32, s + n), "kl": 3.0 * n + s} for s in range(1, 60)
-            ),
-        )
-        for n in range(1, 25)
-    ]
-    figures.phase(tmp_path, "many", "Many", curves)
-    assert (tmp_path / "many.png").stat().st_size < README_LIMIT_BYTES
-    assert {curve.label for curve in curves} <= set(texts(tmp_path / "many.svg"))
+@pytest.mark.parametrize("count", [4, 9])
+def test_a_run_has_one_colour_in_all_figures(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """In the planes and in the figures of a phase, with a few runs and with many."""
+    recipe = yaml.safe_load((trained / "study" / "plain" / "config.yaml").read_text(encoding="utf-8"))
+    for n in range(count):
+        run = tmp_path / "study" / f"run-{n}"
+        shutil.copytree(trained / "study" / "plain", run)
+        changed = override(recipe, [f"phases.1.free_bits.nats={n / 4}"])
+        (run / "config.yaml").write_text(yaml.safe_dump(changed), encoding="utf-8")
+        (run / "eval-test.json").write_text(json.dumps(evaluation(run) | {"kl": 2.0 + n}), encoding="utf-8")
+    curves: dict[str, str] = {}
+    points: dict[str, set[str]] = defaultdict(set)
 
+    def phase(folder: Path, name: str, title: str, drawn: list[Curve]) -> None:
+        if name.startswith("phase-2"):
+            curves.update({curve.label: curve.colour for curve in drawn})
 
-def test_lines_differ_in_grey_too() -> None:
-    styles = [figures._style(number) for number in range(56)]
-    assert len({tuple(style.values()) for style in styles}) == 56
-    assert all(one["marker"] != two["marker"] for one, two in itertools.pairwise(styles))
+    def plane(folder: Path, name: str, title: str, *arguments: Any) -> list[Point]:
+        for point in next(a for a in arguments if isinstance(a, list) and a and isinstance(a[0], Point)):
+            points[point.label].add(point.colour)
+        return []
+
+    monkeypatch.setattr(figures, "phase", phase)
+    monkeypatch.setattr(figures, "rate_distortion", plane)
+    monkeypatch.setattr(figures, "perplexity_information", plane)
+    assert code_of("report", tmp_path / "study", "--to", tmp_path / "report") == 0
+    assert len(curves) == len(points) == count
+    for n in range(count):
+        label = f"free bits {n / 4:g}" if n else "no free bits"
+        assert points[label if count == 4 else f"run-{n}"] == {curves[label]}
+    # A panel has the reference and at most five shades.
+    assert len(set(curves.values())) == min(count, 6)
 
 
 def test_the_pareto_front() -> None:
-    best = [Point("a", 1.0, 20.0), Point("b", 3.0, 25.0), Point("c", 5.0, 40.0)]
-    beaten = [Point("d", 2.9, 25.0), Point("e", 3.0, 26.0), Point("f", 0.0, 90.0)]
-    twin = Point("g", 5.0, 40.0)
+    best = [Point("a", 1.0, 20.0, *LOOK), Point("b", 3.0, 25.0, *LOOK), Point("c", 5.0, 40.0, *LOOK)]
+    beaten = [Point("d", 2.9, 25.0, *LOOK), Point("e", 3.0, 26.0, *LOOK), Point("f", 0.0, 90.0, *LOOK)]
+    twin = Point("g", 5.0, 40.0, *LOOK)
     assert pareto_front([*beaten, *best, twin]) == [*best, twin]
     assert pareto_front([]) == []
 
@@ -304,7 +333,7 @@ def test_the_pareto_front() -> None:
 
 
 def test_validations_go_to_their_phase(trained: Path) -> None:
-    """In phase `full` the training logs steps 5 and 6 while it validates at 4: the rows tell the phases' ends."""
+    """In phase `full` the training logs steps 5 and 6 and validates at 4: the logged rows give the phases' ends."""
     (plain,) = runs.read_runs([trained / "study" / "plain"])
     stored = [json.loads(line) for line in (plain.path / "evaluations.jsonl").read_text().splitlines()]
     found = runs.validations(plain)
@@ -312,7 +341,7 @@ def test_validations_go_to_their_phase(trained: Path) -> None:
     assert [row["kl"] for rows in found.values() for row in rows] == [row["kl"] for row in stored]
 
 
-def test_a_row_still_being_written_is_left_out_and_a_broken_one_is_told(
+def test_an_unfinished_row_is_left_out_and_a_broken_row_is_an_error(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(trained / "study" / "plain", tmp_path / "run")
@@ -342,24 +371,24 @@ def test_labels_have_what_differs_and_no_more() -> None:
         settings_of("phases.0.freeze=[]", "model.pooling=mean", "phases.1.steps=7"),
     ]
     keys = runs.differing(every)
-    assert runs.label(every[0], keys) == "pooling=max, freeze=decoder, denoise=0.15, epochs=3"
-    assert runs.label(every[1], keys) == "pooling=mean, freeze=none, denoise=0, steps=7"
+    assert setting_words.label(every[0], keys) == "max pooling, decoder frozen, denoising 0.15, 3 epochs"
+    assert setting_words.label(every[1], keys) == "mean pooling, nothing frozen, no denoising, 7 steps"
 
 
 def test_phases_are_compared_by_name() -> None:
-    """A run without the warm-up differs in its phases, and not in each setting of a phase that it has not."""
+    """A run without the warm-up differs in its phases, but not in the settings of the phase that it lacks."""
     both = settings_of("phases.1.optimizer.lr=0.002", "phases.0.denoise=0.4")
     (alone,) = [settings_of("phases.1.denoise=0.15")]
     alone = {key: value for key, value in alone.items() if not key.startswith("phases.warmup.")} | {"phases": ["full"]}
     keys = runs.differing([both, alone])
     assert set(keys) == {"phases", "phases.full.optimizer.lr", "phases.full.denoise"}
-    assert runs.label(alone, keys) == "phases=full, denoise=0.15, optimizer.lr=0.001"
+    assert setting_words.label(alone, keys) == "one phase (full), denoising 0.15, learning rate 0.001"
 
 
 def test_two_phases_that_differ_are_told_apart() -> None:
     every = [settings_of("phases.0.denoise=0.4"), settings_of("phases.1.denoise=0.15")]
     keys = runs.differing(every)
-    assert runs.label(every[0], keys) == "warmup.denoise=0.4, full.denoise=0"
+    assert setting_words.label(every[0], keys) == "denoising 0.4 (warmup), no denoising (full)"
 
 
 # Wrong input
@@ -373,7 +402,7 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], named: str) -> None:
     assert "Traceback" not in told
 
 
-def test_what_is_no_run(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_without_runs(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code_of("report", tmp_path / "nothing", "--to", tmp_path / "out") == 2
     assert_one_line(capsys, "nothing")
     # A good run beside it changes nothing.

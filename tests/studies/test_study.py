@@ -1,4 +1,4 @@
-"""Studies: what they plan, that the paper's is whole, and that they run, skip what is done, and survive a bad row."""
+"""Studies: the runs they plan, the complete study of the paper, skipping finished runs, going on after a failure."""
 
 import csv
 import json
@@ -116,8 +116,8 @@ def test_names_lengths_seeds_and_further_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "further", "said"),
     [
-        ({"variants": [{"name": "a"}], "yardstick": "b"}, (), "`yardstick` names b"),
-        ({"variants": [{"name": "a"}, {"name": "a"}]}, (), "two runs are called a"),
+        ({"variants": [{"name": "a"}], "yardstick": "b"}, (), "`yardstick` is b, which is not a run"),
+        ({"variants": [{"name": "a"}, {"name": "a"}]}, (), "two runs have the name a"),
         ({"variants": [{"name": "a"}]}, [("b", "no-value")], "no-value"),
         ({"variants": [{"name": "a", "recipe": "demmo"}]}, (), "run a: no recipe `demmo`"),
         ({}, (), "neither `grid` nor `variants`"),
@@ -136,7 +136,7 @@ def test_a_study_that_is_not_there() -> None:
 
 
 def small_study(folder: Path) -> str:
-    """Four rows, of which one cannot run."""
+    """Four rows, one of which fails."""
     settings = dict(setting.split("=", 1) for setting in demo_settings(folder))
     return write(
         folder / "small.yaml",
@@ -154,7 +154,7 @@ def small_study(folder: Path) -> str:
 
 
 def test_a_study_runs_on_two_ranks(tmp_path: Path) -> None:
-    """As on one: the ranks go from row to row together, past one that cannot run."""
+    """The same as on one rank: all ranks take the rows in the same order, and go on after a row that fails."""
     words = ["study", small_study(tmp_path), "--here", "--set", "logging.tensorboard=false"]
     finished = launch(["-m", "vae_ds", *words, "--runs", tmp_path / "two"], processes=2, timeout_s=200, check=False)
     assert finished.codes[0] == 1, finished.report()
@@ -169,7 +169,7 @@ def test_a_study_runs_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_a_study_runs_here_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One row of four cannot run; the others do, against the yardstick, which comes first; then nothing is left."""
+    """One row of four fails. The others run, the yardstick first, and the same command then finds nothing to do."""
     path = small_study(tmp_path)
     runs = tmp_path / "runs"
     words = ["study", path, "--runs", str(runs), "--set", "logging.tensorboard=false"]

@@ -1,6 +1,6 @@
-"""Many runs: a study plans and trains them, tables and a report compare them.
+"""Studies of many runs: plans, training, tables, figures and reports.
 
-Stands on `training`, `evaluation`, `data`, `distributed`, `runtime` and `config`.
+Depends on `training`, `evaluation`, `data`, `distributed`, `runtime` and `config`.
 """
 
 from vae_ds.studies import report, study

@@ -1,4 +1,4 @@
-"""The README's metrics of one or several runs as tables, read from their `eval-<split>.json`."""
+"""Tables of the metrics (docs/metrics.md) of one or several runs, read from their `eval-<split>.json`."""
 
 from __future__ import annotations
 
@@ -13,39 +13,41 @@ from vae_ds.errors import CheckpointError
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = ("rec", "kl", "nelbo", "iw_nll", "ppl", "iw_ppl", "mi", "au", "z_gain")
+# The main metrics, in the order of all tables.
+COLUMNS = ("rec", "kl", "nelbo", "iw_nll", "ppl", "iw_ppl", "mi", "au", "z_gain", "lm_gain")
+WITH_YARDSTICK = "lm_gain"  # a column only if any run has it
 TEXT_COLUMNS = ("bleu", "self_bleu", "distinct_1", "distinct_2", "forward_ppl", "reverse_ppl")
 WIDTH = 120
 UNITS_SHOWN = 96
-UNITS = "rec, kl, nelbo, iw_nll, mi, z_gain and lm_gain in nats per sentence; ppl and iw_ppl per word"
+UNITS = "rec, kl, nelbo, iw_nll, mi, z_gain and lm_gain are in nats per sentence; ppl and iw_ppl are per word"
 
 
 def read_evaluations(run_dirs: Sequence[str | Path], split: str = "test") -> dict[str, dict[str, Any]]:
-    """The metrics of each run under its folder's name, or under its path where two names are the same.
+    """The metrics of each run by the name of its folder, or by its path if two folders have the same name.
 
-    Raises CheckpointError, with the file, for a run that was not evaluated on `split` or whose file is broken.
+    Raises CheckpointError with the file's name if a run was not evaluated on `split`, or if its file is broken.
     """
     paths = [Path(run_dir) for run_dir in run_dirs]
     return {label: _read(path, split) for label, path in zip(labels_of(paths), paths, strict=True)}
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """What to call each run: its folder's name, or its path where two names are the same."""
+    """A label for each run: the name of its folder, or its path if two folders have the same name."""
     names = [path.resolve().name for path in paths]
     return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
 
 def metrics_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row a run, from label to metrics; `-` where a run has none.
+    """A table with one row per run. `evaluations` has the metrics by label; a missing metric is shown as `-`.
 
-    `mi` shows its ceiling and `au` the number of units beside it. `lm_gain` appears if any run has it.
+    `mi` is shown with its ceiling, `au` with the number of units. `lm_gain` has a column only if any run has it.
     """
-    shows_gain = any(metrics.get("lm_gain") is not None for metrics in evaluations.values())
-    return _table(evaluations, (*COLUMNS, "lm_gain") if shows_gain else COLUMNS)
+    shows_gain = any(metrics.get(WITH_YARDSTICK) is not None for metrics in evaluations.values())
+    return _table(evaluations, [column for column in COLUMNS if shows_gain or column != WITH_YARDSTICK])
 
 
 def text_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table | None:
-    """The same of the metrics of the texts that a model writes; None if no run has any."""
+    """A table of the metrics of generated text, with one row per run. None if no run has any."""
     columns = [name for name in TEXT_COLUMNS if any(metrics.get(name) is not None for metrics in evaluations.values())]
     return _table(evaluations, columns) if columns else None
 
@@ -60,12 +62,12 @@ def _table(evaluations: Mapping[str, Mapping[str, Any]], columns: Sequence[str])
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for label, metrics in evaluations.items():
-        table.add_row(escape(label), *(_cell(metrics, column) for column in columns))
+        table.add_row(escape(label), *(cell(metrics, column) for column in columns))
     return table
 
 
 def footnotes(evaluations: Mapping[str, Mapping[str, Any]], split: str) -> list[str]:
-    """The units, and how many sentences the metrics, and the importance-weighted ones, rest on; then the verdicts."""
+    """Lines below the table: the units, the numbers of sentences that the metrics are means of, and the verdicts."""
     sizes = {label: f"{_count(metrics, 'sentences')} {split} sentences" for label, metrics in evaluations.items()}
     subsets = {label: _subset(metrics) for label, metrics in evaluations.items() if metrics.get("iw_nll") is not None}
     verdicts = [
@@ -77,7 +79,7 @@ def footnotes(evaluations: Mapping[str, Mapping[str, Any]], split: str) -> list[
 
 
 def text_footnotes(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How many reconstructions and samples the metrics of text rest on."""
+    """Lines below the table of text metrics: the numbers of reconstructions and of samples."""
     pairs = {
         label: _reconstructions(metrics) for label, metrics in evaluations.items() if metrics.get("bleu_sentences")
     }
@@ -86,7 +88,7 @@ def text_footnotes(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def kl_of_units(metrics: Mapping[str, Any]) -> list[str]:
-    """Lines with the mean KL of each latent unit in nats, the largest first, as `unit:KL`; none without a latent."""
+    """Lines with the mean KL of each latent unit in nats as `unit:KL`, largest first. Empty without latent units."""
     units = sorted(enumerate(metrics.get("kl_per_dim") or ()), key=lambda unit: -unit[1])
     if not units:
         return []
@@ -100,9 +102,9 @@ def kl_of_units(metrics: Mapping[str, Any]) -> list[str]:
 def print_metrics(
     run_dirs: Sequence[str | Path], split: str = "test", file: TextIO | None = None, units: bool = False
 ) -> None:
-    """Print the tables of these runs, to standard output by default, and with `units` the KL of each latent unit.
+    """Print the tables of these runs to `file`, by default to standard output. `units` adds the KL of each latent unit.
 
-    Raises as `read_evaluations` does.
+    Raises CheckpointError as `read_evaluations` does.
     """
     from rich.console import Console
 
@@ -110,7 +112,7 @@ def print_metrics(
     console = Console(file=file)
 
     def show(table: Table, notes: Sequence[str]) -> None:
-        # Rich would cut numbers to fit a narrow terminal or a pipe's 80 columns; a long line loses nothing.
+        # Rich cuts numbers to fit a narrow terminal or the 80 columns of a pipe. A long line keeps them.
         needed = console.measure(table, options=console.options.update(width=10_000)).maximum
         console.width = max(console.width, needed)
         console.print(table)
@@ -132,7 +134,9 @@ def _read(run_dir: Path, split: str) -> dict[str, Any]:
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; `vae-ds evaluate {run_dir} --split {split}` writes it") from None
+        raise CheckpointError(
+            f"{path}: no such file; write it with `vae-ds evaluate {run_dir} --split {split}`"
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not an evaluation: {error}") from None
     if not isinstance(metrics, dict):
@@ -140,7 +144,8 @@ def _read(run_dir: Path, split: str) -> dict[str, Any]:
     return metrics
 
 
-def _cell(metrics: Mapping[str, Any], column: str) -> str:
+def cell(metrics: Mapping[str, Any], column: str) -> str:
+    """A metric as the tables show it: `mi` with its ceiling, `au` with the number of units, `-` for a missing one."""
     value = metrics.get(column)
     if value is None:
         return "-"
@@ -155,7 +160,7 @@ def _cell(metrics: Mapping[str, Any], column: str) -> str:
 
 
 def _shared(notes: Mapping[str, str]) -> list[str]:
-    """One note where all runs agree, else one a run."""
+    """One line if all runs agree, otherwise one line per run."""
     if len(set(notes.values())) > 1:
         return [f"{label}: {note}" for label, note in notes.items()]
     return list(notes.values())[:1]

@@ -1,7 +1,7 @@
-"""Finished and unfinished runs on the disk, side by side: what was set, what was measured, and in what they differ.
+"""Reads run directories and compares them: their settings, their metrics, and the settings in which they differ.
 
-A setting's key is the recipe's dotted key, but a phase goes by its name: `phases.full.denoise`. So the phase `full` of
-a run with a warm-up is compared with that of a run without one.
+A setting's key is the dotted key of the recipe, with the name of a phase instead of its number: `phases.full.denoise`.
+So the phase `full` of a run with a warm-up is compared with the phase `full` of a run without one.
 """
 
 import json
@@ -11,21 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from vae_ds import config as configuration
-from vae_ds.config import EXCLUSIVE, RunConfig
+from vae_ds.config import RunConfig
 from vae_ds.errors import CheckpointError
 from vae_ds.runtime import records
-from vae_ds.studies import metric_tables
+from vae_ds.studies import metric_tables, setting_words
 
-# What changes neither the optimisation nor the text.
+# Settings that change neither the optimisation nor the text.
 QUIET = ("name", "data.cache_dir", "batch.micro", "logging.", "checkpoint.", "timeouts.", "validation.", "evaluation.")
 NO_LATENT = "none"
 SEED = "seed"
-_BEFORE = {"phases": 2}  # parts of a key that say where it stands and not what it is
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory: `settings` by dotted key, defaults included; `metrics` is None where it was not evaluated."""
+    """A run directory. `settings` by dotted key, with the defaults; `metrics` is None if the run was not evaluated."""
 
     name: str
     path: Path
@@ -36,24 +35,24 @@ class Run:
 
     @property
     def is_yardstick(self) -> bool:
-        """Whether it is a plain language model, without a latent code."""
+        """Whether the run is a plain language model, without a latent code."""
         return self.config.model.injection == NO_LATENT
 
     @property
     def data(self) -> dict[str, Any]:
-        """The settings that decide its text: equal for runs whose nats per sentence can be compared."""
+        """The settings of the data. They are equal for runs whose nats per sentence can be compared."""
         return {key: value for key, value in self.settings.items() if key.startswith("data.")}
 
     def metric(self, key: str) -> Any:
-        """A metric of its evaluation, or None."""
+        """A metric of the evaluation, or None."""
         return (self.metrics or {}).get(key)
 
 
 def read_runs(paths: Sequence[str | Path], split: str = "test") -> list[Run]:
-    """The run directories among `paths`, and those in each path that is a directory of runs, such as a study's.
+    """Read the run directories among `paths`, and all runs in those paths that are directories of runs (a study's).
 
-    A run goes by its folder's name, or by its path where two names are the same.
-    Raises CheckpointError for a path that is neither, or a broken file; ConfigError for what is no VAE's recipe.
+    A run's name is that of its folder, or its path if two folders have the same name. Raises CheckpointError for a
+    path that is neither and for a broken file, ConfigError for a `config.yaml` that is not the recipe of a run.
     """
     folders = _folders([Path(path) for path in paths])
     return [
@@ -62,11 +61,11 @@ def read_runs(paths: Sequence[str | Path], split: str = "test") -> list[Run]:
 
 
 def validations(run: Run) -> dict[int, list[dict[str, Any]]]:
-    """The validations of each phase by its number from 1, in order; `step` counts from the phase's beginning.
+    """The validations of each phase, by its number from 1, in order. `step` counts from the start of the phase.
 
     Raises CheckpointError for a broken file.
     """
-    # A validation tells its step alone; the phases' ends are in the rows of the training.
+    # A validation has only its step. The last steps of the phases are in the rows of the training.
     ends: dict[str, int] = {}
     for row in _rows(run.path / "metrics.jsonl"):
         ends[row["phase"]] = row["step"]
@@ -83,7 +82,7 @@ def validations(run: Run) -> dict[int, list[dict[str, Any]]]:
 
 
 def by_data(every: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs by a name of their data: the corpus, and what differs between data sets of one corpus."""
+    """The runs by the name of their data: the corpus, and the settings that differ between data sets of one corpus."""
     groups: dict[str, list[Run]] = {}
     for run in every:
         groups.setdefault(json.dumps(run.data, sort_keys=True), []).append(run)
@@ -92,20 +91,20 @@ def by_data(every: Sequence[Run]) -> dict[str, list[Run]]:
     for data, members in zip(firsts, groups.values(), strict=True):
         corpus = data["data.corpus"]
         keys = differing([other for other in firsts if other["data.corpus"] == corpus])
-        found[", ".join(filter(None, (corpus, label(data, keys))))] = members
+        found[", ".join(filter(None, (corpus, setting_words.label(data, keys))))] = members
     return found
 
 
 def labels(every: Sequence[Run]) -> dict[str, str]:
-    """A label by a run's name: the settings that differ, or its name where these do not tell it from another."""
+    """A label for each run, by its name: the settings that differ, or the name if another run has the same label."""
     keys = differing([run.settings for run in every])
-    told = {run.name: label(run.settings, keys) for run in every}
-    unique = {text for text in told.values() if text and list(told.values()).count(text) == 1}
-    return {name: text if text in unique else name for name, text in told.items()}
+    words = {run.name: setting_words.label(run.settings, keys) for run in every}
+    unique = {text for text in words.values() if text and list(words.values()).count(text) == 1}
+    return {name: text if text in unique else name for name, text in words.items()}
 
 
 def up_to_phase(run: Run, number: int) -> dict[str, Any]:
-    """The settings that decide the run up to the end of a phase, counted from 1."""
+    """The settings that have an effect up to the end of a phase, counted from 1."""
     names = [phase.name for phase in run.config.phases]
     later = tuple(f"phases.{name}." for name in names[number:])
     kept = {key: value for key, value in run.settings.items() if not key.startswith(later)}
@@ -113,9 +112,10 @@ def up_to_phase(run: Run, number: int) -> dict[str, Any]:
 
 
 def differing(every: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys whose values differ between settings, in order, without those that change no result.
+    """The keys whose values differ between runs, in order, without the keys that change no result.
 
-    A key that only some have is compared among these. One that says the same of two phases in all is named once.
+    A key that only some runs have is compared among these. If a setting has the same value in two phases of every run,
+    only the first key is returned.
     """
     kept: list[str] = []
     for key in dict.fromkeys(key for settings in every for key in settings):
@@ -128,20 +128,20 @@ def differing(every: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def by_seed(every: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """The runs that were repeated with other seeds, with their common name; those that stand alone are left out."""
+    """The runs that were repeated with other seeds, with their common name. Runs with one seed are left out."""
     groups: dict[str, list[Run]] = {}
     for run in every:
-        told = {key: value for key, value in run.settings.items() if key != SEED and not key.startswith(QUIET)}
-        groups.setdefault(json.dumps(told, sort_keys=True), []).append(run)
+        kept = {key: value for key, value in run.settings.items() if key != SEED and not key.startswith(QUIET)}
+        groups.setdefault(json.dumps(kept, sort_keys=True), []).append(run)
     several = [members for members in groups.values() if len({run.config.seed for run in members}) > 1]
     return [(members[0].name.replace(f"+{SEED}={members[0].config.seed}", ""), members) for members in several]
 
 
 def by_topic(every: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Names of runs by the one thing in which their settings differ from the most common ones, the seed apart.
+    """Names of runs by the topic in which their settings differ from the most common settings, except for the seed.
 
-    A topic is a setting, or a section of settings of a phase. "" has the runs that differ in nothing, `phases` those
-    with other phases, and `several` what is left.
+    A topic is a setting, or a section of settings such as `free_bits`. "" has the runs that differ in nothing, `phases`
+    those with other phases, and `several` those that differ in several topics.
     """
     keys = [key for key in differing(list(every.values())) if key != SEED]
     usual: dict[str, str] = {}
@@ -151,47 +151,10 @@ def by_topic(every: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"": []}
     for name, settings in every.items():
         changed = [k for k in keys if k in settings and json.dumps(settings[k], sort_keys=True) != usual[k]]
-        topics = {_topic(key) for key in changed}
+        topics = {setting_words.topic(key) for key in changed}
         topic = topics.pop() if len(topics) == 1 else "phases" if "phases" in topics else "several" if topics else ""
         found.setdefault(topic, []).append(name)
     return found
-
-
-def _topic(key: str) -> str:
-    """`phases.full.free_bits.nats` is about free_bits, `model.pool_layers` about pooling."""
-    parts = key.split(".")
-    topic = parts[min(len(parts) - 1, 2 if parts[0] == "phases" else 1)]
-    return "pooling" if topic == "pool_layers" else topic
-
-
-def label(settings: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """What `settings` has for `keys`, as `denoise=0.15, pooling=mean`; empty if it has none."""
-    told = []
-    for key in keys:
-        # Of several settings one is stated and the others are null, which says nothing.
-        idle = settings.get(key) is None and any(key.rpartition(".")[2] in group for group in EXCLUSIVE)
-        if key in settings and not idle:
-            told.append(f"{short(key, keys)}={shown(settings[key])}")
-    return ", ".join(told)
-
-
-def short(key: str, keys: Sequence[str]) -> str:
-    """A dotted key without its section or phase, unless another of `keys` would be called the same."""
-    parts = key.split(".")
-    for start in range(min(_BEFORE.get(parts[0], 1), len(parts) - 1), 0, -1):
-        tail = ".".join(parts[start:])
-        if not any(other != key and f".{other}".endswith(f".{tail}") for other in keys):
-            return tail
-    return key
-
-
-def shown(value: Any) -> str:
-    """A setting's value in a label."""
-    if isinstance(value, list):
-        return "+".join(shown(item) for item in value) or "none"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _folders(paths: Sequence[Path]) -> list[Path]:
@@ -239,7 +202,7 @@ def _same_of_a_phase(key: str, other: str, every: Sequence[Mapping[str, Any]]) -
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines; none where there is no file. A last one that is still being written is none."""
+    """The rows of a file of JSON lines, empty without a file. A last row that is still being written is left out."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Many runs of one recipe, planned from a small YAML and trained one at a time, here or as a SLURM array."""
+"""Studies: many runs, planned from a small YAML file and trained one at a time, on this machine or as a SLURM array."""
 
 import itertools
 import json
@@ -18,9 +18,9 @@ from vae_ds.runtime import StopFlag, records
 
 @dataclass(frozen=True)
 class Row:
-    """One run of a study: its name, which is its directory's, its recipe, and what it changes there.
+    """One run of a study. `name` is also the name of its directory; `overrides` are changes of its recipe.
 
-    `yardstick`: the name of the plain language model that it is measured against, if the study has one.
+    `yardstick`: the name of the plain language model that the run is compared with, if the study has one.
     """
 
     name: str
@@ -36,10 +36,10 @@ def load(
     length: float | None = None,
     seeds: Sequence[int] | None = None,
 ) -> StudyConfig:
-    """A study, a file or a shipped name.
+    """Load a study from a file, or a shipped study by its name.
 
-    `settings`, by dotted key, hold for every run that does not set them itself. `further` are more runs: a name, then
-    what it changes as KEY=VALUE. `length` and `seeds` replace the study's. Raises ConfigError.
+    `settings`, by dotted key, apply to every run that does not set them itself. Each item of `further` is a further
+    run: its name, then its changes as KEY=VALUE. `length` and `seeds` replace those of the study. Raises ConfigError.
     """
     tree = configuration.load(StudyConfig, study).model_dump()
     tree["set"] |= settings or {}
@@ -50,17 +50,17 @@ def load(
 
 
 def rows(study: StudyConfig) -> list[Row]:
-    """Every run: the grid in the order of its keys, then the variants, each once a seed. Raises ConfigError."""
+    """All runs: for each seed, the grid in the order of its keys, then the variants. Raises ConfigError."""
     points: list[tuple[str, str, dict[str, Any]]] = []
     if study.grid:
         for values in itertools.product(*study.grid.values()):
             point = dict(zip(study.grid, values, strict=True))
             name = "+".join(f"{_short(key, study.grid)}={value}" for key, value in point.items())
-            # A base's name may have a slash, a list has brackets and blanks.
+            # The name of a base may contain a slash, a list contains brackets and spaces.
             points.append((re.sub(r"[^\w.+=-]+", "-", name), study.recipe, point))
     points += [(variant.name, variant.recipe or study.recipe, variant.set) for variant in study.variants]
     if not points:
-        raise ConfigError(f"study {study.name}: neither `grid` nor `variants` names a run")
+        raise ConfigError(f"study {study.name}: neither `grid` nor `variants` defines a run")
     found = []
     for seed in study.seeds:
         tail = f"+seed={seed}" if len(study.seeds) > 1 else ""
@@ -71,14 +71,14 @@ def rows(study: StudyConfig) -> list[Row]:
             found.append(Row(name + tail, recipe, overrides, yardstick and yardstick + tail))
     twice = [row.name for row in found if sum(row.name == other.name for other in found) > 1]
     if twice:
-        raise ConfigError(f"study {study.name}: two runs are called {twice[0]}")
+        raise ConfigError(f"study {study.name}: two runs have the name {twice[0]}; rename one")
     if study.yardstick and study.yardstick not in [name for name, *_ in points]:
-        raise ConfigError(f"study {study.name}: `yardstick` names {study.yardstick}, which is none of its runs")
+        raise ConfigError(f"study {study.name}: `yardstick` is {study.yardstick}, which is not a run of the study")
     return found
 
 
 def resolve(study: StudyConfig, row: Row, extra: Sequence[str] = ()) -> RunConfig:
-    """A row's complete recipe, with further KEY=VALUE. Raises ConfigError that names the row."""
+    """The complete recipe of a row, with further KEY=VALUE. Raises ConfigError with the name of the row."""
     try:
         config = configuration.load(RunConfig, row.recipe, [*row.overrides, *extra])
     except ConfigError as error:
@@ -88,7 +88,7 @@ def resolve(study: StudyConfig, row: Row, extra: Sequence[str] = ()) -> RunConfi
 
 
 def _stretched(phase: PhaseConfig, factor: float) -> PhaseConfig:
-    """A phase with its lengths in epochs times `factor`."""
+    """A phase with its lengths in epochs multiplied by `factor`."""
     changes: dict[str, Any] = {"epochs": phase.epochs and phase.epochs * factor}
     if isinstance(phase.beta, LinearBeta) and phase.beta.over_epochs:
         changes["beta"] = phase.beta.model_copy(update={"over_epochs": phase.beta.over_epochs * factor})
@@ -96,13 +96,13 @@ def _stretched(phase: PhaseConfig, factor: float) -> PhaseConfig:
 
 
 def check(study: StudyConfig, extra: Sequence[str] = ()) -> None:
-    """Resolve every row's recipe, with further KEY=VALUE. Raises ConfigError that names the row."""
+    """Resolve the recipes of all rows, with further KEY=VALUE. Raises ConfigError with the name of the row."""
     for row in rows(study):
         resolve(study, row, extra)
 
 
 def states(study: StudyConfig, root: Path) -> list[tuple[Row, str]]:
-    """What became of each run: `missing`, `trained` but not evaluated, or as its status.json says."""
+    """The state of each run: `missing`, `trained` (but not evaluated), or the state in its status.json."""
     found = []
     for row in rows(study):
         status = records.read_status(root / row.name)
@@ -112,17 +112,18 @@ def states(study: StudyConfig, root: Path) -> list[tuple[Row, str]]:
 
 
 def row_of(study: StudyConfig, number: int) -> Row:
-    """The row of a number, counted from 0. Raises ConfigError if there is none."""
+    """The row with this number, counted from 0. Raises ConfigError if there is none."""
     every = rows(study)
     if not 0 <= number < len(every):
-        raise ConfigError(f"study {study.name}: no run {number}; it has {len(every)}, counted from 0")
+        raise ConfigError(f"study {study.name}: no run {number}; the runs have the numbers 0 to {len(every) - 1}")
     return every[number]
 
 
 def run(study: StudyConfig, row: Row, root: Path, stop: StopFlag, extra: Sequence[str] = ()) -> None:
-    """Train a row in its directory below `root` and evaluate it on the test split, against the yardstick if that is
-    evaluated by then; what is done is not done again. A collective."""
-    # Planning and listing a study need no torch, which takes seconds to load.
+    """Train a row in its directory below `root` and evaluate it on the test split. A collective.
+
+    The evaluation uses the yardstick if the yardstick was already evaluated. Finished work is not repeated."""
+    # Imported here because torch takes seconds to load, and planning a study does not need it.
     from vae_ds import distributed, training
     from vae_ds.evaluation import finished_run
 
@@ -130,16 +131,19 @@ def run(study: StudyConfig, row: Row, root: Path, stop: StopFlag, extra: Sequenc
     training.train(resolve(study, row, extra), run_dir, stop=stop)
     distributed.start()
     yardstick = root / row.yardstick if row.yardstick and _is_evaluated(root / row.yardstick) else None
-    # Rank 0 may have written either just now.
+    # Rank 0 may have written either file just now, so the other ranks must not look for themselves.
     is_evaluated, yardstick = distributed.broadcast_object((_is_evaluated(run_dir), yardstick))
     if not is_evaluated:
-        finished_run.evaluate_run(run_dir, "test", {}, yardstick=None if yardstick is None else str(yardstick))
+        name = None if yardstick is None else str(yardstick)
+        metrics = finished_run.evaluate_run(run_dir, "test", {}, yardstick=name)
+        if metrics is not None:
+            training.tensorboard.record_evaluation(run_dir, "test", metrics)
 
 
 def run_all(study: StudyConfig, root: Path, stop: StopFlag, extra: Sequence[str] = ()) -> list[str]:
-    """Train and evaluate what is missing, the yardstick first. Returns the names of the runs that failed. A collective.
+    """Train and evaluate what is missing, the yardstick first. Returns the names of failed runs. A collective.
 
-    A run that fails is told, and does not keep the others from running. Raises Stopped after a signal.
+    A failure is printed, and the other runs continue. Raises Stopped after a signal.
     """
     from vae_ds import distributed
 
@@ -156,17 +160,17 @@ def run_all(study: StudyConfig, root: Path, stop: StopFlag, extra: Sequence[str]
         except Exception as error:
             failed.append(row.name)
             if ranks.is_main:
-                _tell(error, root / row.name)
+                _report_failure(error, root / row.name)
     return failed
 
 
-def _tell(error: Exception, run_dir: Path) -> None:
+def _report_failure(error: Exception, run_dir: Path) -> None:
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
     if (run_dir / "config.yaml").is_file():
-        records.write_status(run_dir, "failed", reason=f"{type(error).__name__}: {error}")
+        records.write_failure(run_dir, f"{type(error).__name__}: {error}")
 
 
 def _is_evaluated(run_dir: Path) -> bool:
@@ -174,6 +178,6 @@ def _is_evaluated(run_dir: Path) -> bool:
 
 
 def _short(key: str, grid: dict[str, Any]) -> str:
-    """The last part of a dotted key, or all of it where two keys of the grid end alike."""
+    """The last part of a dotted key, or the whole key if two keys of the grid have the same last part."""
     last = key.rpartition(".")[2]
     return last if sum(other.rpartition(".")[2] == last for other in grid) == 1 else key

@@ -1,8 +1,8 @@
-"""The rows that the paper printed in its Tables 1 to 4, and what their own arithmetic says. `tables.csv` holds them.
+"""The printed rows of the paper's Tables 1 to 4 (`tables.csv`), and the values that can be computed from them.
 
-Source: Park & Lee 2021, Tables 1 (Yahoo), 2 (PTB), 3 (Yelp) and 4 (SNLI). They are no targets (README, What was wrong
-with the published code). What is printed as -ELBO is rec - KL: only then do the rows of one data set, which share one
-test split, agree on its number of tokens a sentence.
+Source: Park & Lee 2021, Tables 1 (Yahoo), 2 (PTB), 3 (Yelp) and 4 (SNLI). The rows are not targets: see
+docs/published-code.md. The printed -ELBO is rec - KL: only then do the rows of one data set, which have the same test
+split, agree on the number of tokens per sentence.
 """
 
 import csv
@@ -13,10 +13,10 @@ from importlib import resources
 
 @dataclass(frozen=True)
 class PrintedRow:
-    """One printed row: nats per sentence, perplexity a subword. None is what the print leaves out.
+    """One printed row, in nats per sentence and perplexity per subword. None is a value that is not printed.
 
-    `quoted`: the paper took the row from another paper, whose numbers are its own; nothing is recovered from it.
-    `nelbo_meant` is `nelbo_printed`, but where the print lost a minus sign.
+    `quoted`: the paper took the row from another paper, so no value is computed from it. `nelbo_meant` differs from
+    `nelbo_printed` where the printed number has lost a minus sign.
     """
 
     table: int
@@ -33,24 +33,24 @@ class PrintedRow:
 
     @property
     def rec(self) -> float | None:
-        """The reconstruction loss behind the row, nats per sentence: the print is rec - KL."""
+        """The reconstruction loss in nats per sentence: the printed -ELBO plus the KL."""
         if self.quoted or self.nelbo_meant is None or self.kl is None:
             return None
         return self.nelbo_meant + self.kl
 
     @property
     def nelbo(self) -> float | None:
-        """What -ELBO should have been printed, rec + KL, nats per sentence."""
+        """The correct -ELBO, rec + KL, in nats per sentence."""
         return None if self.rec is None or self.kl is None else self.rec + self.kl
 
     @property
     def tokens(self) -> float | None:
-        """Subword tokens per sentence that the row implies: (rec + KL) / ln PPL."""
+        """Subword tokens per sentence, computed from the row: (rec + KL) / ln PPL."""
         return None if self.nelbo is None or self.ppl is None else self.nelbo / math.log(self.ppl)
 
 
 def printed_rows() -> list[PrintedRow]:
-    """All rows, in the order of the print."""
+    """All rows, in the order of the paper."""
     text = (resources.files("vae_ds.studies.paper") / "tables.csv").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return [_row(cells) for cells in csv.DictReader(lines)]

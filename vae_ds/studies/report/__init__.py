@@ -1,6 +1,6 @@
-"""A report of runs: tables as the paper's with its printed rows corrected, and figures. Markdown, CSV, PNG and SVG.
+"""A report of runs as Markdown, CSV, PNG and SVG: tables, the paper's tables with corrected rows, and figures.
 
-The same input gives the same bytes of Markdown and CSV: no date, no path of this machine beyond the given ones.
+The same runs give the same bytes: a report has no date, and no path of this machine except those of the runs.
 """
 
 import statistics
@@ -9,41 +9,37 @@ from pathlib import Path
 
 from vae_ds.errors import ConfigError
 from vae_ds.runtime import records
-from vae_ds.studies import runs
-from vae_ds.studies.report.drawn import along_phases, information, pareto_front, rate_distortion
+from vae_ds.studies import metric_tables, runs, setting_words
+from vae_ds.studies.metric_tables import COLUMNS
+from vae_ds.studies.report.figure_sections import figure_sections, pareto_front
 from vae_ds.studies.report.page import Page, Row, escape, is_number, markdown, number
-from vae_ds.studies.report.printed import paper_tables
+from vae_ds.studies.report.paper_tables import paper_tables
 from vae_ds.studies.runs import Run
 
 __all__ = ["pareto_front", "write"]
 
 # In no table of metrics: paths, long lists, and what has a column of its own.
-NO_METRICS = {"model", "split", "seed", "kl_per_dim", "verdict", "verdict_reason"}
-HEADLINE = ("rec", "kl", "nelbo", "iw_nll", "ppl", "iw_ppl", "mi", "mi_ceiling", "au", "z_gain", "lm_gain")
-METRICS_A_TABLE = 12
+NOT_METRICS = {"model", "split", "seed", "kl_per_dim", "verdict", "verdict_reason"}
+WITH_LIMIT = ("mi", "au")  # shown with the highest value that they can have
+COLUMNS_PER_TABLE = 12
 
 
 def write(paths: Sequence[str | Path], folder: Path, split: str = "test") -> Path:
-    """Write the report of these runs, and of all in directories of runs, into `folder`; returns its report.md.
+    """Write the report of these runs, and of all runs in directories of runs, into `folder`. Returns its report.md.
 
     A run that was not evaluated on `split` is listed as such. Files of an earlier report are replaced.
-    Raises CheckpointError and ConfigError as `read_runs` does, ConfigError if `folder` cannot be one.
+    Raises CheckpointError and ConfigError as `read_runs` does, ConfigError if `folder` cannot be created.
     """
     every = runs.read_runs(paths, split)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be the report's directory ({error.strerror}); name another") from None
+        raise ConfigError(f"{folder}: cannot create this directory ({error.strerror}); choose another one") from None
     page = Page(folder, split)
-    groups = runs.by_data(every)
     _overview(page, every)
     _over_seeds(page, every)
     paper_tables(page, every)
-    along_phases(page, every)
-    for name, members in groups.items():
-        rate_distortion(page, name, members, alone=len(groups) == 1)
-    for name, members in groups.items():
-        information(page, name, members, alone=len(groups) == 1)
+    figure_sections(page, runs.by_data(every))
     records.replace_file(folder / "report.md", ("\n\n".join(page.parts) + "\n").encode())
     return folder / "report.md"
 
@@ -51,43 +47,44 @@ def write(paths: Sequence[str | Path], folder: Path, split: str = "test") -> Pat
 def _overview(page: Page, every: Sequence[Run]) -> None:
     evaluated = [run for run in every if run.metrics is not None]
     page.say(f"# Report of {number(len(every), 'run')}")
-    page.say(f"{len(evaluated)} of {len(every)} were evaluated on the {page.split} split. Nats are per sentence.")
+    page.say(f"{len(evaluated)} of {len(every)} runs were evaluated on the {page.split} split. {metric_tables.UNITS}.")
     missing = [
         f"- {escape(run.name)}: {run.state}; `vae-ds evaluate {run.path} --split {page.split}` evaluates it"
         for run in every
         if run.metrics is None
     ]
     if missing:
-        page.say("Not evaluated, and so without numbers below:", "\n".join(missing))
+        page.say("These runs were not evaluated and have no numbers below:", "\n".join(missing))
     page.say("## All runs")
     keys = runs.differing([run.settings for run in every])
-    setting_heads = {f"set:{key}": f"`{runs.short(key, keys)}`" for key in keys}
-    metrics = [k for k in dict.fromkeys(k for run in every for k in run.metrics or ()) if k not in NO_METRICS]
+    setting_heads = {f"set:{key}": f"`{setting_words.short(key, keys)}`" for key in keys}
+    metrics = [k for k in dict.fromkeys(k for run in every for k in run.metrics or ()) if k not in NOT_METRICS]
     rows = [_run_row(run, keys, metrics) for run in every]
     page.csv("runs", ["run", "state", "verdict", "verdict_reason", *setting_heads, *metrics], rows)
-    page.say("[runs.csv](runs.csv) has all of this section in one table.")
+    page.say("[runs.csv](runs.csv) has all tables of this section in one.")
     used = [key for key in metrics if any(row.get(key) is not None for row in rows)]
-    asked, others = [key for key in HEADLINE if key in used], [key for key in used if key not in HEADLINE]
-    page.say(markdown({key: key for key in ("run", "verdict", *asked)}, rows))
-    # More of them than a page is wide are in the CSV alone.
-    page.say(markdown({"run": "run", "state": "state"} | (setting_heads if len(keys) <= METRICS_A_TABLE else {}), rows))
-    for start in range(0, len(others), METRICS_A_TABLE):
-        page.say(markdown({key: key for key in ("run", *others[start : start + METRICS_A_TABLE])}, rows))
+    main, others = [key for key in COLUMNS if key in used], [key for key in used if key not in COLUMNS]
+    page.say(markdown({key: key for key in ("run", "verdict", *main)}, list(map(_with_limits, every, rows))))
+    # Too many settings for the width of a page are in the CSV alone.
+    heads = setting_heads if len(keys) <= COLUMNS_PER_TABLE else {}
+    page.say(markdown({"run": "run", "state": "state"} | heads, rows))
+    for start in range(0, len(others), COLUMNS_PER_TABLE):
+        page.say(markdown({key: key for key in ("run", *others[start : start + COLUMNS_PER_TABLE])}, rows))
     reasons = [
         f"- {escape(run.name)}: {escape(str(run.metric('verdict_reason')))}"
         for run in evaluated
         if run.metric("verdict_reason") is not None
     ]
     if reasons:
-        page.say("Why a verdict is what it is:", "\n".join(reasons))
+        page.say("The reasons of the verdicts:", "\n".join(reasons))
 
 
 def _over_seeds(page: Page, every: Sequence[Run]) -> None:
-    """The mean and the standard deviation of what was run with several seeds."""
+    """Mean and standard deviation of runs that differ only in the seed."""
     rows: list[Row] = []
     for name, members in runs.by_seed([run for run in every if run.metrics is not None]):
         row: Row = {"run": name, "seeds": len(members)}
-        for key in HEADLINE:
+        for key in COLUMNS:
             values = [run.metric(key) for run in members]
             if all(is_number(value) for value in values):
                 mean, deviation = float(statistics.mean(values)), float(statistics.stdev(values))
@@ -95,13 +92,18 @@ def _over_seeds(page: Page, every: Sequence[Run]) -> None:
         rows.append(row)
     if not rows:
         return
-    page.say("## Over seeds", "Runs that differ in the seed alone: mean ± standard deviation, as of a sample.")
-    page.csv("seeds", ["run", "seeds", *(f"{key}_{what}" for key in HEADLINE for what in ("mean", "sd"))], rows)
-    used = [key for key in ("run", "seeds", *HEADLINE) if any(key in row for row in rows)]
+    page.say("## Over seeds", "Runs that differ only in the seed: mean ± standard deviation (of a sample).")
+    page.csv("seeds", ["run", "seeds", *(f"{key}_{what}" for key in COLUMNS for what in ("mean", "sd"))], rows)
+    used = [key for key in ("run", "seeds", *COLUMNS) if any(key in row for row in rows)]
     page.say(markdown({key: key for key in used}, rows), "[seeds.csv](seeds.csv)")
 
 
 def _run_row(run: Run, keys: Sequence[str], metrics: Sequence[str]) -> Row:
     row: Row = {"run": run.name, "state": run.state if run.metrics is not None else f"{run.state}, not evaluated"}
     row |= {key: run.metric(key) for key in ("verdict", "verdict_reason", *metrics)}
-    return row | {f"set:{key}": runs.shown(run.settings[key]) for key in keys if key in run.settings}
+    return row | {f"set:{key}": setting_words.shown(run.settings[key]) for key in keys if key in run.settings}
+
+
+def _with_limits(run: Run, row: Row) -> Row:
+    limited = {key: metric_tables.cell(run.metrics or {}, key) for key in WITH_LIMIT if run.metric(key) is not None}
+    return row | limited

@@ -1,4 +1,4 @@
-"""What a report is written on: Markdown in parts, a CSV for each table, the names of figures."""
+"""The output of a report: report.md in parts, and a CSV file for each table."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ Row = dict[str, Cell]
 
 @dataclass
 class Page:
-    """What is written so far: the folder, and the parts of report.md."""
+    """The folder of a report, and the parts of its report.md so far."""
 
     folder: Path
     split: str
@@ -27,12 +27,12 @@ class Page:
         self.parts += parts
 
     def section(self, title: str, text: str) -> None:
-        """A heading with what is said under it, once."""
+        """Add a heading and its text, unless the page has this heading already."""
         if f"## {title}" not in self.parts:
             self.say(f"## {title}", text)
 
     def table(self, name: str, head: Mapping[str, str], rows: Sequence[Row]) -> None:
-        """A table in Markdown, without the columns that are empty, and all of it as NAME.csv."""
+        """Add a table in Markdown without its empty columns, and write the whole table to NAME.csv."""
         self.csv(name, list(head), rows)
         used = {key: title for key, title in head.items() if any(row.get(key) is not None for row in rows)}
         self.say(markdown(used, rows), f"[{name}.csv]({name}.csv)")

@@ -1,4 +1,4 @@
-"""The paper's Tables 1 to 4 in their layout: its printed rows put right, and the runs beside them."""
+"""The paper's Tables 1 to 4 in their layout, with corrected rows, and the runs beside them."""
 
 from collections.abc import Sequence
 
@@ -8,33 +8,36 @@ from vae_ds.studies.runs import Run
 
 PAPER = "paper"
 TITLES = {"yahoo": "Yahoo", "ptb": "PTB", "yelp": "Yelp", "snli": "SNLI"}
-# CSV column of a table in the paper's layout: its head in Markdown.
+# The columns of a table in the paper's layout, in the CSV file and in Markdown.
 COLUMNS = {
     "run": "run",
     "model": "model",
-    "ppl_subword": "PPL a subword ↓",
-    "ppl": "PPL a word ↓",
+    "ppl_subword": "PPL per subword ↓",
+    "ppl": "PPL per word ↓",
     "kl": "KL",
     "paper_nelbo": "rec - KL",
     "rec": "rec",
     "nelbo": "-ELBO = rec + KL ↓",
     "mi": "MI ↑",
     "au": "AU ↑",
-    "tokens_per_sentence": "tokens a sentence",
+    "tokens_per_sentence": "tokens per sentence",
     "note": "note",
 }
 WHY_NO_TARGETS = """\
-The rows marked `paper` are what the paper prints, and no targets. What it prints as -ELBO is rec - KL, not rec + KL:
-the rows of a data set share one test split, and (rec + KL) / ln PPL gives them one number of tokens a sentence only
-if rec is the printed number plus the KL. So a higher KL looked like a better bound. With the sign put right (`rec`,
-`-ELBO = rec + KL` and `tokens a sentence` are computed here from the printed numbers) the 6-layer rows of a data set
-have nearly the same rec, whatever their KL: the KL was paid, and the decoder did not use the code. The MI was computed
-in batches of 256 and cannot pass ln 256 = 5.55. Rows that the paper quotes from elsewhere stand as printed, in their
-sources' units, and nothing is computed from them.
+The rows marked `paper` have the numbers that the paper prints (Park & Lee 2021). They are not targets, because the
+number printed as -ELBO is rec - KL instead of rec + KL. This follows from the printed numbers: the rows of a data set
+have the same test split, but (rec + KL) / ln PPL gives the same number of tokens per sentence for all of them only if
+rec is the printed number plus the KL. With the wrong sign, a higher KL looked like a better bound.
 
-For runs, `rec - KL` is there only to be set beside the print. The paper's PPL is a subword's, without the
-end-of-sentence in the count of tokens; a run's counts it, and `PPL a word` is the one that `vae-ds evaluate` calls
-`ppl`."""
+Here the sign is corrected: `rec`, `-ELBO = rec + KL` and `tokens per sentence` are computed from the printed numbers.
+The 6-layer rows of a data set then have nearly the same rec, whatever their KL. So these models paid for the KL, but
+the decoder did not use the code. The MI was computed in batches of 256 sentences and cannot exceed ln 256 = 5.55.
+Rows that the paper quotes from other papers are shown as printed, in the units of their sources; nothing is computed
+from them.
+
+For your runs, `rec - KL` is shown only for the comparison with the printed rows. The paper's PPL is per subword,
+without the end-of-sentence token in the count; that of a run counts this token. `PPL per word` is the metric `ppl` of
+`vae-ds evaluate`."""
 
 
 def paper_tables(page: Page, every: Sequence[Run]) -> None:
@@ -83,7 +86,7 @@ def _own_row(run: Run) -> Row:
 
 
 def _described(run: Run) -> str:
-    """A run in the words of the paper's rows; of denoising and threshold, the last phase's."""
+    """A run as the paper describes its rows. Denoising and threshold are those of the last phase."""
     model, last = run.config.model, run.config.phases[-1]
     if run.is_yardstick:
         return "plain language model"
