@@ -445,7 +445,7 @@ def test_a_run_whose_kl_costs_too_much_collapses_and_says_so_everywhere(base, tm
     assert f"{last['kl']:.2f} nats, below 1" in last["verdict_reason"]
     (told,) = [line for line in trained.output.splitlines() if line.startswith("valid at step 30:")]
     assert told.endswith("  collapsed")
-    shown = EventAccumulator(str(run / "tensorboard")).Reload()
+    shown = EventAccumulator(str(run)).Reload()
     (tag,) = [tag for tag in shown.Tags()["tensors"] if tag.startswith("valid/verdict")]
     texts = [b"".join(point.tensor_proto.string_val).decode() for point in shown.Tensors(tag)]
     assert [words.split("**")[1] for words in texts] == [row["verdict"] for row in rows]

@@ -137,6 +137,7 @@ BLOWS: list[tuple[str, Callable[[Run], psutil.Process], int, int | None]] = [
     ("rank 0", lambda run: run.ranks()[0], signal.SIGKILL, None),
     ("a rank", lambda run: run.ranks()[1], signal.SIGUSR1, 75),
     ("launch.py", lambda run: run.above("deepspeed.launcher.launch"), signal.SIGKILL, 75),
+    ("rank 0", lambda run: run.ranks()[0], signal.SIGHUP, 75),
     ("a rank", lambda run: run.ranks()[1], signal.SIGKILL, None),
     ("deepspeed", lambda run: run.above("deepspeed"), signal.SIGTERM, 75),
     ("ranks.py", lambda run: run.above("ranks.py"), signal.SIGKILL, -signal.SIGKILL),

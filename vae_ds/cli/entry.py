@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vae_ds.cli import bench, cluster, evaluation, latents, recipes, studies, train
-from vae_ds.errors import Failed, Stopped, UserError
+from vae_ds.errors import Failed, OutOfMemory, Stopped, UserError
 from vae_ds.runtime import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, note_exit, own_rank
 
 WAIT_FOR_RANK0_S = 10.0
@@ -69,16 +69,24 @@ def run(words: Sequence[str]) -> int:
         _print_before_exit(f"error: {error}")
         return EXIT_USER
     except BrokenPipeError:
-        # The reader, such as `head`, has closed the pipe. The buffered output must not raise again at exit.
+        # The reader, such as `head`, has closed the pipe of a command that only prints: a command that works goes on
+        # without its terminal (`outlive_terminal`). The buffered output must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        _print_before_exit("interrupted")
+        # The libraries' destructors would complain of what they find at exit.
+        sys.unraisablehook = lambda _: None
+        _print_before_exit("interrupted; the steps since the last checkpoint are lost, run the same command to resume")
         return EXIT_STOPPED
     except Stopped as stop:
         _print_on_rank0(str(stop))
         _leave_group()
         return EXIT_STOPPED
+    except OutOfMemory as error:
+        # Any rank can be the one that has too little memory.
+        print(f"error: rank {own_rank()}: {error}", file=sys.stderr, flush=True)
+        _record_failure(arguments, error)
+        return EXIT_FAULT
     except Failed as error:
         _print_before_exit(f"error: {error}")
         _record_failure(arguments, error)
@@ -125,4 +133,4 @@ def _record_failure(arguments: argparse.Namespace, error: Exception) -> None:
 
         # On a full disk the status cannot be written either.
         with suppress(OSError):
-            records.write_status(Path(run_dir), "failed", reason=f"{type(error).__name__}: {error}")
+            records.write_failure(Path(run_dir), f"{type(error).__name__}: {error}")

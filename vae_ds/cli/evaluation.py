@@ -99,8 +99,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         Path(arguments.run), arguments.split, settings, recipe=arguments.recipe, yardstick=arguments.yardstick
     )
     if metrics is not None:
-        from vae_ds import studies
+        from vae_ds import studies, training
 
+        training.tensorboard.record_evaluation(Path(arguments.run), arguments.split, metrics)
         studies.print_metrics([arguments.run], arguments.split, units=True)
 
 

@@ -39,6 +39,21 @@ class ModelConfig(Settings):
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
 
 
+class SplitConfig(Settings):
+    """Sizes of the validation and test splits that are drawn from one file: numbers, or fractions below 1."""
+
+    valid: int | float = Field(2000, gt=0, description="sentences of valid, or a fraction below 1")
+    test: int | float = Field(2000, gt=0, description="sentences of test, or a fraction below 1")
+    seed: int = Field(0, ge=0, description="random seed of the draw")
+
+    @model_validator(mode="after")
+    def _fractions(self) -> Self:
+        sizes = (self.valid, self.test)
+        if any(isinstance(size, float) and size >= 1 for size in sizes) or sum(s for s in sizes if s < 1) >= 1:
+            raise ValueError(f"`valid` and `test` are integers, or fractions with a sum below 1; found {sizes}")
+        return self
+
+
 class DataConfig(Settings):
     """The source of the text, and the maximum length of a sentence."""
 
@@ -50,16 +65,24 @@ class DataConfig(Settings):
         description="text: a directory with train.txt, valid.txt and test.txt; dataset: a hub name or a directory;"
         " ptb, snli, yahoo, yelp: a directory of either kind, null: the hub; wordnet: a directory with data.noun, ...",
     )
-    train: str | None = Field(None, description="text: the training file, if it is not in `path`")
-    valid: str | None = Field(None, description="text: the validation file, if it is not in `path`")
-    test: str | None = Field(None, description="text: the test file, if it is not in `path`")
+    train: str | None = Field(
+        None, description="text: the training file, or a pattern such as parts/*.txt, if it is not in `path`"
+    )
+    valid: str | None = Field(None, description="text: the validation file or a pattern, if it is not in `path`")
+    test: str | None = Field(None, description="text: the test file or a pattern, if it is not in `path`")
+    split: SplitConfig | None = Field(
+        None, description="text: draw valid and test from the one file of `path` or `train`; null: three files"
+    )
     subset: str | None = Field(None, description="dataset: the name of its configuration on the hub")
     revision: str | None = Field(None, description="dataset: a branch, tag or commit on the hub; null: the newest")
     splits: dict[str, str] = Field(
         {"train": "train", "valid": "validation", "test": "test"}, description="dataset: the names that its splits have"
     )
-    column: str = Field("text", description="dataset, and text in .csv, .tsv or .jsonl files: the column with the text")
+    column: str = Field(
+        "text", description="dataset, and text in .csv, .tsv, .jsonl or .parquet files: the column with the text"
+    )
     labelled: bool = Field(False, description="text: each line is a label, a tab, and the text; the label is dropped")
+    blank_lines: Literal["skip", "error"] = Field("skip", description="lines and rows without text")
     examples: bool = Field(False, description="wordnet: also use the example sentences of the definitions")
     sentences: dict[str, int] = Field(
         {"train": 40_000, "valid": 2_000, "test": 2_000}, description="grammar: number of sentences in each split"
@@ -76,8 +99,19 @@ class DataConfig(Settings):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.corpus == "text" and not (self.path or (self.train and self.valid and self.test)):
-            raise ValueError("corpus `text` needs `path`, or all of `train`, `valid` and `test`")
+        if self.corpus == "text" and not (self.path or (self.train and (self.split or (self.valid and self.test)))):
+            raise ValueError(
+                "corpus `text` needs `path`, or all of `train`, `valid` and `test`, or `train` and `split`"
+            )
+        if self.split and self.corpus != "text":
+            raise ValueError(
+                f"`split` draws from a file of corpus `text`, not `{self.corpus}`; for `dataset`, set `splits` to"
+                " slices such as train[95%:]"
+            )
+        if self.split and (self.valid or self.test):
+            raise ValueError("`split` draws valid and test; remove `valid` and `test`, or `split`")
+        if self.split and self.streaming:
+            raise ValueError("`split` reads the whole file, but `streaming` does not; remove one of the two")
         if self.corpus == "dataset" and not self.path:
             raise ValueError("corpus `dataset` needs `path`: a hub name or a directory")
         if self.streaming and self.limit is not None:
@@ -237,7 +271,7 @@ class TimeoutConfig(Settings):
 
 class LoggingConfig(Settings):
     every: int = Field(10, ge=1, description="applied steps between lines of metrics.jsonl")
-    tensorboard: bool = Field(True, description="write TensorBoard files to RUN/tensorboard")
+    tensorboard: bool = Field(True, description="write TensorBoard event files to the run directory")
     progress: bool = Field(True, description="show a progress bar on the terminal")
 
 

@@ -87,9 +87,11 @@ class Pretrainer:
         distributed.seed_everything(self.job.config.seed, self.job.ranks.rank, 0)
         resumed = self._restore()
         write_headers(self.job.run_dir, self.job.config, self.job.ranks)
+        self.monitor.begin_run(self.job.config.model_dump(mode="json", by_alias=True))
         self._status("running")
         with self.watch:
             self._train(resumed)
+        self.monitor.end_run()
         self.monitor.close()
         self._status("done")
 

@@ -16,6 +16,7 @@ from vae_ds.runtime.exits import (
     own_rank,
 )
 from vae_ds.runtime.machine import cores, free_port, is_alive, launchers_of
+from vae_ds.runtime.terminal import outlive_terminal
 
 __all__ = [
     "EXIT_FAULT",
@@ -30,6 +31,7 @@ __all__ = [
     "launchers_of",
     "listening",
     "note_exit",
+    "outlive_terminal",
     "own_rank",
     "records",
     "slurm",

@@ -15,7 +15,8 @@ from typing import Any
 # EXIT_STOPPED is EX_TEMPFAIL: the run was stopped on request. EXIT_LOST is EX_UNAVAILABLE: another rank or its machine
 # is gone or hangs. In both cases the same command resumes the run.
 EXIT_FAULT, EXIT_USER, EXIT_LOST, EXIT_STOPPED = 1, 2, 69, 75
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# SIGHUP: the connection to the terminal is gone.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # A scheduler can send its warning while the libraries are still loading. Without a handler, it would end the process.
 # The other signals keep their default effect until the training begins: they end the preparation of the text at once.
 EARLY_SIGNALS = (signal.SIGUSR1,)
@@ -44,10 +45,14 @@ class StopFlag:
         self.raised: str | None = None
 
     def install(self, signals: Sequence[signal.Signals] = STOP_SIGNALS) -> dict[signal.Signals, Any]:
-        """Handle these signals and return the previous handlers. Does nothing in a thread other than the main one."""
+        """Handle these signals and return the previous handlers. Does nothing in a thread other than the main one.
+
+        A SIGHUP that is ignored stays ignored: `nohup` asks for that.
+        """
         if threading.current_thread() is not threading.main_thread():
             return {}
-        return {number: signal.signal(number, self._note) for number in signals}
+        heard = [one for one in signals if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
+        return {number: signal.signal(number, self._note) for number in heard}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.raised == "SIGINT":

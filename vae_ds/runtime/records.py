@@ -21,6 +21,8 @@ from typing import Any
 from vae_ds.errors import CheckpointError
 from vae_ds.runtime import machine
 
+# What `write_status` says of itself.
+OF_THE_WRITER = ("state", "started_at", "updated_at", "pid", "host")
 STATES = ("running", "stopped", "failed", "done")
 PACKAGES = ("vae_ds", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
 
@@ -42,6 +44,16 @@ def write_status(run_dir: str | Path, state: str, **facts: Any) -> None:
         raise ValueError(f"state is `{state}`; it must be one of {', '.join(STATES)}")
     process = {"started_at": PROCESS_BEGAN, "updated_at": _now(), "pid": os.getpid(), "host": socket.gethostname()}
     write_json(Path(run_dir) / "status.json", {"state": state, "reason": None} | facts | process)
+
+
+def write_failure(run_dir: str | Path, reason: str) -> None:
+    """Write the status `failed`. What the last status says of the run's progress is kept."""
+    try:
+        before = read_status(run_dir) or {}
+    except CheckpointError:
+        before = {}
+    facts = {key: value for key, value in before.items() if key not in OF_THE_WRITER}
+    write_status(run_dir, "failed", **facts | {"reason": reason})
 
 
 def read_status(run_dir: str | Path) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 Stands on `evaluation`, `latents`, `model`, `engine`, `data`, `distributed`, `runtime` and `config`.
 """
 
-from vae_ds.training import checkpoint, resumption
+from vae_ds.training import checkpoint, resumption, tensorboard
 from vae_ds.training.monitor import Monitor
 from vae_ds.training.phases import learning_rate
 from vae_ds.training.preparation import prepare, write_headers
@@ -22,6 +22,7 @@ __all__ = [
     "learning_rate",
     "prepare",
     "resumption",
+    "tensorboard",
     "train",
     "write_headers",
 ]

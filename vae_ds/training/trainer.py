@@ -8,6 +8,7 @@ sentence, means over the global batch (docs/method.md).
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ class Trainer:
         self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress)
         self.saver = Saver(setup.run_dir, setup.ranks, setup.config.checkpoint, self.monitor)
         self.status = Status(setup.run_dir, setup.ranks, setup.plans)
-        self.watch = Watch(setup.ranks, stop, setup.config.timeouts, self._write_failure)
+        self.watch = Watch(setup.ranks, stop, setup.config.timeouts, partial(self._write_status, "failed"))
 
     # A run
 
@@ -110,14 +111,16 @@ class Trainer:
         if self.state.phase > last_phase:
             self.monitor.close()
             return
-        # Written only now: a resumption that is refused leaves the run as it is.
+        # Only now: a resumption that is refused leaves the run as it is.
         write_headers(self.setup.run_dir, self.setup.config, self.setup.ranks)
+        self.monitor.begin_run(self.setup.config.model_dump(mode="json", by_alias=True))
         self._write_status("running")
         with self.watch:
             weights = self._run_phases(resumed, last_phase)
             self.saver.finish(must=True)
             if self._is_last(last_phase):
                 self.export(weights)
+                self.monitor.end_run()
         self.monitor.close()
         if self._is_last(last_phase):
             self._write_status("done")
@@ -385,9 +388,6 @@ class Trainer:
 
     def _is_last(self, phase: int) -> bool:
         return phase == len(self.setup.plans) - 1
-
-    def _write_failure(self, reason: str) -> None:
-        self._write_status("failed", reason)
 
     def _write_status(self, word: str, reason: str | None = None, epoch: float | None = None) -> None:
         self.status.write(word, self.state, reason=reason, epoch=epoch, checkpoint=self.saver.newest)
