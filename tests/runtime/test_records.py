@@ -16,7 +16,7 @@ import torch
 
 from support import ROOT
 from vae_ds.errors import CheckpointError
-from vae_ds.runtime.records import environment, read_status, write_environment, write_json, write_status
+from vae_ds.runtime.records import environment, read_status, write_end, write_environment, write_json, write_status
 
 
 def test_status_says_what_became_of_the_run(tmp_path: Path) -> None:
@@ -119,3 +119,13 @@ assert not {{"torch", "rich", "numpy"}} & set(sys.modules), "the import must be 
 """
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
     assert done.returncode == 0
+
+
+def test_an_end_keeps_what_is_known_of_the_progress(tmp_path: Path) -> None:
+    write_status(tmp_path, "running", step=7, total_steps=9)
+    write_end(tmp_path, "failed", "no text")
+    status = read_status(tmp_path) or {}
+    assert (status["state"], status["reason"], status["step"], status["total_steps"]) == ("failed", "no text", 7, 9)
+    (tmp_path / "status.json").write_text("{", encoding="utf-8")
+    write_end(tmp_path, "stopped", "interrupted")
+    assert (read_status(tmp_path) or {})["state"] == "stopped"

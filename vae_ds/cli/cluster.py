@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vae_ds.cli.options import add_command, add_job, add_recipe, overrides_of
+from vae_ds.cli.options import add_command, add_job, add_recipe, overrides_of, run_dir_of
 from vae_ds.runtime import EXIT_FAULT
 
 
@@ -57,7 +57,7 @@ def submit(arguments: argparse.Namespace) -> None:
 
     overrides = overrides_of(arguments)
     config = configuration.load(configuration.RunConfig, arguments.recipe, overrides)
-    run_dir = Path(arguments.run_dir or Path("runs") / config.name)
+    run_dir = run_dir_of(arguments, config.name)
     resources = submission.Wanted(arguments.nodes, arguments.gpus_per_node, arguments.tasks_per_node, arguments.time)
     train = [arguments.recipe, "--run-dir", str(run_dir), *(("--set", *overrides) if overrides else ())]
     text = submission.batch_file(config, train, run_dir, resources, submission.site(arguments.site), arguments.sbatch)

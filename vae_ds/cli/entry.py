@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import NoReturn
 
 from vae_ds.cli import bench, cluster, evaluation, latents, recipes, studies, train
@@ -67,6 +66,7 @@ def run(words: Sequence[str]) -> int:
         arguments.command(arguments)
     except UserError as error:
         _print_before_exit(f"error: {error}")
+        _record_end(arguments, "failed", str(error), only_if_running=True)
         return EXIT_USER
     except BrokenPipeError:
         # The reader, such as `head`, has closed the pipe of a command that only prints: a command that works goes on
@@ -76,7 +76,8 @@ def run(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         # The libraries' destructors would complain of what they find at exit.
         sys.unraisablehook = lambda _: None
-        _print_before_exit("interrupted; the steps since the last checkpoint are lost, run the same command to resume")
+        _print_before_exit("interrupted")
+        _record_end(arguments, "stopped", "interrupted; the steps since the last checkpoint are lost")
         return EXIT_STOPPED
     except Stopped as stop:
         _print_on_rank0(str(stop))
@@ -85,15 +86,15 @@ def run(words: Sequence[str]) -> int:
     except OutOfMemory as error:
         # Any rank can be the one that has too little memory.
         print(f"error: rank {own_rank()}: {error}", file=sys.stderr, flush=True)
-        _record_failure(arguments, error)
+        _record_end(arguments, "failed", f"{type(error).__name__}: {error}")
         return EXIT_FAULT
     except Failed as error:
         _print_before_exit(f"error: {error}")
-        _record_failure(arguments, error)
+        _record_end(arguments, "failed", f"{type(error).__name__}: {error}")
         return EXIT_FAULT
     except Exception as error:
         traceback.print_exc()
-        _record_failure(arguments, error)
+        _record_end(arguments, "failed", f"{type(error).__name__}: {error}")
         return EXIT_FAULT
     _leave_group()
     return 0
@@ -126,11 +127,15 @@ def _print_before_exit(message: str) -> None:
         time.sleep(WAIT_FOR_RANK0_S)
 
 
-def _record_failure(arguments: argparse.Namespace, error: Exception) -> None:
-    run_dir = getattr(arguments, "run_dir", None)
-    if run_dir and Path(run_dir, "config.yaml").is_file():
-        from vae_ds.runtime import records
+def _record_end(arguments: argparse.Namespace, state: str, reason: str, only_if_running: bool = False) -> None:
+    """Record how the run ended that the command trained. `only_if_running`: only if this process had started it."""
+    run_dir = getattr(arguments, "trained_dir", None)
+    if run_dir is None or not (run_dir / "config.yaml").is_file():
+        return
+    from vae_ds.runtime import records
 
-        # On a full disk the status cannot be written either.
-        with suppress(OSError):
-            records.write_failure(Path(run_dir), f"{type(error).__name__}: {error}")
+    # On a full disk the status cannot be written either.
+    with suppress(OSError, UserError):
+        status = records.read_status(run_dir) if only_if_running else None
+        if not only_if_running or (status and (status["state"], status["pid"]) == ("running", os.getpid())):
+            records.write_end(run_dir, state, reason)

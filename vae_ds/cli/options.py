@@ -102,9 +102,13 @@ def overrides_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def run_dir_of(arguments: argparse.Namespace, name: str) -> Path:
-    """`--run-dir`, otherwise runs/NAME. Stored in `arguments`, so that a failure is recorded in that directory."""
-    arguments.run_dir = arguments.run_dir or str(Path("runs") / name)
-    return Path(arguments.run_dir)
+    """`--run-dir`, otherwise runs/NAME."""
+    return Path(arguments.run_dir or Path("runs") / name)
+
+
+def will_train(arguments: argparse.Namespace, run_dir: Path) -> None:
+    """Call it before a command trains a run: how the command ends is recorded in the status of that run."""
+    arguments.trained_dir = run_dir
 
 
 def count(text: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vae_ds.cli.options import add_command, add_job, positive
+from vae_ds.cli.options import add_command, add_job, positive, will_train
 from vae_ds.errors import Failed
 from vae_ds.runtime import listening, own_rank
 
@@ -81,7 +81,7 @@ def study(arguments: argparse.Namespace) -> None:
     root, extra = Path(arguments.runs or Path("runs") / name), arguments.set or ()
     if arguments.run is not None:
         row = studies.row_of(config, arguments.run)
-        arguments.run_dir = str(root / row.name)
+        will_train(arguments, root / row.name)
         studies.run(config, row, root, stop, extra)
         return
     studies.check(config, extra)

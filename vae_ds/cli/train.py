@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vae_ds.cli.options import add_command, add_recipe, overrides_of, run_dir_of
+from vae_ds.cli.options import add_command, add_recipe, overrides_of, run_dir_of, will_train
 from vae_ds.errors import CheckpointError
 from vae_ds.runtime import EXIT_FAULT, EXIT_STOPPED, listening
 
@@ -98,6 +98,7 @@ def train(arguments: argparse.Namespace) -> None:
             )
         return
     options: dict[str, Any] = {name: getattr(arguments, name) for name in ("resume", "changed_data", "until")}
+    will_train(arguments, run_dir)
     training.train(config, run_dir, stop=stop, **options)
 
 
@@ -109,6 +110,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
     run_dir = run_dir_of(arguments, config.name)
     from vae_ds import pretraining
 
+    will_train(arguments, run_dir)
     pretraining.pretrain(config, run_dir, arguments.resume, arguments.changed_data, stop)
 
 

@@ -3,7 +3,7 @@
 Depends on `errors`.
 """
 
-from vae_ds.runtime import records, slurm
+from vae_ds.runtime import records, run_dirs, slurm
 from vae_ds.runtime.exits import (
     EXIT_FAULT,
     EXIT_LOST,
@@ -34,5 +34,6 @@ __all__ = [
     "outlive_terminal",
     "own_rank",
     "records",
+    "run_dirs",
     "slurm",
 ]

@@ -46,14 +46,14 @@ def write_status(run_dir: str | Path, state: str, **facts: Any) -> None:
     write_json(Path(run_dir) / "status.json", {"state": state, "reason": None} | facts | process)
 
 
-def write_failure(run_dir: str | Path, reason: str) -> None:
-    """Write the status `failed`. What the last status says of the run's progress is kept."""
+def write_end(run_dir: str | Path, state: str, reason: str) -> None:
+    """Write that a run has failed or stopped. What the last status says of the run's progress is kept."""
     try:
         before = read_status(run_dir) or {}
     except CheckpointError:
         before = {}
     facts = {key: value for key, value in before.items() if key not in OF_THE_WRITER}
-    write_status(run_dir, "failed", **facts | {"reason": reason})
+    write_status(run_dir, state, **facts | {"reason": reason})
 
 
 def read_status(run_dir: str | Path) -> dict[str, Any] | None:

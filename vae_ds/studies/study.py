@@ -170,7 +170,7 @@ def _report_failure(error: Exception, run_dir: Path) -> None:
     else:
         traceback.print_exception(error)
     if (run_dir / "config.yaml").is_file():
-        records.write_failure(run_dir, f"{type(error).__name__}: {error}")
+        records.write_end(run_dir, "failed", f"{type(error).__name__}: {error}")
 
 
 def _is_evaluated(run_dir: Path) -> bool:
