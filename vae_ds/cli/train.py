@@ -1,14 +1,12 @@
-"""`vae-ds train`, `pretrain`, `status` and `export`."""
+"""`vae-ds train`, `pretrain` and `export`."""
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from vae_ds.cli.options import add_command, add_recipe, overrides_of, run_dir_of, will_train
-from vae_ds.errors import CheckpointError
-from vae_ds.runtime import EXIT_FAULT, EXIT_STOPPED, listening
+from vae_ds.cli import outcome
+from vae_ds.cli.options import add_command, add_recipe, add_run, overrides_of, recipe_of, run_dir_of, will_train
+from vae_ds.runtime import listening, outlive_terminal, own_rank, records, run_dirs
 
 
 def add(subparsers: Any) -> None:
@@ -44,22 +42,12 @@ def add(subparsers: Any) -> None:
 
     parser = add_command(
         subparsers,
-        "status",
-        status,
-        "print the state of a run as JSON",
-        "The exit code is 0 if the run is done, 75 if it is stopped, 1 if it is running or failed.",
-        ["vae-ds status runs/demo"],
-    )
-    parser.add_argument("run", metavar="RUN", help="a run directory")
-
-    parser = add_command(
-        subparsers,
         "export",
         export,
         "copy the model of a run to a new directory",
         examples=["vae-ds export runs/demo --to demo-model"],
     )
-    parser.add_argument("run", metavar="RUN", help="a run directory or an exported model")
+    add_run(parser, "a run directory or an exported model")
     parser.add_argument("--to", required=True, metavar="DIR", help="a new or empty directory")
 
 
@@ -80,53 +68,47 @@ def train(arguments: argparse.Namespace) -> None:
     stop = listening()
     from vae_ds import config as configuration
 
-    config = configuration.load(configuration.RunConfig, arguments.recipe, overrides_of(arguments))
+    recipe = recipe_of(arguments)
+    config = configuration.load(configuration.RunConfig, recipe, overrides_of(arguments))
     run_dir = run_dir_of(arguments, config.name)
-    from vae_ds import distributed, training
+    run_dirs.check_writable(run_dir)
+    if not arguments.dry_run:
+        # Before the libraries are loaded: some keep the streams of this moment.
+        outlive_terminal(run_dir)
+    from vae_ds import training
 
-    if arguments.dry_run:
-        ranks = distributed.start()
-        prepared = training.prepare(config, run_dir, ranks)
-        if ranks.is_main:
-            print(configuration.dump(config))
-            for plan in prepared.plans:
-                per_epoch = f", {plan.steps_per_epoch} an epoch" if plan.steps_per_epoch else ""
-                print(f"# phase {plan.name}: {plan.steps} steps{per_epoch}")
-            print(
-                f"# {ranks.world} ranks, {prepared.precision}, micro batch {prepared.micro}, "
-                f"accumulation {prepared.accumulation}"
-            )
-        return
     options: dict[str, Any] = {name: getattr(arguments, name) for name in ("resume", "changed_data", "until")}
+    if arguments.dry_run:
+        told = training.dry_run(config, run_dir, **options)
+        if own_rank() == "0":
+            print(told)
+        return
     will_train(arguments, run_dir)
+    before = records.read_status(run_dir)
     training.train(config, run_dir, stop=stop, **options)
+    after = records.read_status(run_dir)
+    if own_rank() == "0" and after is not None and after["state"] == "done":
+        print("\n".join(outcome.lines(run_dir, config, was_done=after == before)), flush=True)
 
 
 def pretrain(arguments: argparse.Namespace) -> None:
     stop = listening()
     from vae_ds import config as configuration
 
-    config = configuration.load(configuration.PretrainConfig, arguments.recipe, overrides_of(arguments))
+    recipe = recipe_of(arguments)
+    config = configuration.load(configuration.PretrainConfig, recipe, overrides_of(arguments))
     run_dir = run_dir_of(arguments, config.name)
+    run_dirs.check_writable(run_dir)
+    outlive_terminal(run_dir)
     from vae_ds import pretraining
 
     will_train(arguments, run_dir)
     pretraining.pretrain(config, run_dir, arguments.resume, arguments.changed_data, stop)
 
 
-def status(arguments: argparse.Namespace) -> None:
-    from vae_ds.runtime import records
-
-    found = records.read_status(Path(arguments.run))
-    if found is None:
-        raise CheckpointError(f"{arguments.run} has no status.json; name a run directory")
-    found = records.of_the_living(found)
-    print(json.dumps(found))
-    if found["state"] != "done":
-        sys.exit({"stopped": EXIT_STOPPED}.get(found["state"], EXIT_FAULT))
-
-
 def export(arguments: argparse.Namespace) -> None:
+    run_dirs.model_of(Path(arguments.run))
+    run_dirs.check_writable(Path(arguments.to), "--to")
     from vae_ds.evaluation import finished_run
 
     finished_run.export(Path(arguments.run), Path(arguments.to))

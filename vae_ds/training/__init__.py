@@ -4,9 +4,10 @@ Stands on `evaluation`, `latents`, `model`, `engine`, `data`, `distributed`, `ru
 """
 
 from vae_ds.training import checkpoint, resumption, tensorboard
+from vae_ds.training.dry_run import describe, dry_run
 from vae_ds.training.monitor import Monitor
 from vae_ds.training.phases import learning_rate
-from vae_ds.training.preparation import prepare, write_headers
+from vae_ds.training.preparation import write_headers
 from vae_ds.training.saver import Requests, Saver
 from vae_ds.training.schedules import LearningRate
 from vae_ds.training.trainer import train
@@ -19,8 +20,9 @@ __all__ = [
     "Saver",
     "Watch",
     "checkpoint",
+    "describe",
+    "dry_run",
     "learning_rate",
-    "prepare",
     "resumption",
     "tensorboard",
     "train",

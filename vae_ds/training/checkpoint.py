@@ -104,12 +104,17 @@ def resume(
     if path is None:
         return None
     state, progress = load(found or _open(Path(path), verify=False), ranks)
-    if progress["data"] != data and not changed_data:
+    check_data(Path(path), progress["data"], data, changed_data)
+    return state, progress
+
+
+def check_data(path: Path, before: dict[str, Any], now: dict[str, Any], changed_data: bool) -> None:
+    """Raise CheckpointError if the facts of the training data differ from those of a checkpoint, unless allowed."""
+    if before != now and not changed_data:
         raise CheckpointError(
             f"{path}: the training text has changed since this checkpoint; use another --run-dir, or --changed-data to "
             "resume on the changed text"
         )
-    return state, progress
 
 
 def load(checkpoint: Checkpoint, ranks: Ranks | None = None) -> tuple[PhaseState, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The setup of a training, before any weight is loaded: checks, data, lengths of the phases."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from vae_ds import distributed, engine
 from vae_ds.config import RunConfig, Settings
 from vae_ds.data import Source, Streamed, TokenSet, Whole, cache_dir, corpora, micro_batch, steps_per_epoch, tokenise
 from vae_ds.distributed import Ranks
+from vae_ds.errors import ConfigError
 from vae_ds.model import check_base, check_base_weights, check_latent_dim, check_start, load_tokenizer, skeleton
 from vae_ds.runtime import records
 from vae_ds.training import phases
@@ -27,6 +29,7 @@ class Setup:
     micro: int
     tokenizer: Any
     train: Source
+    train_tokens: TokenSet | None  # None: the text is read as a stream
     valid: TokenSet
     plans: list[PhasePlan]
 
@@ -37,6 +40,7 @@ class Setup:
 
 def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
     """Check everything that can be checked, then prepare the data. Raises UserError. Loads no weights. A collective."""
+    check_run_dir(run_dir)
     corpora.check(config.data)
     check_model(config)
     precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
@@ -52,13 +56,22 @@ def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
 
     if config.data.streaming:
         source: Source = Streamed(corpora.open_stream(config.data), tokenizer, config.data.max_tokens)
-        plans = phases.plan(config.phases, None)
+        train_set, plans = None, phases.plan(config.phases, None)
     else:
         train_set = tokens_of("train")
         source = Whole(train_set)
         plans = phases.plan(config.phases, steps_per_epoch(len(train_set), config.batch.global_size))
     valid_set = tokens_of("valid").first(config.validation.sentences)
-    return Setup(config, run_dir, ranks, precision, ds_config, micro, tokenizer, source, valid_set, plans)
+    return Setup(config, run_dir, ranks, precision, ds_config, micro, tokenizer, source, train_set, valid_set, plans)
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Raise ConfigError if the run directory cannot be made or cannot be written."""
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"--run-dir {run_dir}: {existing} is a file; choose another directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--run-dir {run_dir}: {existing} is not writable; choose another directory")
 
 
 def check_model(config: RunConfig) -> None:
@@ -78,8 +91,13 @@ def check_model(config: RunConfig) -> None:
 
 def write_headers(run_dir: Path, config: Settings, ranks: Ranks) -> None:
     """Make the run directory with its complete recipe and its environment. A collective; rank 0 writes."""
-    if ranks.is_main:
+    distributed.rank0_first(lambda: _write_headers(run_dir, config, ranks) if ranks.is_main else None)
+
+
+def _write_headers(run_dir: Path, config: Settings, ranks: Ranks) -> None:
+    try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
         records.write_environment(run_dir, ranks.world, ranks.device.type)
-    distributed.barrier()
+    except OSError as error:
+        raise ConfigError(f"--run-dir {run_dir}: cannot be written ({error.strerror})") from None

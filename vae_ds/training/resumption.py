@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from vae_ds import config as configuration
-from vae_ds.config import Config
+from vae_ds.config import Config, RunConfig
 from vae_ds.errors import ConfigError
 from vae_ds.runtime import records
-from vae_ds.training import checkpoint
+from vae_ds.training import checkpoint, phases
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +55,27 @@ def is_done(
     if changed and not done and tell:
         _log.warning("%s: the run continues with changed settings: %s", run_dir, _listed(changed))
     return done
+
+
+def ends(config: RunConfig) -> tuple[str, ...]:
+    """The keys that say where a run ends: the length of its last phase."""
+    last = len(config.phases) - 1
+    return f"phases.{last}.steps", f"phases.{last}.epochs"
+
+
+def last_phase(config: RunConfig, until: str | None) -> int:
+    """The index of the last phase to train now: `until`, a name or a number from 1, else the last of all."""
+    names = [phase.name for phase in config.phases]
+    return len(names) - 1 if until is None else phases.number_of(until, names)
+
+
+def check_length(plan: phases.PhasePlan, done: int) -> None:
+    """Raise ConfigError if a phase has fewer steps than are done: a run cannot be shortened."""
+    if done > plan.steps:
+        raise ConfigError(
+            f"phases.{plan.index}: the recipe has {plan.steps} steps, but {done} are done; a run cannot be shortened; "
+            "choose another --run-dir"
+        )
 
 
 def _checkpointed_phase(run_dir: Path) -> int | None:

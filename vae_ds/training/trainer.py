@@ -19,7 +19,7 @@ from vae_ds import distributed, latents
 from vae_ds.config import RunConfig
 from vae_ds.data import Batch, Feed, collate, share
 from vae_ds.engine import PhaseEngine, PhaseState, StepOutcome
-from vae_ds.errors import ConfigError, Stopped
+from vae_ds.errors import Stopped
 from vae_ds.evaluation import evaluate
 from vae_ds.model import T5VAE, gaussian
 from vae_ds.runtime import StopFlag, heeded
@@ -68,12 +68,9 @@ def train(
     config = configuration.absolute(config)
     directory = Path(run_dir or Path("runs") / config.name)
     ranks = distributed.start()
-    last = len(config.phases) - 1
-    ends = (f"phases.{last}.steps", f"phases.{last}.epochs")
-    if resumption.is_done(directory, config, resumption.FREE, ends, resume, tell=ranks.is_main):
+    last = resumption.last_phase(config, until)
+    if resumption.is_done(directory, config, resumption.FREE, resumption.ends(config), resume, tell=ranks.is_main):
         return directory
-    if until is not None:
-        last = phases.number_of(until, [phase.name for phase in config.phases])
     setup = prepare(config, directory, ranks)
     with heeded(stop) as flag:
         Trainer(setup, changed_data, flag).run(last)
@@ -278,12 +275,7 @@ class Trainer:
             return None
         saved, progress = found
         self.state = TrainState(**progress["state"])
-        plan = setup.plans[self.state.phase]
-        if self.state.step > plan.steps:
-            raise ConfigError(
-                f"phases.{plan.index}: the recipe has {plan.steps} steps, but {self.state.step} are done; a run cannot "
-                "be shortened; choose another --run-dir"
-            )
+        resumption.check_length(setup.plans[self.state.phase], self.state.step)
         self.monitor.resume_from(progress["global_step"])
         self.saver.newest = checkpoint.name_of(progress["global_step"])
         return saved
