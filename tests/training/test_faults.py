@@ -10,8 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -22,48 +20,24 @@ from safetensors.torch import load_file
 from support import ROOT
 from support.launch import launch
 from support.processes import STARTUP_S, kill_all, new_job, processes_of, rows, start, state_of, wait_until
-from support.tiny import ENGLISH, make_base, write_splits
-from vae_ds import cli, distributed
-from vae_ds.bench import soak as bench
+from support.recipes import STEPS, small_recipe
+from support.tiny import ENGLISH, write_splits
+from vae_ds import cli
 from vae_ds.config.settings import TimeoutConfig
-from vae_ds.errors import ConfigError, Failed
 from vae_ds.runtime import records
 from vae_ds.runtime.exits import EXIT_LOST, STOP_SIGNALS
-from vae_ds.runtime.machine import is_alive, launchers_of
+from vae_ds.runtime.machine import launchers_of
 from vae_ds.training import trainer
 from vae_ds.training.watch import Board
 
 RANKS_PY = ROOT / "launchers" / "ranks.py"
-STEPS = 60
 # The ranks get two minutes to save once a launcher is lost; they need seconds.
 END_S = 60.0
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two phases with dropout, a checkpoint every few steps, and rows at each."""
-    folder = tmp_path_factory.mktemp("faults")
-    base = make_base(folder / "base", "t5", num_layers=1, num_decoder_layers=1)
-    text = write_splits(folder / "text", ENGLISH[:300], ENGLISH[300:350], ENGLISH[350:400])
-    path = folder / "recipe.yaml"
-    path.write_text(
-        f"""
-name: faulty
-model: {{base: {base}, latent_dim: 4, dropout: 0.1}}
-data: {{corpus: text, path: {text}, max_tokens: 40, cache_dir: {folder / "cache"}}}
-batch: {{global: 16}}
-precision: fp32
-phases:
-  - {{name: warmup, steps: {STEPS // 2}, freeze: [decoder], beta: {{schedule: constant, value: 0}}}}
-  - {{name: full, steps: {STEPS // 2}, beta: {{schedule: linear, over_fraction: 0.5}}}}
-validation: {{every_steps: 1000, sentences: 20}}
-checkpoint: {{every_steps: 4, keep: 2}}
-logging: {{every: 1, tensorboard: false, progress: false}}
-export: last
-""",
-        encoding="utf-8",
-    )
-    return path
+    return small_recipe(tmp_path_factory.mktemp("faults"))
 
 
 class Run:
@@ -291,46 +265,6 @@ def test_on_a_full_disk_the_older_checkpoint_stays_whole(
     assert [row["step"] for row in rows(run)] == list(range(1, 17))
 
 
-@pytest.mark.timeout(300)
-def test_the_soak_kills_resumes_and_compares(recipe: Path, tmp_path: Path) -> None:
-    found = bench.soak(
-        str(recipe), tmp_path / "soak", overrides=["phases.1.steps=100"], processes=2, kill_every_s=3.0, seed=3
-    )
-    assert found.same_weights is True
-    assert found.kills >= 1
-    assert found.steps == STEPS // 2 + 100
-    stretches = json.loads((tmp_path / "soak" / "stretches.json").read_text(encoding="utf-8"))
-    assert [one["rank_killed"] is not None for one in stretches] == [True] * found.kills + [False]
-    assert stretches[-1]["validated_step"] == found.steps
-    assert json.loads((tmp_path / "soak" / "soak.json").read_text(encoding="utf-8"))["kills"] == found.kills
-
-
-def test_a_soak_of_no_recipe_starts_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no recipe `demmo` \(did you mean `demo`\?\)"):
-        bench.soak("demmo", tmp_path / "soak")
-    assert not (tmp_path / "soak").exists()
-
-
-def test_a_soak_whose_ranks_fail_says_where_to_read_why(recipe: Path, tmp_path: Path) -> None:
-    settings = ["data.corpus=text", f"data.path={tmp_path / 'nothing'}"]
-    with pytest.raises(Failed, match=r"the ranks exited before the run was done, without a kill; see .*output\.log"):
-        bench.soak(str(recipe), tmp_path / "soak", overrides=settings)
-    assert "nothing" in (tmp_path / "soak" / "output.log").read_text(encoding="utf-8")
-
-
-def test_the_memorys_slope_is_that_of_the_worst_rank_within_stretches() -> None:
-    def stretch(level: float) -> bench.Stretch:
-        samples = [(step, [level + 50 * (step < 600), level + 0.002 * step]) for step in range(500, 2000, 50)]
-        samples[-2][1][0] += 40  # a sample full of a validation
-        return bench.Stretch(first_step=500, validated_step=540, last_step=2000, samples=samples)
-
-    assert bench.memory_slope([stretch(100.0), stretch(500.0)], warm_steps=100) == pytest.approx(2.0)
-    assert bench.memory_slope([stretch(100.0)], warm_steps=1400) is None
-    late = replace(stretch(100.0), validated_step=590)
-    assert bench.memory_slope([late], warm_steps=0) == pytest.approx(2.0)
-    assert bench.memory_slope([replace(late, validated_step=None)], warm_steps=0) is None
-
-
 # The watch
 
 
@@ -350,39 +284,6 @@ def test_the_board_names_who_is_silent_and_who_is_behind() -> None:
     assert board.verdict(119.0) is None
 
 
-def test_rendezvous_listens_at_its_address_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    patience = timedelta(seconds=20)
-    served = distributed.open_store(0, True, patience)
-    joined = distributed.open_store(served.port, False, patience)
-    joined.set("key", "value")
-    assert served.get("key") == b"value"
-    listening = [one.laddr for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN]
-    assert [address.ip for address in listening if address.port == served.port] == ["127.0.0.1"]
-    with pytest.raises(ConfigError, match=f"MASTER_PORT {served.port}: cannot listen there"):
-        distributed.open_store(served.port, True, patience)
-
-
-def test_a_run_whose_process_is_a_zombie_or_another_has_failed(tmp_path: Path) -> None:
-    """In a container no one may reap a killed rank, and numbers of processes come round again."""
-    records.write_status(tmp_path, "running")
-    status = records.read_status(tmp_path)
-    assert status is not None
-    assert records.of_the_living(status)["state"] == "running"
-    assert records.of_the_living(status | {"started_at": "2020-01-01T00:00:00+00:00"})["state"] == "failed"
-    assert records.of_the_living(status | {"host": "elsewhere", "pid": 2**30})["state"] == "running"
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    try:
-        deadline = time.monotonic() + 30
-        while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert records.of_the_living(status | {"pid": child.pid})["state"] == "failed"
-    finally:
-        child.wait()
-    assert records.of_the_living(status | {"pid": child.pid})["state"] == "failed"
-
-
 def test_every_rank_is_known_by_its_host_before_the_training(tmp_path: Path) -> None:
     """One that falls silent at once must be found too."""
     code = """
@@ -400,38 +301,3 @@ with Watch(ranks, StopFlag(), TimeoutConfig()) as watch:
 distributed.finish()
 """
     launch(["-c", code], processes=2, timeout_s=100)
-
-
-def test_the_environment_is_left_as_it_was(tmp_path: Path) -> None:
-    code = """
-import os
-from vae_ds import distributed
-alone = {"MASTER_ADDR": "localhost", "MASTER_PORT": os.environ["MASTER_PORT"], "RANK": "0", "WORLD_SIZE": "1"}
-for given in ({}, alone):
-    for name in distributed.VARIABLES:
-        os.environ.pop(name, None)
-    os.environ.update(given)
-    before = dict(os.environ)
-    assert distributed.start().world == 1
-    assert os.environ["GLOO_SOCKET_IFNAME"]
-    distributed.finish()
-    assert dict(os.environ) == before
-"""
-    launch(["-c", code], processes=1, timeout_s=100)
-
-
-def test_only_launchers_are_watched_and_zombies_are_dead() -> None:
-    """A shell may go without harm: its children were told to go on without it."""
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        assert launchers_of(psutil.Process(child.pid)) == []
-        watched = psutil.Process(child.pid)
-        assert is_alive(watched)
-        child.kill()
-        deadline = time.monotonic() + 30
-        while is_alive(watched):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    finally:
-        child.kill()
-        child.wait()

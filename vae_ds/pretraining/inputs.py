@@ -20,7 +20,7 @@ SHOWN_TEXTS = 6
 
 
 @dataclass(frozen=True)
-class Job:
+class Setup:
     """Everything that is known before the model is built."""
 
     config: PretrainConfig
@@ -54,7 +54,7 @@ class Job:
         return Pair(*(tensor.to(self.ranks.device) for tensor in made))
 
 
-def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Job:
+def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Setup:
     """Check the settings, read the corpus, learn the vocabulary, and tokenise. Raises UserError."""
     corpora.check(config.data)
     precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
@@ -82,7 +82,7 @@ def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Job:
         "tokens": int(train.lengths_N.sum()) + len(train),
         "example_prefixes": _prefixes(held_out["text"]),
     }
-    return Job(config, run_dir, ranks, precision, ds_config, micro, tokenizer, pieces, train, valid, sources)
+    return Setup(config, run_dir, ranks, precision, ds_config, micro, tokenizer, pieces, train, valid, sources)
 
 
 def _vocabulary(texts: list[str], config: PretrainConfig, run_dir: Path) -> bytes:

@@ -18,7 +18,7 @@ from vae_ds.data import epoch_batches, evaluation_batches, share
 from vae_ds.engine import PhaseEngine, PhaseState
 from vae_ds.errors import Stopped
 from vae_ds.pretraining.basemodel import TextToText, build_t5, continue_text, export_t5
-from vae_ds.pretraining.inputs import Job, prepare
+from vae_ds.pretraining.inputs import Setup, prepare
 from vae_ds.pretraining.modelcard import base_card
 from vae_ds.pretraining.span_corruption import Plan, cut_texts, plan_epoch, whole_texts
 from vae_ds.runtime import StopFlag, heeded, records
@@ -60,34 +60,34 @@ def pretrain(
     ranks = distributed.start()
     if resumption.is_done(directory, config, FREE_ON_RESUME, ENDS, resume, tell=ranks.is_main):
         return directory
-    job = prepare(config, directory, ranks)
+    setup = prepare(config, directory, ranks)
     with heeded(stop) as flag:
-        Pretrainer(job, changed_data, flag).run()
+        Pretrainer(setup, changed_data, flag).run()
     return directory
 
 
 class Pretrainer:
     """The part of one run on this rank."""
 
-    def __init__(self, job: Job, changed_data: bool, stop: StopFlag) -> None:
-        self.job, self.changed_data = job, changed_data
+    def __init__(self, setup: Setup, changed_data: bool, stop: StopFlag) -> None:
+        self.setup, self.changed_data = setup, changed_data
         self.state = PretrainState()
         self.stop = stop
-        logging = job.config.logging
-        self.monitor = Monitor(job.run_dir, job.ranks, logging.tensorboard, logging.progress)
-        self.saver = Saver(job.run_dir, job.ranks, job.config.checkpoint, self.monitor)
-        self.watch = Watch(job.ranks, self.stop, job.config.timeouts, lambda reason: self._status("failed", reason))
-        rate = job.config.learning_rate
+        logging = setup.config.logging
+        self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress)
+        self.saver = Saver(setup.run_dir, setup.ranks, setup.config.checkpoint, self.monitor)
+        self.watch = Watch(setup.ranks, self.stop, setup.config.timeouts, lambda reason: self._status("failed", reason))
+        rate = setup.config.learning_rate
         self.learning_rate = LearningRate(
-            rate.schedule, job.config.optimizer.lr, rate.warmup_steps, job.config.steps, rate.final
+            rate.schedule, setup.config.optimizer.lr, rate.warmup_steps, setup.config.steps, rate.final
         )
 
     def run(self) -> None:
         """Train from the newest checkpoint, if there is one, to the last step, and export."""
-        distributed.seed_everything(self.job.config.seed, self.job.ranks.rank, 0)
+        distributed.seed_everything(self.setup.config.seed, self.setup.ranks.rank, 0)
         resumed = self._restore()
-        write_headers(self.job.run_dir, self.job.config, self.job.ranks)
-        self.monitor.begin_run(self.job.config.model_dump(mode="json", by_alias=True))
+        write_headers(self.setup.run_dir, self.setup.config, self.setup.ranks)
+        self.monitor.begin_run(self.setup.config.model_dump(mode="json", by_alias=True))
         self._status("running")
         with self.watch:
             self._train(resumed)
@@ -96,20 +96,20 @@ class Pretrainer:
         self._status("done")
 
     def _train(self, resumed: PhaseState | None) -> None:
-        job = self.job
+        setup = self.setup
         trained = PhaseEngine(
-            TextToText(build_t5(job.config.architecture, job.tokenizer, job.config.seed)),
-            optimizer=job.config.optimizer,
-            micro=job.micro,
-            accumulation=job.config.batch.global_size // (job.micro * job.ranks.world),
-            ranks=job.ranks,
-            precision=job.precision,
-            ds_config=job.ds_config,
+            TextToText(build_t5(setup.config.architecture, setup.tokenizer, setup.config.seed)),
+            optimizer=setup.config.optimizer,
+            micro=setup.micro,
+            accumulation=setup.config.batch.global_size // (setup.micro * setup.ranks.world),
+            ranks=setup.ranks,
+            precision=setup.precision,
+            ds_config=setup.ds_config,
         )
         try:
             if resumed is not None:
                 trained.load(resumed)
-            self.monitor.begin_phase("pretrain", job.config.steps, self.state.step)
+            self.monitor.begin_phase("pretrain", setup.config.steps, self.state.step)
             trained.train()
             self.steps(trained)
         finally:
@@ -118,12 +118,12 @@ class Pretrainer:
 
     def steps(self, trained: PhaseEngine) -> None:
         """Step, log, validate and save until the end of the run."""
-        config, state = self.job.config, self.state
-        epoch_of_plan, plan, order_SG = -1, whole_texts(self.job.train.lengths_N), np.empty((0, 0), dtype=np.int64)
+        config, state = self.setup.config, self.state
+        epoch_of_plan, plan, order_SG = -1, whole_texts(self.setup.train.lengths_N), np.empty((0, 0), dtype=np.int64)
         began = clock = time.monotonic()
         before_s = state.duration_s
         while self.progress() < 1.0:
-            epoch, number = divmod(state.position, self.job.steps_per_epoch)
+            epoch, number = divmod(state.position, self.setup.steps_per_epoch)
             if epoch != epoch_of_plan:
                 epoch_of_plan, (plan, order_SG) = epoch, self._order(epoch)
             requests = self.step(trained, plan, order_SG[number], epoch)
@@ -152,34 +152,32 @@ class Pretrainer:
 
     def progress(self) -> float:
         """Progress of the run, from 0 to 1: the larger of the share of steps and, if limited, the share of time."""
-        config = self.job.config
+        config = self.setup.config
         by_time = 0.0 if config.minutes is None else self.state.duration_s / (60 * config.minutes)
         return max(self.state.step / config.steps, by_time)
 
     def step(self, trained: PhaseEngine, plan: Plan, index_G: np.ndarray, epoch: int) -> Requests:
         """Train on one global batch: forward, backward, update. Returns the requests of the ranks after it."""
-        job, state, ranks = self.job, self.state, self.job.ranks
+        setup, state, ranks = self.setup, self.state, self.setup.ranks
         # The warm-up counts steps. The decay follows the progress, so that it ends with the run under either limit.
-        warm = state.step < job.config.learning_rate.warmup_steps
-        lr = self.learning_rate.at(state.step if warm else int(self.progress() * job.config.steps))
+        warm = state.step < setup.config.learning_rate.warmup_steps
+        lr = self.learning_rate.at(state.step if warm else int(self.progress() * setup.config.steps))
         tokens = int(plan.target_N[index_G].sum())
-        shares = share(index_G, plan.order_N, ranks.rank, ranks.world, job.micro)
-        # Nats, padded target positions and 3 requests, in one reduction per step.
-        sums = torch.zeros(5, dtype=torch.float64, device=ranks.device)
+        shares = share(index_G, plan.order_N, ranks.rank, ranks.world, setup.micro)
+        sums = distributed.NamedSums(ranks.device, nats=1, positions=1, requests=len(Requests._fields))
         outcome = None
         for index_B in shares:
-            batch = job.batch(job.train, index_B, plan, epoch)
+            batch = setup.batch(setup.train, index_B, plan, epoch)
             self.watch.advance()
             nats = trained.forward(**batch._asdict()).sum()
             # The engine averages over micro batches and ranks, but the loss is a mean over tokens.
             trained.backward(nats * (ranks.world * len(shares) / tokens))
             outcome = trained.step(lr)
-            sums[0] += nats.detach().double()
-            sums[1] += batch.labels_BT.numel()
+            sums.add(nats=nats, positions=batch.labels_BT.numel())
         self.watch.advance()
-        sums[2:] = torch.tensor(self.saver.requests(stop=self.stop.raised is not None))
-        nats_sum, positions, *requested = distributed.all_sum(sums).tolist()
-        requests = self.saver.agreed(requested)
+        sums.add(requests=self.saver.requests(stop=self.stop.raised is not None))
+        totals = sums.reduce()
+        requests = self.saver.agreed(totals["requests"].tolist())
         state.position += 1
         if outcome is None or not outcome.applied:
             self._skip()
@@ -187,7 +185,7 @@ class Pretrainer:
         state.skipped_in_row = 0
         state.step += 1
         state.tokens += tokens
-        adds = {"steps": 1.0, "nats": nats_sum, "tokens": tokens, "positions": positions}
+        adds = {"steps": 1.0, "nats": float(totals["nats"]), "tokens": tokens, "positions": float(totals["positions"])}
         for key, value in {**adds, "texts": len(index_G), "grad_norm": outcome.grad_norm}.items():
             state.window[key] = state.window.get(key, 0.0) + value
         state.window["lr"] = lr
@@ -197,7 +195,7 @@ class Pretrainer:
     def validate(self, trained: PhaseEngine) -> None:
         """Measure the held-out sentences and replace the exported model."""
         trained.eval()
-        self.state.held_out = measure(trained.module, self.job)
+        self.state.held_out = measure(trained.module, self.setup)
         trained.train()
         self.monitor.evaluation(self.state.step, "valid", self.state.held_out)
         self._export(trained.module, trained.state())
@@ -208,7 +206,7 @@ class Pretrainer:
         self.saver.begin(lambda: trained.state(share=True), progress, must)
 
     def _restore(self) -> PhaseState | None:
-        found = checkpoint.resume(self.job.run_dir, self.job.ranks, self._data(), self.changed_data)
+        found = checkpoint.resume(self.setup.run_dir, self.setup.ranks, self._data(), self.changed_data)
         if found is None:
             self.monitor.resume_from(0)
             return None
@@ -218,15 +216,15 @@ class Pretrainer:
         return saved
 
     def _order(self, epoch: int) -> tuple[Plan, np.ndarray]:
-        config = self.job.config
-        plan = plan_epoch(self.job.train.lengths_N, config, epoch)
+        config = self.setup.config
+        plan = plan_epoch(self.setup.train.lengths_N, config, epoch)
         size, buckets = config.batch.global_size, config.batch.bucket_batches
         return plan, epoch_batches(plan.order_N, size, buckets, config.seed, 0, epoch)
 
     def _skip(self) -> None:
         self.state.skipped += 1
         self.state.skipped_in_row += 1
-        if self.state.skipped_in_row >= self.job.config.max_skipped_steps:
+        if self.state.skipped_in_row >= self.setup.config.max_skipped_steps:
             raise RuntimeError(
                 f"{self.state.skipped_in_row} steps in a row had non-finite gradients; reduce optimizer.lr"
             )
@@ -237,7 +235,7 @@ class Pretrainer:
             {
                 "phase": "pretrain",
                 "step": state.step,
-                "epoch": round(state.position / self.job.steps_per_epoch, 4),
+                "epoch": round(state.position / self.setup.steps_per_epoch, 4),
                 "loss": window["nats"] / window["tokens"],
                 "lr": window["lr"],
                 "grad_norm": window["grad_norm"] / window["steps"],
@@ -250,61 +248,61 @@ class Pretrainer:
         state.window = {}
 
     def _export(self, trained: torch.nn.Module, state: PhaseState) -> None:
-        job = self.job
-        if job.ranks.is_main:
-            model = build_t5(job.config.architecture, job.tokenizer, job.config.seed)
+        setup = self.setup
+        if setup.ranks.is_main:
+            model = build_t5(setup.config.architecture, setup.tokenizer, setup.config.seed)
             assert isinstance(trained, TextToText)
             weights = trained.plain(state.weights)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(weights[name])
             model.eval()
-            prefixes = job.sources["example_prefixes"]
-            examples = {prefix: continue_text(model, job.tokenizer, prefix) for prefix in prefixes}
+            prefixes = setup.sources["example_prefixes"]
+            examples = {prefix: continue_text(model, setup.tokenizer, prefix) for prefix in prefixes}
             card = base_card(
-                job.config,
-                job.sources,
+                setup.config,
+                setup.sources,
                 asdict(self.state),
-                job.ranks,
-                job.precision,
+                setup.ranks,
+                setup.precision,
                 model.num_parameters(),
                 examples,
             )
-            export_t5(model, job.tokenizer, job.pieces, card, job.run_dir / "model")
+            export_t5(model, setup.tokenizer, setup.pieces, card, setup.run_dir / "model")
         distributed.barrier()
 
     def _data(self) -> dict[str, Any]:
-        return {"fingerprint": self.job.train.fingerprint, "texts": len(self.job.train)}
+        return {"fingerprint": self.setup.train.fingerprint, "texts": len(self.setup.train)}
 
     def _status(self, state: str, reason: str | None = None) -> None:
-        if self.job.ranks.is_main:
-            facts = {"step": self.state.step, "total_steps": self.job.config.steps}
-            records.write_status(self.job.run_dir, state, reason=reason, **facts)
+        if self.setup.ranks.is_main:
+            facts = {"step": self.state.step, "total_steps": self.setup.config.steps}
+            records.write_status(self.setup.run_dir, state, reason=reason, **facts)
 
 
 @torch.no_grad()
-def measure(model: torch.nn.Module, job: Job) -> dict[str, float]:
+def measure(model: torch.nn.Module, setup: Setup) -> dict[str, float]:
     """Held-out losses in nats: whole sentences (plain LM), second halves (prefix LM), corrupted spans, denoising.
 
     This is a collective operation: all ranks make the same number of forward passes.
     """
-    lengths_N = job.valid.lengths_N
+    lengths_N = setup.valid.lengths_N
     whole = whole_texts(lengths_N)
     cut_N = lengths_N // 2
     halves = cut_texts(lengths_N, cut_N)
-    only_spans = job.config.model_copy(update={"span_corruption": 1.0, "denoising": 0.0})
-    only_denoising = job.config.model_copy(update={"span_corruption": 0.0, "denoising": 1.0})
+    only_spans = setup.config.model_copy(update={"span_corruption": 1.0, "denoising": 0.0})
+    only_denoising = setup.config.model_copy(update={"span_corruption": 0.0, "denoising": 1.0})
     plans = {"lm": whole, "prefix": halves, "spans": plan_epoch(lengths_N, only_spans, 0)}
     plans["denoising"] = plan_epoch(lengths_N, only_denoising, 0)
-    sums = torch.zeros(len(plans), dtype=torch.float64, device=job.ranks.device)
+    sums = torch.zeros(len(plans), dtype=torch.float64, device=setup.ranks.device)
     for row, plan in enumerate(plans.values()):
-        for index_B, weight_B in evaluation_batches(plan.order_N, 128, job.ranks.rank, job.ranks.world):
-            nats_B = model(**job.batch(job.valid, index_B, plan, 0)._asdict())
+        for index_B, weight_B in evaluation_batches(plan.order_N, 128, setup.ranks.rank, setup.ranks.world):
+            nats_B = model(**setup.batch(setup.valid, index_B, plan, 0)._asdict())
             sums[row] += (nats_B.double() * torch.from_numpy(weight_B).to(nats_B.device)).sum()
     totals = distributed.all_sum(sums).tolist()
     rates = {
         f"{name}_per_token": total / int(plan.target_N.sum())
         for (name, plan), total in zip(plans.items(), totals, strict=True)
     }
-    size = {"sentences": len(job.valid), "tokens": int(whole.target_N.sum())}
-    return {**rates, "lm_per_sentence": totals[0] / len(job.valid), **size}
+    size = {"sentences": len(setup.valid), "tokens": int(whole.target_N.sum())}
+    return {**rates, "lm_per_sentence": totals[0] / len(setup.valid), **size}
