@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vae_ds.config.settings import DataConfig, RunConfig
+    from vae_ds.config import DataConfig, RunConfig
 
 # The files that a base is loaded from. The hub's directories also contain the weights of other frameworks.
 PLAIN = ("*.json", "spiece.model", "tokenizer*", "*.jinja")
@@ -53,6 +53,13 @@ def take_base(base: str, to: Path) -> list[str]:
     return ["model.base={here}/base"]
 
 
+def _suffixes(file: Path) -> str:
+    """The suffix of a text file, with that of its compression: `.txt`, `.csv.gz`."""
+    from vae_ds.data.corpora import text_files
+
+    return "".join(file.suffixes[-2:]) if text_files.compression(file) else file.suffix
+
+
 def take_text(data: "DataConfig", to: Path) -> list[str]:
     """Copy a corpus: its files, or a saved data set if it has no files. Returns the settings that select the copy."""
     from datasets import DatasetDict
@@ -69,8 +76,8 @@ def take_text(data: "DataConfig", to: Path) -> list[str]:
     known = layouts.settings(data) if data.corpus in layouts.LAYOUTS else data
     files: dict[str, Path] = {}
     if known.corpus == "text":
-        files = {split + file.suffix: file for split, file in text.find(known).items()}
-        settings += [f"data.{split}=null" for split in ("train", "valid", "test")]
+        files = {split + _suffixes(file): file for split, file in text.find(known).items()}
+        settings += [f"data.{key}=null" for key in ("train", "valid", "test", "split")]
     elif known.corpus == "wordnet":
         files = {file.name: file for file in wordnet.find(known).values()}
     if files:
@@ -107,7 +114,7 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="override settings of the recipe")
     given = parser.parse_args()
     from vae_ds import config as configuration
-    from vae_ds.config.settings import RunConfig
+    from vae_ds.config import RunConfig
     from vae_ds.data.corpora.corpus import quiet_datasets
     from vae_ds.errors import UserError
 

@@ -13,7 +13,7 @@ from support.launch import job, launch, run_jobs
 from support.processes import curve
 from support.tiny import ENGLISH, base, make_base, write_splits
 from vae_ds import cli
-from vae_ds.config.settings import DataConfig
+from vae_ds.config import DataConfig
 from vae_ds.data import corpora, feed
 from vae_ds.data.corpora import LineStream
 from vae_ds.errors import DataError
@@ -72,11 +72,48 @@ def test_a_byte_order_mark_labels_and_json_lines(tmp_path: Path) -> None:
         ({"labelled": True}, b"1\tone\ntwo\n", r"train\.txt, from byte:6: no tab"),
         ({}, b"", r"train\.txt: empty"),
         ({"name": "train.csv", "column": "text"}, b"text\na\n", r"train\.csv: data\.streaming reads plain text"),
+        (
+            {"name": "train.parquet"},
+            b"PAR1",
+            r"train\.parquet: data\.streaming reads plain text .*parquet has no lines",
+        ),
+        ({"name": "train.txt.gz"}, b"\x1f\x8b", r"train\.txt\.gz: data\.streaming seeks in the file, but a compressed"),
+        ({"name": "train.jsonl.zst"}, b"(\xb5", r"train\.jsonl\.zst: data\.streaming seeks .* decompress it, or set"),
+        ({}, "text\n".encode("utf-16"), r"train\.txt:1: not UTF-8 .* looks like UTF-16LE"),
+        ({"blank_lines": "error"}, b"a\n\nb\n \n", r"train\.txt, from byte:2: a line without .* in all: 2, 5$"),
+        ({"labelled": True}, b"one\n" * 12, r"from byte:0: no tab.*; 12 bad lines in all: 0, 4, .*, 36, \.\.\.$"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, data: dict[str, Any], train: bytes, said: str) -> None:
     with pytest.raises(DataError, match=said):
         epoch(opened(tmp_path, train, **data), 0, 0)
+
+
+def test_a_pattern_of_many_files_is_refused(tmp_path: Path) -> None:
+    opened(tmp_path, b"one\n")
+    data = DataConfig(corpus="text", path=str(tmp_path), train=f"{tmp_path}/t*.txt", streaming=True)
+    with pytest.raises(DataError, match=r"data\.streaming seeks in one file, but this pattern matches 2 files; join"):
+        corpora.check(data)
+
+
+def test_blank_lines_are_skipped_and_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Wherever they are in a block: as in a file that is read whole."""
+    lines = [
+        line for number in range(60) for line in (f"line {number}", *([""] * (number % 3)), *([" "] * (number % 2)))
+    ]
+    stream = opened(tmp_path, "\n".join(lines).encode(), window_blocks=2)
+    found = [line for window in epoch(stream, 0) for line in window]
+    assert sorted(found) == sorted(line for line in lines if line.strip())
+    epoch(stream, 1)
+    (record,) = [record for record in caplog.records if "without text" in record.getMessage()]
+    assert "data.blank_lines=error refuses them" in record.getMessage()
+
+
+def test_unknown_subwords_are_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = feed.Streamed(opened(tmp_path, "一丁 丂\n".encode() * 9, 1000), load_tokenizer(base()), max_tokens=9)
+    for number in range(3):
+        source.portion(0, seed=0, phase=0, epoch=number)
+    assert caplog.text.count("are unknown to the tokenizer") == 1
 
 
 def test_the_papers_corpora_in_optimus_layout(tmp_path: Path) -> None:

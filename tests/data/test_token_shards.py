@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 
 from support import tiny
-from vae_ds.config.settings import DataConfig
+from vae_ds.config import DataConfig
 from vae_ds.data import corpora, tokens
 from vae_ds.errors import DataError
 from vae_ds.model import bases
@@ -138,6 +138,24 @@ def test_what_is_cut_is_said(tmp_path, caplog):
         tokens.tokenise(corpus, "train", tokenizer, 200, tmp_path)
     assert caplog.records[-1].levelname == "INFO"
     assert "none of 3 sentences is longer than data.max_tokens 200" in caplog.text
+
+
+def test_many_unknown_subwords_are_a_warning(tmp_path, caplog):
+    tokenizer = bases.load_tokenizer(tiny.base())
+    texts = {"train": ["a", "b"], "valid": ["a", "\u4e00\u4e01 \u4e02"], "test": [*(["a"] * 500), "\u4e00"]}
+    splits = {split: Dataset.from_dict({"text": rows}) for split, rows in texts.items()}
+    corpus = corpora.Corpus("chinese", "mark", splits)
+    for split in splits:
+        found = tokens.tokenise(corpus, split, tokenizer, 16, tmp_path)
+        assert found.unknown == found.unknown_N.sum()
+        assert found.truncated == found.truncated_N.sum()
+        assert (found.unknown > 0) == (split != "train")
+    (line,) = [record.getMessage() for record in caplog.records if "unknown" in record.getMessage()]
+    direct = tokens.from_texts(texts["valid"], tokenizer, 16)
+    unknown, subwords = int(direct.unknown_N.sum()), int(direct.lengths_N.sum())
+    share = f"{100 * unknown / subwords:.1f} % of the subwords ({unknown} of {subwords}) are unknown to the tokenizer"
+    assert line.startswith(f"chinese, valid: {share}")
+    assert "choose a model.base whose tokenizer covers this text, such as google/mt5-small or google/byt5-small" in line
 
 
 def test_a_cache_that_cannot_be_written_is_a_data_error(tmp_path):

@@ -4,6 +4,7 @@ Depends only on `errors`.
 """
 
 from vae_ds.config import hub
+from vae_ds.config.data_settings import SPLITS, DataConfig, Settings
 from vae_ds.config.loading import (
     Config,
     build,
@@ -15,14 +16,12 @@ from vae_ds.config.loading import (
 )
 from vae_ds.config.paths import absolute
 from vae_ds.config.settings import (
-    SPLITS,
     AggressiveConfig,
     ArchitectureConfig,
     BatchConfig,
     CheckpointConfig,
     ConstantBeta,
     CyclicalBeta,
-    DataConfig,
     EvaluationConfig,
     LearningRateConfig,
     LinearBeta,
@@ -31,12 +30,11 @@ from vae_ds.config.settings import (
     PhaseConfig,
     PretrainConfig,
     RunConfig,
-    Settings,
     SiteConfig,
     StudyConfig,
     TimeoutConfig,
 )
-from vae_ds.config.yaml_tree import EXCLUSIVE, override, split_override
+from vae_ds.config.yaml_tree import EXCLUSIVE, override, parse_yaml, split_override
 
 __all__ = [
     "EXCLUSIVE",
@@ -67,6 +65,7 @@ __all__ = [
     "hub",
     "load",
     "override",
+    "parse_yaml",
     "read_recipe",
     "reference",
     "shipped_recipes",

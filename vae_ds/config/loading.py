@@ -14,7 +14,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from vae_ds.config.settings import SCHEDULES, PretrainConfig, RunConfig, Settings, SiteConfig, StudyConfig
+from vae_ds.config.data_settings import Settings
+from vae_ds.config.settings import SCHEDULES, PretrainConfig, RunConfig, SiteConfig, StudyConfig
 from vae_ds.config.yaml_tree import override, parse_yaml
 from vae_ds.errors import ConfigError
 
@@ -84,18 +85,29 @@ def load(kind: type[Config], recipe: str, overrides: Sequence[str] = ()) -> Conf
     tree = parse_yaml(text, source)
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: a recipe is a mapping of keys; found {type(tree).__name__}")
-    return build(kind, override(tree, overrides), source)
+    return build(kind, override(tree, overrides), source, overrides if _is_valid(kind, tree) else ())
 
 
-def build(kind: type[Config], tree: dict[str, Any], source: str) -> Config:
-    """Validate a parsed recipe against its settings class. Raises ConfigError."""
+def build(kind: type[Config], tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """Validate a parsed recipe against its settings class. Raises ConfigError.
+
+    `overrides` are the KEY=VALUE items in `tree` if the recipe is valid without them: an error names the one at fault.
+    """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         errors = error.errors()
         # For an error inside a list, pydantic also reports the list. Keep only the innermost errors.
         inner = [one for one in errors if not any(one is not other and _within(other, one) for other in errors)]
-        raise ConfigError(f"{source}: " + "; ".join(_explain(kind, item) for item in inner)) from None
+        told: dict[str, list[str]] = {}
+        for item in inner:
+            who, path = _culprit(item["loc"], overrides) or source, _dotted(item["loc"])
+            # An override that names the key already need not be followed by it.
+            message = _explain(kind, item)
+            told.setdefault(who, []).append(
+                message.removeprefix(f"`{path}`: ") if who.startswith(f"--set {path}=") else message
+            )
+        raise ConfigError("; ".join(f"{who}: {'; '.join(what)}" for who, what in told.items())) from None
 
 
 def dump(config: Settings) -> str:
@@ -108,8 +120,33 @@ def _within(inner: Any, outer: Any) -> bool:
     return len(inner["loc"]) > len(outer["loc"]) and inner["loc"][: len(outer["loc"])] == outer["loc"]
 
 
+def _is_valid(kind: type[Settings], tree: dict[str, Any]) -> bool:
+    try:
+        kind.model_validate(tree)
+    except ValidationError:
+        return False
+    return True
+
+
+def _culprit(location: Sequence[int | str], overrides: Sequence[str]) -> str | None:
+    """The overrides that an error at this location comes from, as the user wrote them. None without overrides."""
+    where = _dotted(location)
+    keys = [text.partition("=")[0].strip() for text in overrides]
+    related = [
+        text
+        for key, text in zip(keys, overrides, strict=True)
+        if f"{key}.".startswith(f"{where}.") or f"{where}.".startswith(f"{key}.")
+    ]
+    # An error of the whole recipe can come from any of them.
+    return f"--set {' '.join(related or overrides)}" if overrides else None
+
+
+def _dotted(location: Sequence[int | str]) -> str:
+    return ".".join(str(part) for part in location if part not in SCHEDULES)
+
+
 def _explain(kind: type[Settings], item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"] if part not in SCHEDULES)
+    path = _dotted(item["loc"])
     if item["type"] == "extra_forbidden":
         return f"unknown key `{path}`{_suggest(str(item['loc'][-1]), _keys_at(kind, item['loc'][:-1]))}"
     message = item["msg"].removeprefix("Value error, ")

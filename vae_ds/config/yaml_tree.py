@@ -31,12 +31,12 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML safely. Raises ConfigError with the line number."""
+    """Parse YAML safely. Raises ConfigError with the line number, unless `source` is an option."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
+        where = f":{mark.line + 1}" if mark and not source.startswith("--") else ""
         raise ConfigError(f"{source}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
 
 
@@ -76,7 +76,7 @@ def split_override(text: str) -> tuple[str, Any]:
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise ConfigError(f"--set {text}: write KEY=VALUE, for example --set batch.global=64")
-    return key.strip(), parse_yaml(value, f"--set {key}")
+    return key.strip(), parse_yaml(value, f"--set {text}")
 
 
 def _child(node: Any, name: str, path: str) -> Any:

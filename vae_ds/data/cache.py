@@ -1,8 +1,11 @@
 """The cache of prepared text: its directory, and Arrow files that get their name only when they are complete."""
 
+import ast
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,14 @@ from uuid import uuid4
 import pyarrow as pa
 from datasets import Dataset
 
+from vae_ds.data.progress import Progress
 from vae_ds.errors import DataError
 
 TEXT = pa.schema([("text", pa.large_string())])
 _ROWS_A_BATCH = 10_000
+_CHUNK_BYTES = 1 << 22
+_NOTED_BYTES = 1 << 24  # smaller files are hashed again each time
+_SETTLED_S = 2.0  # a file that is younger can still change without a change of its times
 
 
 def cache_dir(configured: str | None = None) -> Path:
@@ -43,15 +50,51 @@ def digest(parts: Iterable[str]) -> str:
     return state.hexdigest()
 
 
+def code_digest(paths: Iterable[Path | str | None]) -> str:
+    """Hash of Python files without their docstrings and comments, for the keys of texts that the code makes."""
+    return digest(ast.dump(_WithoutDocstrings().visit(ast.parse(Path(str(path)).read_text("utf-8")))) for path in paths)
+
+
+class _WithoutDocstrings(ast.NodeTransformer):
+    """Remove each statement that is only a string."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        is_string = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_string else node
+
+
 def write_rows(target: Path, rows: Iterator[tuple[Any, ...]], schema: pa.Schema = TEXT) -> None:
     """Stream rows into an Arrow file, which gets its name when it is complete. Raises DataError if writing fails."""
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        while batch := list(islice(rows, _ROWS_A_BATCH)):
+            columns = [pa.array(c, f.type) for c, f in zip(zip(*batch, strict=True), schema, strict=True)]
+            yield pa.record_batch(columns, schema=schema)
+
+    write_batches(target, batches(), schema)
+
+
+def write_batches(target: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema = TEXT) -> None:
+    """Stream batches of rows into an Arrow file like `write_rows`. Raises DataError if writing fails."""
     make_folder(target.parent)
     temporary = target.with_name(f".partial-{uuid4().hex}")
     try:
         with temporary.open("wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            while batch := list(islice(rows, _ROWS_A_BATCH)):
-                columns = [pa.array(c, f.type) for c, f in zip(zip(*batch, strict=True), schema, strict=True)]
-                writer.write_batch(pa.record_batch(columns, schema=schema))
+            for batch in batches:
+                writer.write_batch(batch)
+        temporary.replace(target)
+    except OSError as error:
+        raise cache_error(target.parent, error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a small file, which gets its name when it is complete. Raises DataError if writing fails."""
+    make_folder(target.parent)
+    temporary = target.with_name(f".partial-{uuid4().hex}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(target)
     except OSError as error:
         raise cache_error(target.parent, error) from None
@@ -69,8 +112,34 @@ def read_rows(path: Path) -> Dataset:
 
 def hash_file(path: Path) -> str:
     """Hash of the bytes of a file. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    state = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file, Progress(f"Hashing {path.name}", path.stat().st_size, "B") as progress:
+        while chunk := file.read(_CHUNK_BYTES):
+            state.update(chunk)
+            progress.add(len(chunk))
+    return state.hexdigest()
+
+
+def noted_hash(path: Path, notes: Path) -> str:
+    """`hash_file`, but a large file is read only once: its hash is kept in the folder `notes`.
+
+    The name of a note is a hash of the path, the inode, the size and the times of the file. Raises OSError.
+    """
+    found = path.stat()
+    if found.st_size < _NOTED_BYTES:
+        return hash_file(path)
+    facts = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    note = notes / digest([str(path.absolute()), *map(str, facts)])
+    with suppress(OSError, UnicodeDecodeError):
+        kept = note.read_text("utf-8")
+        if len(kept) == 32:
+            return kept
+    is_settled = time.time() - max(found.st_mtime, found.st_ctime) > _SETTLED_S
+    made = hash_file(path)
+    if is_settled:
+        with suppress(DataError):  # without a note, the next call reads the file again
+            write_text(note, made)
+    return made
 
 
 def make_folder(folder: Path) -> None:

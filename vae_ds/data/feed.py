@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from vae_ds.config import BatchConfig
 from vae_ds.data.batches import TokenSet, epoch_batches, from_texts
 from vae_ds.data.corpora import LineStream
-from vae_ds.data.tokens import report_truncation
+from vae_ds.data.tokens import report_truncation, report_unknown
 
 
 class Whole:
@@ -38,6 +38,7 @@ class Streamed:
     def __init__(self, lines: LineStream, tokenizer: Any, max_tokens: int) -> None:
         self._lines, self._tokenizer, self._max_tokens = lines, tokenizer, max_tokens
         self.windows = lines.windows
+        self._unknown_reported = False
         self.facts: dict[str, Any] = {"fingerprint": lines.fingerprint, "bytes": lines.size}
 
     def portion(self, window: int, seed: int, phase: int, epoch: int) -> tuple[TokenSet, tuple[int, ...]]:
@@ -46,6 +47,8 @@ class Streamed:
         tokens = from_texts(texts, self._tokenizer, self._max_tokens)
         name = f"{self._lines.path}, epoch {epoch + 1}, window {window + 1} of {self.windows}"
         report_truncation(name, tokens, self._max_tokens)
+        if not self._unknown_reported:
+            self._unknown_reported = report_unknown(name, tokens)
         return tokens, (phase, epoch, window)
 
 

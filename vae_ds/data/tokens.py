@@ -20,13 +20,13 @@ from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
-import torch.distributed as dist
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from vae_ds.data.cache import cache_dir as cache_root
 from vae_ds.data.cache import cache_error
+from vae_ds.data.progress import Progress, is_main
 from vae_ds.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ SHARD_ROWS = 200_000  # rows of a file in the cache; an interruption loses at mo
 ROW_FEATURES = Features(
     {"ids": List(Value("int32")), "words": Value("int32"), "unknown": Value("int32"), "truncated": Value("bool")}
 )
+
+UNKNOWN_SHARE = 0.01  # a split with this share of unknown subwords gets a warning
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +92,16 @@ class TokenSet:
         """Whether the sentence was cut."""
         return self._column("truncated")
 
+    @property
+    def unknown(self) -> int:
+        """Number of unknown subwords among the kept ones of all sentences."""
+        return int(pc.sum(self._rows.column("unknown")).as_py() or 0)
+
+    @property
+    def truncated(self) -> int:
+        """Number of sentences that were cut."""
+        return int(pc.sum(self._rows.column("truncated")).as_py() or 0)
+
     def __len__(self) -> int:
         return len(self.lengths_N)
 
@@ -134,9 +146,11 @@ def tokenise(
     """The token ids of a split, from the cache if it has them. Sentences longer than `max_tokens` are cut.
 
     The file names in the cache contain a hash of the corpus, the split, the tokenizer and `max_tokens`. A file gets its
-    name when it is complete, and a later call writes the missing files. The number of cut sentences is logged.
-    `cache_dir` None means the default directory. Raises DataError if there is no such split or the cache cannot be
-    written, ConfigError if the tokenizer has no end-of-sentence token.
+    name when it is complete, and a later call writes the missing files. The number of cut sentences is logged, and the
+    share of unknown subwords if it is large. `cache_dir` None means the default directory.
+
+    Raises DataError if there is no such split or the cache cannot be written, ConfigError if the tokenizer has no
+    end-of-sentence token.
     """
     if split not in corpus.splits:
         raise DataError(f"corpus {corpus.name} has no split `{split}`; it has {', '.join(corpus.splits) or 'none'}")
@@ -153,6 +167,7 @@ def tokenise(
     rows = pa.concat_tables([_read(shard.path) for shard in shards])
     found = TokenSet(rows, lambda index: str(texts[index]["text"]), key)
     report_truncation(f"{corpus.name}, {split}", found, max_tokens)
+    report_unknown(f"{corpus.name}, {split}", found)
     return found
 
 
@@ -207,17 +222,17 @@ def _write(
 ) -> None:
     source = texts.select_columns(["text"]).with_format("arrow")
     wanted = sum(shard.end - shard.first for shard in missing)
-    bar = tqdm(total=len(texts), initial=len(texts) - wanted, desc=f"Tokenising {split}", unit="sentence", disable=None)
+    progress = Progress(f"Tokenising {split}", len(texts), initial=len(texts) - wanted)
     folder = missing[0].path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with bar:
+        with progress:
             for shard in missing:
                 with _partial(shard) as file, pa.ipc.new_stream(file, ROW_FEATURES.arrow_schema) as writer:
                     for first in range(shard.first, shard.end, ROWS_AT_ONCE):
                         part = source[first : min(first + ROWS_AT_ONCE, shard.end)].column("text").to_pylist()
                         writer.write_table(_rows(part, tokenizer, max_tokens))
-                        bar.update(len(part))
+                        progress.add(len(part))
     except OSError as error:
         raise cache_error(folder, error) from None
 
@@ -248,8 +263,8 @@ def _publish(temporary: Path, shard: _Shard) -> None:
 
 def report_truncation(name: str, tokens: TokenSet, max_tokens: int) -> None:
     """Log on rank 0 how many sentences were cut, as a warning if there are any."""
-    cut = int(tokens.truncated_N.sum())
-    if dist.is_initialized() and dist.get_rank():
+    cut = tokens.truncated
+    if not is_main():
         return
     if cut:
         share = 100 * cut / len(tokens)
@@ -257,6 +272,18 @@ def report_truncation(name: str, tokens: TokenSet, max_tokens: int) -> None:
         log.warning(message, name, cut, len(tokens), share, max_tokens)
     else:
         log.info("%s: none of %d sentences is longer than data.max_tokens %d", name, len(tokens), max_tokens)
+
+
+def report_unknown(name: str, tokens: TokenSet) -> bool:
+    """Log a warning on rank 0 if many subwords are unknown to the tokenizer. Returns whether they are."""
+    unknown, subwords = tokens.unknown, int(tokens.lengths_N.sum(dtype=np.int64))
+    many = unknown > 0 and unknown >= UNKNOWN_SHARE * subwords
+    if many and is_main():
+        message = "%s: %.1f %% of the subwords (%d of %d) are unknown to the tokenizer, so the model cannot reproduce"
+        message += " them; choose a model.base whose tokenizer covers this text, such as google/mt5-small or"
+        message += " google/byt5-small"
+        log.warning(message, name, 100 * unknown / subwords, unknown, subwords)
+    return many
 
 
 def _readable(shard: _Shard) -> bool:

@@ -14,7 +14,7 @@ from vae_ds.errors import CheckpointError, ConfigError, DataError
 from vae_ds.evaluation.metrics import evaluate
 from vae_ds.evaluation.text_metrics import text_metrics
 from vae_ds.model import T5VAE, load_tokenizer, read_export
-from vae_ds.runtime import records
+from vae_ds.runtime import records, run_dirs
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,9 @@ class Place:
 
 def locate(run: Path) -> Place:
     """Find the model of a RUN argument. Raises CheckpointError if there is none."""
-    if (run / "config.yaml").is_file():
-        if not (run / "model" / "config.json").is_file():
-            raise CheckpointError(f"{run}: no model/ yet; `vae-ds status {run}` shows the progress of the run")
-        return Place(run / "model", configuration.load(RunConfig, str(run / "config.yaml")))
-    if (run / "config.json").is_file():
-        return Place(run, None)
-    raise CheckpointError(f"{run}: neither a run directory (config.yaml) nor an exported model (config.json)")
+    model_dir = run_dirs.model_of(run)
+    is_run = run_dirs.is_run(run)
+    return Place(model_dir, configuration.load(RunConfig, str(run / "config.yaml")) if is_run else None)
 
 
 def load_model(run: Path) -> tuple[T5VAE, Any]:
@@ -64,7 +60,7 @@ def evaluate_run(
     missing, or if the yardstick has a latent code.
     """
     place, config = locate(run), _config_of(run, recipe)
-    corpora.check(config.data)
+    distributed.rank0_first(lambda: corpora.check(config.data))
     nll = None if yardstick is None else _yardstick_nll(Path(yardstick), split)
     chosen = EvaluationConfig(
         **{**config.evaluation.model_dump(), **{k: v for k, v in settings.items() if v is not None}}

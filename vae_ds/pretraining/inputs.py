@@ -56,7 +56,7 @@ class Setup:
 
 def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Setup:
     """Check the settings, read the corpus, learn the vocabulary, and tokenise. Raises UserError."""
-    corpora.check(config.data)
+    distributed.rank0_first(lambda: corpora.check(config.data))
     precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
     ds_config = engine.resolve(config.deepspeed, precision, ranks.device.type)
     micro = micro_batch(config.batch.global_size, ranks.world, config.batch.micro, cap=512)

@@ -41,7 +41,7 @@ class Setup:
 def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
     """Check everything that can be checked, then prepare the data. Raises UserError. Loads no weights. A collective."""
     check_run_dir(run_dir)
-    corpora.check(config.data)
+    distributed.rank0_first(lambda: corpora.check(config.data))
     check_model(config)
     precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
     clips = {"gradient_clipping": [phase.optimizer.clip for phase in config.phases]}

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vae_ds.config.settings import DataConfig
+from vae_ds.config import DataConfig
 from vae_ds.data import corpora
 from vae_ds.data.corpora import grammar
 from vae_ds.data.corpora.pcfg import Grammar, Rule

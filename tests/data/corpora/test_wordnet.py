@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vae_ds.config.settings import DataConfig
+from vae_ds.config import DataConfig
 from vae_ds.data import corpora
 from vae_ds.data.corpora import wordnet
 from vae_ds.data.corpora.splits import split_of

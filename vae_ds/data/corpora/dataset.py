@@ -19,6 +19,9 @@ from datasets.exceptions import DatasetNotFoundError
 from vae_ds.config import SPLITS, DataConfig, hub
 from vae_ds.data.cache import digest
 from vae_ds.data.corpora.corpus import Corpus, limited, quiet_datasets
+from vae_ds.data.corpora.findings import LISTED
+from vae_ds.data.corpora.text_files import kind_of
+from vae_ds.data.progress import Progress, waiting
 from vae_ds.errors import DataError
 
 DEFAULT_NAMES: dict[str, str] = DataConfig.model_fields["splits"].default
@@ -40,7 +43,7 @@ def load(data: DataConfig) -> Corpus:
 def _content(rows: dict[str, Dataset]) -> Iterator[str]:
     for split in SPLITS:
         yield split
-        yield from (str(text) for text in _column(rows[split]))
+        yield from (str(text) for text in _column(rows[split], f"Hashing {split}"))
 
 
 def check(data: DataConfig) -> None:
@@ -88,7 +91,8 @@ def _parts(data: DataConfig) -> dict[str, Dataset]:
             known = builder.info.splits or builder.config.data_files
             if known:
                 _check_splits(list(known), data)
-            builder.download_and_prepare()
+            with waiting(f"Loading {data.path}"):
+                builder.download_and_prepare()
             _check_splits(list(builder.info.splits or {}), data)
             return {split: builder.as_dataset(split=name) for split, name in names.items()}
 
@@ -100,10 +104,11 @@ def _names(data: DataConfig) -> dict[str, str]:
 def _location(data: DataConfig) -> str:
     assert data.path is not None  # the settings require it
     local = Path(data.path).expanduser()
-    if local.is_dir():
+    kind = kind_of(local)
+    if kind == "directory":
         return str(local)
-    if local.is_file():
-        raise DataError(f"{data.path}: is a file; data.path is a hub name or {_DIRECTORY}")
+    if kind != "nothing":
+        raise DataError(f"{data.path}: is a {kind}; data.path is a hub name or {_DIRECTORY}")
     if local.is_absolute() or data.path.startswith((".", "~")) or data.path.count("/") > 1:
         raise DataError(f"{data.path}: no such directory; data.path is a hub name or {_DIRECTORY}")
     return data.path
@@ -143,20 +148,28 @@ def _texts(part: Dataset, data: DataConfig, split: str) -> Dataset:
     rows = part.select_columns([data.column])
     if data.column != "text":
         rows = rows.rename_column(data.column, "text")
-    filled = np.fromiter((index for index, text in enumerate(_column(rows)) if text and not text.isspace()), np.int64)
-    if len(filled) < len(rows):
-        log.warning(
-            "%s: %d of %d rows of %s have no text; dropped them", data.path, len(rows) - len(filled), len(rows), split
+    texts = enumerate(_column(rows, f"Checking {split}"))
+    filled = np.fromiter((index for index, text in texts if text and not text.isspace()), np.int64)
+    blank = len(rows) - len(filled)
+    if blank and data.blank_lines == "error":
+        first = np.setdiff1d(np.arange(len(rows)), filled, assume_unique=True)[:LISTED] + 1
+        listed = ", ".join(map(str, first)) + (", ..." if blank > LISTED else "")
+        raise DataError(
+            f"{data.path}: {blank} of {len(rows)} rows of {split} have no text: {listed}; set data.blank_lines to skip"
         )
+    if blank:
+        log.warning("%s: %d of %d rows of %s have no text; dropped them", data.path, blank, len(rows), split)
         rows = rows.select(filled)
     if not len(filled):
         raise DataError(f"{data.path}: split `{_names(data)[split]}` has no rows with text in `{data.column}`")
     return limited(rows, data.limit)
 
 
-def _column(rows: Dataset) -> Iterator[str | None]:
-    for batch in rows.with_format("arrow").iter(10_000):
-        yield from batch["text"].to_pylist()
+def _column(rows: Dataset, task: str) -> Iterator[str | None]:
+    with Progress(task, len(rows), "rows") as progress:
+        for batch in rows.with_format("arrow").iter(10_000):
+            yield from batch["text"].to_pylist()
+            progress.add(len(batch))
 
 
 def _reachable(data: DataConfig) -> AbstractContextManager[None]:

@@ -1,9 +1,12 @@
-"""Read sentences from plain text, labelled text, CSV, TSV and JSON lines. Errors name the file and the line.
+"""Read sentences from plain text, labelled text, CSV, TSV, JSON lines and parquet. Errors name the file and the lines.
 
 The suffix of a file selects its format. CSV follows RFC 4180: a quoted field may contain commas, quotation marks and
 line breaks. TSV has no quoting. JSON lines have one object per line. CSV and TSV files begin with a line of column
-names. In CSV, TSV and JSON lines, one column is the text and all others are ignored. Memory does not grow with the
-file.
+names. In CSV, TSV, JSON lines and parquet, one column is the text and all others are ignored. Files may be compressed
+(`opening`). Memory does not grow with the file.
+
+Lines without text are skipped and counted, or are errors (`data.blank_lines`). A file with bad lines is read to its
+end, so that one message names all of them.
 """
 
 import csv
@@ -12,145 +15,183 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from vae_ds.config import DataConfig
+from vae_ds.data.corpora import parquet
+from vae_ds.data.corpora.findings import Findings
+from vae_ds.data.corpora.opening import read_lines
+from vae_ds.data.corpora.text_files import compression, suffix
 from vae_ds.errors import DataError
 
+_NO_TEXT_AFTER_LABEL = "no text after the label and the tab; remove the line, or set data.blank_lines to skip"
 _LONGEST_FIELD = 1 << 20  # characters; an unclosed quotation mark must not read the rest of the file
 
 Numbered = Iterator[tuple[int, str]]
 """Pairs of a line number, counted from 1, and the line or sentence that begins there."""
 
 
-def suffix(path: Path) -> str:
-    """`.csv`, `.tsv` or `.jsonl`; the empty string for any other file, which is plain text."""
-    found = path.suffix.lower()
-    return found if found in _READERS else ""
-
-
-def read(path: Path, data: DataConfig) -> Iterator[str]:
+def read(path: Path, data: DataConfig, found: Findings) -> Iterator[str]:
     """The sentences of a file. White space at their ends is removed; line breaks inside them become spaces.
 
-    Raises DataError, with file and line, for bytes that are not UTF-8, a row without text, a wrong number of fields or
-    a row that cannot be parsed. Also raises it for a missing column, an empty file, and `data.labelled` with columns.
+    The blank lines are counted in `found`. Raises DataError, with file and lines, for bytes that are not UTF-8, a row
+    without the column, a wrong number of fields or a row that cannot be parsed. Also raises it for a missing column, an
+    empty file, `data.labelled` with columns and, if `data.blank_lines` is `error`, for blank lines.
     """
-    found = False
-    try:
-        with path.open("rb") as file:
-            for text in parse(enumerate(file, 1), path, data):
-                found = True
-                yield text
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if not found:
+    filled = False
+    for text in _sentences(path, data, found):
+        filled = True
+        yield text
+    found.raise_bad(str(path))
+    if not filled:
         raise DataError(f"{path}: empty; write one sentence per {'row' if suffix(path) else 'line'}")
 
 
+def _sentences(path: Path, data: DataConfig, found: Findings) -> Iterator[str]:
+    if suffix(path) != ".parquet":
+        yield from parse(enumerate(read_lines(path), 1), path, data, found)
+        return
+    _check_labelled(path, data)
+    if compression(path):
+        raise DataError(f"{path}: parquet files have their own compression; decompress the file")
+    for number, text in parquet.read_rows(path, data.column, found):
+        if text and (plain := text.strip()):
+            yield " ".join(plain.splitlines())
+        else:
+            found.add_blank(number, _no_text(data.column))
+
+
 def parse(
-    lines: Iterable[tuple[int, bytes]], path: Path, data: DataConfig, first: int = 1, unit: str = ""
+    lines: Iterable[tuple[int, bytes]],
+    path: Path,
+    data: DataConfig,
+    found: Findings,
+    first: int = 1,
+    unit: str = "",
 ) -> Iterator[str]:
-    """The sentences of numbered lines of a file.
+    """The sentences of numbered lines of a file. Blank lines and lines with errors are added to `found`.
 
     `first` is the number of the first line of the file. Errors show `unit` between the path and the number. Raises
-    DataError like `read`, except for an empty file.
+    DataError for errors after which the next lines cannot be read: a missing column, an unclosed quotation mark.
     """
     kind = suffix(path)
-    if kind and data.labelled:
-        raise DataError(f"{path}: has columns, and data.column selects the text; set data.labelled to false")
+    _check_labelled(path, data)
     read_rows = _READERS[kind] if kind else _plain(data.labelled)
-    path = Path(f"{path}{unit}")
-    decoded = ((number, _decoded(line, path, number, first)) for number, line in lines)
-    for _, text in read_rows(decoded, path, data.column):
+    for _, text in read_rows(_decoded(lines, first, found), Path(f"{path}{unit}"), data.column, found):
         yield " ".join(text.splitlines()) if kind else text
 
 
-def _decoded(line: bytes, path: Path, number: int, first: int) -> str:
-    try:
-        # Windows editors write a byte-order mark before the first line.
-        return line.decode("utf-8-sig" if number == first else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line; convert the file") from None
+def _check_labelled(path: Path, data: DataConfig) -> None:
+    if suffix(path) and data.labelled:
+        raise DataError(f"{path}: has columns, and data.column selects the text; set data.labelled to false")
 
 
-def _filled(lines: Numbered, path: Path) -> Numbered:
-    """The lines with text. Blank lines are allowed only at the end, so that no sentence is lost silently."""
-    blank = 0
+def _decoded(lines: Iterable[tuple[int, bytes]], first: int, found: Findings) -> Numbered:
     for number, line in lines:
-        if not line.strip():
-            blank = blank or number
-            continue
-        if blank:
-            raise DataError(f"{path}:{blank}: a line without text; remove it")
-        yield number, line
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            found.add_bad(number, f"not UTF-8 at byte {error.start + 1} of the line; convert the file")
+            text = line.decode(errors="replace")
+        if "\0" in text:
+            found.add_bad(number, f"a zero byte at byte {line.index(0) + 1} of the line, which is not text")
+        # Windows editors write a byte-order mark before the first line.
+        yield number, text.removeprefix("\ufeff") if number == first else text
+
+
+def _filled(lines: Numbered, found: Findings) -> Numbered:
+    """The lines with text."""
+    for number, line in lines:
+        if line.strip():
+            yield number, line
+        else:
+            found.add_blank(number)
 
 
 def _plain(labelled: bool) -> "Reader":
-    def read_lines(lines: Numbered, path: Path, column: str) -> Numbered:
-        for number, line in _filled(lines, path):
-            yield number, _without_label(line, path, number) if labelled else line.strip()
+    def read_lines(lines: Numbered, path: Path, column: str, found: Findings) -> Numbered:
+        for number, line in lines:
+            text = line.strip()
+            if not text:
+                found.add_blank(number)
+            elif not labelled or (text := _without_label(line, number, found)):
+                yield number, text
 
     return read_lines
 
 
-def _without_label(line: str, path: Path, number: int) -> str:
+def _without_label(line: str, number: int, found: Findings) -> str:
+    """The text after the label, or the empty string."""
     label, tab, text = line.partition("\t")
     if not tab:
-        raise DataError(
-            f"{path}:{number}: no tab; data.labelled expects label, tab, text (found {label.strip()[:40]!r})"
-        )
-    if not text.strip():
-        raise DataError(f"{path}:{number}: no text after the label and the tab")
+        found.add_bad(number, f"no tab; data.labelled expects label, tab, text (found {label.strip()[:40]!r})")
+    elif not text.strip():
+        found.add_blank(number, _NO_TEXT_AFTER_LABEL)
     return text.strip()
 
 
-def _csv(lines: Numbered, path: Path, column: str) -> Numbered:
+def _csv(lines: Numbered, path: Path, column: str, found: Findings) -> Numbered:
     begin = 1  # number of the first line of a row; a row may have several lines
     limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
         reader = csv.reader((line for _, line in lines), strict=True)
-        where, width, blank = -1, 0, 0
+        where, width = -1, 0
         for fields in reader:
             number, begin = begin, reader.line_num + 1
-            if not fields:
-                blank = blank or number
-            elif blank:
-                raise DataError(f"{path}:{blank}: a line without text; remove it")
+            if len(fields) < 2 and not "".join(fields).strip():
+                found.add_blank(number)
             elif where < 0:
                 where, width = _position(fields, path, number, column), len(fields)
-            else:
-                yield number, _field(fields, where, width, path, number, column)
+            elif text := _field(fields, where, width, number, column, found):
+                yield number, text
     except csv.Error as error:
-        raise DataError(f"{path}:{begin}: not CSV in the row that begins here: {error}") from None
+        found.add_bad(begin, f"not CSV in the row that begins here: {error}")
+        found.raise_bad(str(path))
     finally:
         csv.field_size_limit(limit)
 
 
-def _tsv(lines: Numbered, path: Path, column: str) -> Numbered:
+def _tsv(lines: Numbered, path: Path, column: str, found: Findings) -> Numbered:
     where, width = -1, 0
-    for number, line in _filled(lines, path):
+    for number, line in _filled(lines, found):
         fields = line.rstrip("\r\n").split("\t")
         if where < 0:
             where, width = _position(fields, path, number, column), len(fields)
-        else:
-            yield number, _field(fields, where, width, path, number, column)
+        elif text := _field(fields, where, width, number, column, found):
+            yield number, text
 
 
-def _jsonl(lines: Numbered, path: Path, column: str) -> Numbered:
-    for number, line in _filled(lines, path):
+def _jsonl(lines: Numbered, path: Path, column: str, found: Findings) -> Numbered:
+    for number, line in _filled(lines, found):
         try:
-            row = json.loads(line)
+            text = _of_object(json.loads(line), column)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: not JSON: {error}; write one object per line") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: {type(row).__name__}, not an object; write one object per line")
-        if column not in row:
-            raise DataError(f"{path}:{number}: no column `{column}`; found: {', '.join(row)}; set data.column")
-        text = row[column]
-        if not isinstance(text, str):
-            raise DataError(f"{path}:{number}: `{column}` holds {type(text).__name__}, not text")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise DataError(f"{path}:{number}: `{column}` holds half of a surrogate pair, which is not text") from None
-        yield number, _text(text, path, number, column)
+            reason = str(error) if isinstance(error, _RowError) else f"not JSON: {error}; write one object per line"
+            found.add_bad(number, reason)
+            continue
+        if text.strip():
+            yield number, text.strip()
+        else:
+            found.add_blank(number, _no_text(column))
+
+
+class _RowError(ValueError):
+    """A JSON row without the text."""
+
+
+def _of_object(row: object, column: str) -> str:
+    """The text of a JSON object; the empty string for null. Raises _RowError."""
+    if not isinstance(row, dict):
+        raise _RowError(f"{type(row).__name__}, not an object; write one object per line")
+    if column not in row:
+        raise _RowError(f"no column `{column}`; found: {', '.join(row)[:200]}; set data.column")
+    text = row[column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise _RowError(f"`{column}` holds {type(text).__name__}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _RowError(f"`{column}` holds half of a surrogate pair, which is not text") from None
+    return text
 
 
 def _position(names: list[str], path: Path, number: int, column: str) -> int:
@@ -160,18 +201,20 @@ def _position(names: list[str], path: Path, number: int, column: str) -> int:
     return names.index(column)
 
 
-def _field(fields: list[str], where: int, width: int, path: Path, number: int, column: str) -> str:
+def _field(fields: list[str], where: int, width: int, number: int, column: str, found: Findings) -> str:
+    """The text of a row, or the empty string."""
     if len(fields) != width:
-        raise DataError(f"{path}:{number}: {len(fields)} fields, but the first line names {width} columns")
-    return _text(fields[where], path, number, column)
+        found.add_bad(number, f"{len(fields)} fields, but the first line names {width} columns")
+        return ""
+    text = fields[where].strip()
+    if not text:
+        found.add_blank(number, _no_text(column))
+    return text
 
 
-def _text(text: str, path: Path, number: int, column: str) -> str:
-    if not text.strip():
-        raise DataError(f"{path}:{number}: no text in `{column}`; remove the row")
-    return text.strip()
+def _no_text(column: str) -> str:
+    return f"no text in `{column}`; remove the row, or set data.blank_lines to skip"
 
 
-Reader = Callable[[Numbered, Path, str], Numbered]
+Reader = Callable[[Numbered, Path, str, Findings], Numbered]
 _READERS: dict[str, Reader] = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl}
-SUFFIXES = tuple(_READERS)

@@ -23,13 +23,13 @@ from typing import Literal
 from uuid import uuid4
 
 from datasets import Dataset, load_from_disk
-from tqdm import tqdm
 
 from vae_ds.config import SPLITS, DataConfig
-from vae_ds.data.cache import cache_dir, cache_error, digest
+from vae_ds.data.cache import cache_dir, cache_error, code_digest, digest
 from vae_ds.data.corpora import english, prose, sources, splits
 from vae_ds.data.corpora.corpus import Corpus, limited, quiet_datasets
 from vae_ds.data.corpora.splits import near_key, split_of_key
+from vae_ds.data.progress import progress, waiting
 from vae_ds.errors import DataError
 
 PARAGRAPH_WORDS = 200  # maximum length of a pretraining paragraph, in words
@@ -49,7 +49,7 @@ Extract = tuple[str, list[list[Keyed]]]
 def load(data: DataConfig) -> Corpus:
     """Load the sentences by split, sorted by a hash of each sentence, so that the first N are a random sample.
 
-    The first call extracts the text into the cache, with a progress bar. This takes a minute or two. Later calls map
+    The first call extracts the text into the cache and shows its progress. This takes a minute or two. Later calls map
     the cached files. Raises DataError if the cache cannot be written.
     """
     folder = _prepared(data, "sentences")
@@ -90,16 +90,17 @@ def _prepared(data: DataConfig, kind: Kind) -> Path:
     """The cache folder for the installed packages. Extract the text into it if it does not exist."""
     root = cache_dir(data.cache_dir) / "docstrings"
     # The code is part of the key, so that a change of the extraction makes a new corpus without a version number.
-    code = [ast.dump(ast.parse(Path(str(module)).read_text("utf-8"))) for module in _EXTRACTION]
+    # Docstrings are not: a change of words must not change the key.
     installed = (f"{name}=={version}" for name, version in sorted(sources.versions().items()))
-    folder = root / f"{kind}-{digest([*installed, *code])}"
+    folder = root / f"{kind}-{digest([*installed, code_digest(_EXTRACTION)])}"
     if (folder / "meta.json").is_file():
         return folder
     check(data)
-    extracts = list(
-        _progress(kind, [(source.name, path) for source in sources.installed_sources() for path in source.files])
-    )
-    texts = _sentences(extracts) if kind == "sentences" else {"paragraphs": _paragraphs(extracts)}
+    with waiting("Listing the files of the installed packages"):
+        jobs = [(source.name, path) for source in sources.installed_sources() for path in source.files]
+    extracts = list(_progress(kind, jobs))
+    with waiting(f"Selecting {kind} of docstrings"):
+        texts = _sentences(extracts) if kind == "sentences" else {"paragraphs": _paragraphs(extracts)}
     temporary = root / f".partial-{uuid4().hex}"
     try:
         with quiet_datasets():
@@ -118,12 +119,12 @@ def _prepared(data: DataConfig, kind: Kind) -> Path:
 
 
 def _progress(kind: Kind, jobs: list[tuple[str, Path]]) -> Iterator[Extract]:
-    """Extract from all files in parallel, in order, with a bar on an interactive terminal."""
+    """Extract from all files in parallel, in order, and show the progress."""
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
-    bar = {"total": len(jobs), "desc": f"docstrings: {kind}", "unit": "file", "disable": None, "leave": False}
+    task = f"Extracting {kind} from docstrings"
     extract = _sentences_of if kind == "sentences" else _paragraphs_of
     if workers == 1 or multiprocessing.current_process().daemon:
-        yield from tqdm(map(extract, jobs), **bar)
+        yield from progress(map(extract, jobs), task, len(jobs), "files")
         return
     # Forked workers run pure Python code only. Unlike spawned workers, they need no guard in the user's main module.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
@@ -132,7 +133,7 @@ def _progress(kind: Kind, jobs: list[tuple[str, Path]]) -> Iterator[Extract]:
         # The pool ends its workers with SIGTERM. They must not inherit a handler that only records the signal.
         pool = multiprocessing.get_context(method).Pool(workers, signal.signal, (signal.SIGTERM, signal.SIG_DFL))
     with pool:
-        yield from tqdm(pool.imap(extract, jobs, chunksize=16), **bar)
+        yield from progress(pool.imap(extract, jobs, chunksize=16), task, len(jobs), "files")
 
 
 def _sentences_of(job: tuple[str, Path]) -> Extract:

@@ -20,6 +20,7 @@ from vae_ds.config import SPLITS, DataConfig
 from vae_ds.data.cache import cache_dir, digest, make_folder, read_rows, write_rows
 from vae_ds.data.corpora.corpus import Corpus, limited
 from vae_ds.data.corpora.pcfg import Derivation, Grammar, Rule
+from vae_ds.data.progress import progress
 from vae_ds.distributed import stream
 from vae_ds.errors import DataError
 
@@ -278,7 +279,8 @@ def _rows(data: DataConfig, split: str) -> Dataset:
     names = english().factors
     if not cached.is_file():
         strings = [("text", pa.large_string()), *((name, pa.string()) for name in names)]
-        write_rows(cached, _drawn(data.seed, split, number), pa.schema([*strings, (LOG_PROB, pa.float64())]))
+        rows = progress(_drawn(data.seed, split, number), f"Drawing {split} from the grammar", number)
+        write_rows(cached, rows, pa.schema([*strings, (LOG_PROB, pa.float64())]))
     return read_rows(cached)
 
 

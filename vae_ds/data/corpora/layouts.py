@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vae_ds.config import SPLITS, DataConfig
-from vae_ds.data.corpora import dataset, text
+from vae_ds.data.corpora import dataset, text, text_files
 from vae_ds.data.corpora.corpus import Corpus
 from vae_ds.errors import DataError
 
@@ -56,12 +56,14 @@ def settings(data: DataConfig) -> DataConfig:
     if not data.path:
         return data.model_copy(update={**of_hub, "corpus": "dataset", "path": layout.hub, "revision": layout.revision})
     folder = Path(data.path).expanduser()
-    if not folder.is_dir():
-        found = "is a file" if folder.exists() else "no such directory"
+    kind = text_files.kind_of(folder)
+    if kind != "directory":
+        found = "no such directory" if kind == "nothing" else f"is a {kind}"
         raise DataError(
             f"{data.path}: {found}; data.path is a directory with train.txt, valid.txt and test.txt in the layout of"
             f" Optimus for {data.corpus}, or a copy of {layout.hub}; leave data.path out to load it from the hub"
         )
-    if any((folder / f"{name}.txt").is_file() for names in text.NAMES.values() for name in names):
+    names = [f"{name}{end}" for names in text_files.NAMES.values() for name in names for end in text_files.PLAIN]
+    if any(text_files.kind_of(folder / name) != "nothing" for name in names):
         return data.model_copy(update={**dict.fromkeys(SPLITS), "corpus": "text", "labelled": layout.labelled})
     return data.model_copy(update={**of_hub, "corpus": "dataset", "revision": None})

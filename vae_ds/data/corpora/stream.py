@@ -7,8 +7,9 @@ memory.
 Shapes: W windows of an epoch, K blocks of the file.
 """
 
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,13 +18,19 @@ from numpy.typing import NDArray
 
 from vae_ds.config import DataConfig
 from vae_ds.data.cache import digest
-from vae_ds.data.corpora import delimited, layouts, text
+from vae_ds.data.corpora import delimited, layouts, text_files
+from vae_ds.data.corpora.findings import Findings
+from vae_ds.data.corpora.opening import check_head, unreadable
+from vae_ds.data.progress import is_main
 from vae_ds.distributed import stream
 from vae_ds.errors import DataError
 
 BLOCK_BYTES = 1 << 16
 WINDOW_BLOCKS = 64  # 4 MiB: about fifty thousand sentences
 _PROBES = 16  # blocks that the fingerprint reads
+_UNIT = ", from byte"  # lines of a stream have no numbers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class LineStream:
     fingerprint: str
     block_bytes: int
     window_blocks: int
+    _reported: set[str] = field(default_factory=set, repr=False, compare=False)  # reports are logged once
 
     @property
     def blocks(self) -> int:
@@ -50,21 +58,30 @@ class LineStream:
     def window(self, number: int, seed: int, *keys: int) -> list[str]:
         """The sentences of one window, block by block, in the epoch that `seed` and `keys` identify.
 
-        Raises DataError like `delimited.read`. The message gives the byte offset of the line.
+        Raises DataError like `delimited.read`, for all lines of the window at once. The message gives the byte offsets
+        of the lines. The first blank lines are logged.
         """
         order_K = self._order(seed, *keys)
+        found = Findings(self.data.blank_lines)
         try:
             with self.path.open("rb") as file:
                 own = np.array_split(order_K, self.windows)[number]
-                return [line for block in own for line in self._lines(file, int(block) * self.block_bytes)]
+                lines = [line for block in own for line in self._lines(file, int(block) * self.block_bytes, found)]
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
+            raise unreadable(self.path, error) from None
+        found.raise_bad(f"{self.path}{_UNIT}")
+        if found.blank and not self._reported and is_main():
+            self._reported.add("blank")
+            message = "%s: lines without text: %d of %d in this window skipped (one begins at byte %d); later windows"
+            message += " skip them without a message; data.blank_lines=error refuses them"
+            log.warning(message, self.path, found.blank, found.blank + len(lines), min(found.first_blank))
+        return lines
 
     def _order(self, seed: int, *keys: int) -> NDArray[np.int64]:
         order_K: NDArray[np.int64] = stream(seed, "blocks", *keys).permutation(self.blocks)
         return order_K
 
-    def _lines(self, file: BinaryIO, start: int) -> Iterator[str]:
+    def _lines(self, file: BinaryIO, start: int, found: Findings) -> Iterator[str]:
         """The sentences whose lines begin in the block at byte `start`."""
         file.seek(max(0, start - 1))
         if start:
@@ -75,7 +92,7 @@ class LineStream:
             while (offset := file.tell()) < end:
                 yield offset, file.readline()
 
-        return delimited.parse(numbered(), self.path, self.data, first=0, unit=", from byte")
+        return delimited.parse(numbered(), self.path, self.data, found, first=0, unit=_UNIT)
 
 
 def open_stream(data: DataConfig) -> LineStream:
@@ -83,19 +100,41 @@ def open_stream(data: DataConfig) -> LineStream:
     known = layouts.settings(data) if data.corpus in layouts.LAYOUTS else data
     if known.corpus != "text":
         raise DataError(f"data.streaming needs text files; {data.corpus} has none here; set data.streaming to false")
-    path = text.find(known)["train"]
-    if delimited.suffix(path) not in ("", ".jsonl"):
-        raise DataError(f"{path}: data.streaming reads plain text or JSON lines, with one sentence per line")
+    path = _seekable(text_files.locate(known)["train"], known)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             probes = []
             for offset in np.linspace(0, max(0, size - BLOCK_BYTES), _PROBES, dtype=np.int64):
                 file.seek(int(offset))
-                probes.append(file.read(BLOCK_BYTES).hex())
+                probes.append(file.read(BLOCK_BYTES))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise unreadable(path, error) from None
     if not size:
         raise DataError(f"{path}: empty; write one sentence per line")
-    settings = [str(known.labelled), delimited.suffix(path), known.column]
-    return LineStream(path, known, size, digest([str(size), *settings, *probes]), BLOCK_BYTES, WINDOW_BLOCKS)
+    check_head(path, probes[0])
+    settings = [str(known.labelled), text_files.suffix(path), known.column]
+    fingerprint = digest([str(size), *settings, *(probe.hex() for probe in probes)])
+    return LineStream(path, known, size, fingerprint, BLOCK_BYTES, WINDOW_BLOCKS)
+
+
+def _seekable(files: tuple[Path, ...], data: DataConfig) -> Path:
+    """The training file. Raises DataError if it is not one file of lines in which blocks can be found."""
+    path, kind = files[0], text_files.suffix(files[0])
+    if len(files) > 1:
+        raise DataError(
+            f"{data.train}: data.streaming seeks in one file, but this pattern matches {len(files)} files; join them"
+            " into one, or set data.streaming to false"
+        )
+    if text_files.compression(path):
+        raise DataError(
+            f"{path}: data.streaming seeks in the file, but a compressed file can only be read from its start;"
+            " decompress it, or set data.streaming to false"
+        )
+    if kind not in ("", ".jsonl"):
+        reason = "parquet has no lines" if kind == ".parquet" else "a row may have several lines, or needs the first"
+        raise DataError(
+            f"{path}: data.streaming reads plain text or JSON lines, with one sentence per line ({reason});"
+            " convert the file, or set data.streaming to false"
+        )
+    return path

@@ -1,100 +1,163 @@
-"""The `text` corpus: three UTF-8 files of plain text, labelled text (label, tab, text), CSV, TSV or JSON lines.
+"""The `text` corpus: UTF-8 files of plain text, labelled text (label, tab, text), CSV, TSV, JSON lines or parquet.
 
 The lines are checked while they are written to an Arrow file in the cache. The name of that file is a hash of the
 source. Thus a large corpus is never read into memory, and is checked once.
 """
 
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from datasets import Dataset
 
 from vae_ds.config import SPLITS, DataConfig
-from vae_ds.data.cache import cache_dir, digest, hash_file, read_rows, write_rows
-from vae_ds.data.corpora import delimited
+from vae_ds.data.cache import cache_dir, digest, make_folder, noted_hash, read_rows, write_rows, write_text
+from vae_ds.data.corpora import delimited, holdout, text_files
 from vae_ds.data.corpora.corpus import Corpus, limited
-from vae_ds.errors import DataError
+from vae_ds.data.corpora.findings import Findings
+from vae_ds.data.corpora.opening import unreadable
+from vae_ds.data.progress import is_main
 
-NAMES = {"train": ("train",), "valid": ("valid", "dev", "validation", "val"), "test": ("test",)}
-_SUFFIXES = (".txt", *delimited.SUFFIXES)
 _LAYOUT = "1"  # version of the cached files
+
+Files = tuple[Path, ...]
+
+log = logging.getLogger(__name__)
 
 
 def load(data: DataConfig) -> Corpus:
-    """Load the sentences of the three files, in file order; without the training file if it is read as a stream.
+    """Load the sentences of the files, in file order; without the training files if they are read as a stream.
+
+    With `data.split`, valid and test are drawn from the only source. Facts: `blank_lines`, the number of skipped lines
+    without text of each split, or of `all` with `data.split`. It is also logged.
 
     Raises DataError for a missing or empty file and, with file and line, for every error of `delimited.read`.
     """
-    files = find(data)
-    if data.streaming:
-        del files["train"]
-    hashes = {split: _hash(path) for split, path in files.items()}
-    rows = {split: limited(_rows(path, hashes[split], data), data.limit) for split, path in files.items()}
-    columns = [fact for path in files.values() for fact in _columns(path, data)]
+    sources = _sources(data)
+    hashes = {name: _hash(files, data) for name, files in sources.items()}
+    rows = {name: _rows(files, hashes[name], data) for name, files in sources.items()}
+    blank = {name: _report_blank(files, _cached(files, hashes[name], data)) for name, files in sources.items()}
+    columns = [fact for files in sources.values() for path in files for fact in _format(path, data)]
     facts = [_LAYOUT, str(data.labelled), str(data.limit), *hashes.values(), *columns]
-    return Corpus("text", digest(facts), rows)
+    if data.split:
+        (files,) = sources.values()
+        cached = _cached(files, hashes[text_files.WHOLE], data)
+        rows, facts = _drawn(files, rows[text_files.WHOLE], cached, data), [*facts, data.split.model_dump_json()]
+    rows = {split: limited(part, data.limit) for split, part in rows.items()}
+    return Corpus("text", digest(facts), rows, {"blank_lines": blank})
 
 
 def check(data: DataConfig) -> None:
-    """Check the files to their last line, except a training file that is read as a stream.
+    """Check the files to their last line, except training files that are read as a stream.
 
-    Memory does not grow with the files. Raises DataError like `load`.
+    Files that were checked before are not read again. Rank 0 keeps the checked lines in the cache for `load`. Memory
+    does not grow with the files. Raises DataError like `load`.
     """
-    for split, path in find(data).items():
-        if split == "train" and data.streaming:
-            continue
-        for _ in delimited.read(path, data):
-            pass
+    for files in _sources(data).values():
+        content = _hash(files, data)
+        if is_main() or _cached(files, content, data).is_file():
+            _rows(files, content, data)
+        else:
+            for _ in _sentences(files, data, []):
+                pass
 
 
 def find(data: DataConfig) -> dict[str, Path]:
-    """Find the file of each split. Raises DataError, which says which file is missing and what to do."""
-    folder = Path(data.path).expanduser() if data.path else None
-    if folder and not folder.is_dir() and not (data.train and data.valid and data.test):
-        found = "is a file" if folder.exists() else "no such directory"
-        raise DataError(
-            f"{folder}: {found}; data.path is a directory with train.txt, valid.txt and test.txt; for a data set of the"
-            " hub, use --set data.corpus=dataset data.path=NAME data.column=COLUMN"
-        )
-    return {split: _file(folder, split, getattr(data, split)) for split in SPLITS}
+    """The file of each split, if each split is one file; otherwise an empty dictionary. Raises DataError."""
+    located = text_files.locate(data)
+    if data.split or any(len(files) > 1 for files in located.values()):
+        return {}
+    return {split: files[0] for split, files in located.items()}
 
 
-def _file(folder: Path | None, split: str, named: str | None) -> Path:
-    if named:
-        path = Path(named).expanduser()
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; correct data.{split}")
-        return path
-    assert folder is not None  # the settings require `path` if the file of a split is not given
-    names = (f"{name}{suffix}" for name in NAMES[split] for suffix in _SUFFIXES)
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if len(found) > 1:
-        both = " and ".join(path.name for path in found)
-        raise DataError(f"{folder}: {both}; set data.{split} to one of them")
-    if found:
-        return found[0]
-    wanted = " or ".join(f"{name}.txt" for name in NAMES[split])
-    others = ", ".join(delimited.SUFFIXES)
-    raise DataError(
-        f"{folder}: no {wanted} (or {others}); add it, one sentence per line, or set data.{split} to a file"
-    )
+def _sources(data: DataConfig) -> dict[str, Files]:
+    """The files to read now."""
+    located = text_files.locate(data)
+    return {name: files for name, files in located.items() if not (data.streaming and name == "train")}
 
 
-def _columns(path: Path, data: DataConfig) -> list[str]:
+def _format(path: Path, data: DataConfig) -> list[str]:
     """The settings that determine the text of a file, besides its bytes and `data.labelled`."""
-    kind = delimited.suffix(path)
-    return [kind, data.column] if kind else []
+    kind, codec = text_files.suffix(path), text_files.compression(path)
+    return [*([codec] if codec else []), *([kind, data.column] if kind else [])]
 
 
-def _hash(path: Path) -> str:
-    try:
-        return hash_file(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+def _hash(files: Files, data: DataConfig) -> str:
+    """Hash of the bytes of the files."""
+    notes = cache_dir(data.cache_dir) / "text" / "hashes"
+    hashes = []
+    for path in files:
+        try:
+            hashes.append(noted_hash(path, notes))
+        except OSError as error:
+            raise unreadable(path, error) from None
+    return hashes[0] if len(hashes) == 1 else digest(hashes)
 
 
-def _rows(path: Path, content: str, data: DataConfig) -> Dataset:
-    root = cache_dir(data.cache_dir) / "text"
-    cached = root / f"{digest([_LAYOUT, content, str(data.labelled), *_columns(path, data)])}.arrow"
+def _cached(files: Files, content: str, data: DataConfig) -> Path:
+    """The Arrow file of a source. The file beside it with the suffix .json has the blank lines of each file."""
+    formats = [fact for path in files for fact in _format(path, data)]
+    return cache_dir(data.cache_dir) / "text" / f"{digest([_LAYOUT, content, str(data.labelled), *formats])}.arrow"
+
+
+def _rows(files: Files, content: str, data: DataConfig) -> Dataset:
+    """The sentences of a source, from the cache if it has them. Raises DataError for blank lines if they are errors."""
+    cached = _cached(files, content, data)
     if not cached.is_file():
-        write_rows(cached, ((text,) for text in delimited.read(path, data)))
+        findings: list[Findings] = []
+        make_folder(cached.parent)
+        # The reader ends before the Arrow file gets its name, so the file beside it exists first.
+        write_rows(cached, ((text,) for text in _noted(_sentences(files, data, findings), findings, cached)))
+    elif data.blank_lines == "error":
+        for path, found in zip(files, _notes(cached), strict=False):
+            found.raise_blank(str(path))
     return read_rows(cached)
+
+
+def _sentences(files: Files, data: DataConfig, findings: list[Findings]) -> Iterator[str]:
+    for path in files:
+        findings.append(Findings(data.blank_lines))
+        yield from delimited.read(path, data, findings[-1])
+
+
+def _noted(sentences: Iterator[str], findings: list[Findings], cached: Path) -> Iterator[str]:
+    """Yield the sentences, then write the blank lines of their files beside the Arrow file."""
+    yield from sentences
+    notes = [[found.blank, found.first_blank] for found in findings]
+    write_text(cached.with_suffix(".json"), json.dumps(notes))
+
+
+def _notes(cached: Path) -> list[Findings]:
+    """The blank lines of each file. A cache of an older version has no notes, since it has no blank lines."""
+    try:
+        notes = json.loads(cached.with_suffix(".json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [replace(Findings(), blank=blank, first_blank=first) for blank, first in notes]
+
+
+def _report_blank(files: Files, cached: Path) -> int:
+    """Log the number of blank lines on rank 0, and return it."""
+    found = [(path, notes) for path, notes in zip(files, _notes(cached), strict=False) if notes.blank]
+    blank = sum(notes.blank for _, notes in found)
+    if blank and is_main():
+        path, notes = found[0]
+        rest = f" and {len(found) - 1} more files" if len(found) > 1 else ""
+        message = "%s%s: lines without text: %d skipped (the first is line %d); data.blank_lines=error refuses them"
+        log.warning(message, path, rest, blank, notes.first_blank[0])
+    return blank
+
+
+def _drawn(files: Files, whole: Dataset, cached: Path, data: DataConfig) -> dict[str, Dataset]:
+    """The splits of one source, whose sentences are in the file `cached`."""
+    assert data.split is not None
+    folder = cached.with_suffix("") / digest([_LAYOUT, data.split.model_dump_json()])
+    targets = {split: folder / f"{split}.arrow" for split in SPLITS}
+    # `draw` writes train last.
+    if not targets["train"].is_file():
+        name = str(files[0]) + (f" and {len(files) - 1} more files" if len(files) > 1 else "")
+        numbers = {"valid": data.split.valid, "test": data.split.test}
+        holdout.draw(name, whole, numbers, data.split.seed, targets)
+    return {split: read_rows(path) for split, path in targets.items()}

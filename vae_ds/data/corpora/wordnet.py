@@ -5,16 +5,17 @@ followed by examples in quotation marks. The definition is a sentence; with `dat
 duplicates are removed. The split is a hash of the near-duplicate key, so near-duplicates are in the same split.
 """
 
-import ast
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from vae_ds.config import SPLITS, DataConfig
-from vae_ds.data.cache import cache_dir, cache_error, digest, hash_file, read_rows, write_rows
+from vae_ds.data.cache import cache_dir, code_digest, digest, hash_file, read_rows, write_rows, write_text
 from vae_ds.data.corpora import splits
 from vae_ds.data.corpora.corpus import Corpus, limited
+from vae_ds.data.corpora.text_files import kind_of
+from vae_ds.data.progress import Progress
 from vae_ds.errors import DataError
 
 PLACE = "/usr/share/wordnet"  # the directory of the Debian and Ubuntu package wordnet-base
@@ -34,14 +35,18 @@ def load(data: DataConfig) -> Corpus:
     a file is missing or, with file and line, if a line does not follow the format.
     """
     files = find(data)
-    own = [ast.dump(ast.parse(Path(str(code)).read_text("utf-8"))) for code in (__file__, splits.__file__)]
-    key = digest([*own, str(data.examples), *(hash_file(path) for path in files.values())])
+    # The code is part of the key, so that a change of the extraction makes a new corpus without a version number.
+    key = digest(
+        [code_digest([__file__, splits.__file__]), str(data.examples), *(hash_file(path) for path in files.values())]
+    )
     folder = cache_dir(data.cache_dir) / "wordnet" / key
     if not all((folder / name).is_file() for name in ("facts.json", *(f"{split}.arrow" for split in SPLITS))):
         _prepare(files, data.examples, folder)
     rows = {split: limited(read_rows(folder / f"{split}.arrow"), data.limit) for split in SPLITS}
     facts = json.loads((folder / "facts.json").read_text("utf-8"))
-    return Corpus("wordnet", digest([key, str(data.limit)]), rows, facts)
+    # A hash of the sentences, not the key: a change of the code that keeps the sentences keeps the corpus.
+    fingerprint = digest([facts.pop("fingerprint"), str(data.limit)])
+    return Corpus("wordnet", fingerprint, rows, facts)
 
 
 def check(data: DataConfig) -> None:
@@ -53,7 +58,7 @@ def find(data: DataConfig) -> dict[str, Path]:
     """Find the database files by part of speech. Raises DataError, which says how to install them."""
     folder = Path(data.path or PLACE).expanduser()
     files = {kind: folder / f"data.{kind}" for kind in TYPES}
-    missing = [path.name for path in files.values() if not path.is_file()]
+    missing = [path.name for path in files.values() if kind_of(path) != "file"]
     if missing:
         raise DataError(
             f"{folder}: no {', '.join(missing)} of WordNet there; install the package wordnet-base"
@@ -141,24 +146,28 @@ def _matching(fields: Iterator[str], pattern: re.Pattern[str], name: str) -> str
 def _prepare(files: dict[str, Path], examples: bool, folder: Path) -> None:
     synsets = 0
     unique: dict[str, None] = {}
-    for kind, path in files.items():
-        for gloss in read_glosses(path, kind):
-            synsets += 1
-            definition, quoted = parts(gloss)
-            for text in [definition, *quoted] if examples else [definition]:
-                if text:
-                    unique.setdefault(text)
+    with Progress("Reading WordNet", unit="synsets") as progress:
+        for kind, path in files.items():
+            for gloss in read_glosses(path, kind):
+                synsets += 1
+                progress.add()
+                definition, quoted = parts(gloss)
+                for text in [definition, *quoted] if examples else [definition]:
+                    if text:
+                        unique.setdefault(text)
     chosen: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
-    for text in unique:
-        # Salted, to be independent of the split, which is a hash of the near-duplicate key.
-        chosen[splits.split_of(text)].append((digest(["order", text]), text))
-    for split, rows in chosen.items():
-        write_rows(folder / f"{split}.arrow", ((text,) for _, text in sorted(rows)))
-    facts = {"synsets": synsets, "sentences": {split: len(rows) for split, rows in chosen.items()}}
-    try:
-        part = folder / ".facts.part"
-        part.write_text(json.dumps(facts), encoding="utf-8")
-        # Write this file last: it marks the other files as complete.
-        part.replace(folder / "facts.json")
-    except OSError as error:
-        raise cache_error(folder, error) from None
+    with Progress("Splitting WordNet", len(unique)) as progress:
+        for text in unique:
+            # Salted, to be independent of the split, which is a hash of the near-duplicate key.
+            chosen[splits.split_of(text)].append((digest(["order", text]), text))
+            progress.add()
+    texts = {split: [text for _, text in sorted(rows)] for split, rows in chosen.items()}
+    for split, sentences in texts.items():
+        write_rows(folder / f"{split}.arrow", ((text,) for text in sentences))
+    facts = {
+        "synsets": synsets,
+        "sentences": {split: len(sentences) for split, sentences in texts.items()},
+        "fingerprint": digest(part for split, sentences in texts.items() for part in [split, *sentences]),
+    }
+    # Write this file last: it marks the other files as complete.
+    write_text(folder / "facts.json", json.dumps(facts))
