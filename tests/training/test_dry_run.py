@@ -1,13 +1,11 @@
 """A dry run finds what a start would find, says what the run would be, and leaves nothing behind."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from support.tiny import demo_settings
-from vae_ds import distributed
 from vae_ds.errors import CheckpointError, ConfigError, UserError
 from vae_ds.training import dry_run, train
 
@@ -16,9 +14,8 @@ STEPS = ("phases.0.steps=2", "phases.1.steps=3")
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Iterator[list[str]]:
-    yield [*demo_settings(tmp_path), *STEPS, "logging.tensorboard=false"]
-    distributed.finish()
+def settings(tmp_path: Path) -> list[str]:
+    return [*demo_settings(tmp_path), *STEPS, "logging.tensorboard=false"]
 
 
 def test_the_facts_of_a_run(settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

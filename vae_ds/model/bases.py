@@ -61,10 +61,21 @@ def load_t5(settings: ModelConfig) -> Any:
     try:
         with _quiet(location):
             t5, report = FAMILIES[config.model_type][1].from_pretrained(
-                location, config=config, dtype=torch.float32, output_loading_info=True
+                # Without ignore_mismatched_sizes, the error points to a report that is not printed.
+                location,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.base {settings.base}: its weights cannot be loaded: {_line(error)}") from None
+    if report["mismatched_keys"]:
+        name, found, wanted = min(report["mismatched_keys"])
+        raise ConfigError(
+            f"model.base {settings.base}: {name} is {list(found)} in the weights, but {list(wanted)} by config.json; "
+            "the two are of different models"
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ConfigError(f"model.base {settings.base}: its weights lack {', '.join(missing[:3])}")
