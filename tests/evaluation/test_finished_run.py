@@ -1,0 +1,31 @@
+"""Work on a finished run, from any directory."""
+
+from pathlib import Path
+
+import pytest
+
+from support.tiny import ENGLISH, demo_settings
+from vae_ds.evaluation import finished_run
+from vae_ds.training import train
+
+
+@pytest.mark.timeout(180)
+def test_a_run_trained_with_relative_paths_is_evaluated_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [setting.replace(f"{tmp_path}/", "") for setting in demo_settings(tmp_path)]
+    short = ["phases.0.steps=1", "phases.1.steps=1", "logging.tensorboard=false", "export=last"]
+    monkeypatch.chdir(tmp_path)
+    run = train("demo", "runs/mine", [*settings, *short])
+    assert run == Path("runs/mine")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = tmp_path / "runs" / "mine"
+    assert finished_run.sentences(run, "test", 2) == list(ENGLISH[320:322])
+    few = {"iw_samples": 2, "iw_sentences": 3, "bleu_sentences": 0, "samples": 0}
+    metrics = finished_run.evaluate_run(run, "test", few)
+    assert metrics is not None
+    assert metrics["sentences"] == 80
+    # The same command from the first directory finds its run, with the same relative words.
+    monkeypatch.chdir(tmp_path)
+    assert train("demo", "runs/mine", [*settings, *short]) == Path("runs/mine")
