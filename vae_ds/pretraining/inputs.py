@@ -14,6 +14,7 @@ from vae_ds.config import PretrainConfig
 from vae_ds.data import corpora, micro_batch, steps_per_epoch
 from vae_ds.distributed import Ranks
 from vae_ds.pretraining import vocabulary
+from vae_ds.pretraining.paragraphs import paragraphs
 from vae_ds.pretraining.span_corruption import Pair, Plan, Texts, pairs, tokenise_texts
 
 SHOWN_TEXTS = 6
@@ -64,8 +65,8 @@ def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Setup:
     sentences = [str(text) for text in corpus.splits["train"]["text"]]
     blocks: list[str] = []
     if config.paragraphs and config.data.corpus == "docstrings":
-        paragraphs = distributed.rank0_first(lambda: corpora.docstrings.paragraphs(config.data))
-        blocks = [str(text) for text in paragraphs["text"]]
+        rows = distributed.rank0_first(lambda: paragraphs(config.data))
+        blocks = [str(text) for text in rows["text"]]
     # A sentence that is also in a paragraph counts twice. This is intended: a VAE is trained on single sentences.
     texts = [*sentences, *blocks]
     pieces = distributed.rank0_first(lambda: _vocabulary(texts, config, run_dir))

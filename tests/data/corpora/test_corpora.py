@@ -15,6 +15,7 @@ from vae_ds.data.corpora import dataset, docstrings, prose, sources
 from vae_ds.data.corpora.splits import near_key, split_of
 from vae_ds.errors import DataError, UserError
 from vae_ds.model import bases
+from vae_ds.pretraining import paragraphs
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -160,14 +161,14 @@ def test_comments_and_messages_are_no_documentation(tmp_path):
         'def f(x):\n    """Return the value of it all."""\n'
         '    raise ValueError(f"The value {x} is not what the caller wanted.")\n'
     )
-    texts = list(docstrings._texts(file))
+    texts = list(docstrings.texts_of(file))
     assert (True, "The module does one thing well.") in texts
     assert (True, "Return the value of it all.") in texts
     assert (False, "This comment is long enough\nto be a sentence of its own.") in texts
     assert not any("wanted" in text for _, text in texts)
     for broken in ("def f(:\n", "\x00", "x = '\udcff'"):
         file.write_bytes(broken.encode("utf-8", "surrogateescape"))
-        assert list(docstrings._texts(file)) == []
+        assert list(docstrings.texts_of(file)) == []
 
 
 # --- docstrings -----------------------------------------------------------------------------------------------------
@@ -183,12 +184,12 @@ def small(tmp_path_factory):
         begun = time.monotonic()
         first = corpora.load(data)
         extraction_s = time.monotonic() - begun
-        blocks = docstrings.paragraphs(data)["text"][:]
+        blocks = paragraphs.paragraphs(data)["text"][:]
         patch.setattr(docstrings, "_progress", lambda *_: pytest.fail("the cache was not used"))
         begun = time.monotonic()
         second = corpora.load(data)
         assert time.monotonic() - begun < extraction_s / 2
-        assert docstrings.paragraphs(data)["text"][:] == blocks
+        assert paragraphs.paragraphs(data)["text"][:] == blocks
         yield data, first, second, blocks
 
 
@@ -210,12 +211,12 @@ def test_docstrings_are_split_and_cached(small):
 
 
 def test_no_paragraph_holds_a_sentence_of_valid_or_test(small):
-    _, corpus, _, paragraphs = small
+    _, corpus, _, blocks = small
     held_out = {near_key(text) for split in ("valid", "test") for text in corpus.splits[split]["text"][:]}
     trained = {near_key(text) for text in corpus.splits["train"]["text"][:]}
     seen = set()
-    for paragraph in paragraphs:
-        assert 3 <= len(paragraph.split()) <= docstrings.PARAGRAPH_WORDS
+    for paragraph in blocks:
+        assert 3 <= len(paragraph.split()) <= paragraphs.PARAGRAPH_WORDS
         for piece in [*prose.sentences(paragraph), *prose.loose_sentences(paragraph)]:
             seen.add(near_key(piece))
     assert not seen & held_out
@@ -228,7 +229,7 @@ def test_limit_takes_the_first_sentences_and_changes_the_fingerprint(small):
     assert {len(rows) for rows in cut.splits.values()} == {7}
     assert cut.splits["test"]["text"][:] == first.splits["test"]["text"][:7]
     assert cut.fingerprint != first.fingerprint
-    assert len(docstrings.paragraphs(data.model_copy(update={"limit": 5}))) == 5
+    assert len(paragraphs.paragraphs(data.model_copy(update={"limit": 5}))) == 5
 
 
 def test_sources_follow_requirements_without_tests():

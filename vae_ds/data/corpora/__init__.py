@@ -1,12 +1,23 @@
 """Sources of text: docstrings, WordNet, a grammar, text files, and data sets of the hub or on disk."""
 
 from vae_ds.config import DataConfig
-from vae_ds.data.corpora import dataset, docstrings, grammar, layouts, text, wordnet
+from vae_ds.data.corpora import dataset, docstrings, grammar, layouts, prose, splits, text, wordnet
 from vae_ds.data.corpora.corpus import Corpus
 from vae_ds.data.corpora.splits import split_of
 from vae_ds.data.corpora.stream import LineStream, open_stream
 
-__all__ = ["Corpus", "LineStream", "check", "docstrings", "grammar", "load", "open_stream", "split_of"]
+__all__ = [
+    "Corpus",
+    "LineStream",
+    "check",
+    "docstrings",
+    "grammar",
+    "load",
+    "open_stream",
+    "prose",
+    "split_of",
+    "splits",
+]
 
 _KINDS = {
     "docstrings": docstrings,

@@ -16,10 +16,9 @@ import shutil
 import signal
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 from uuid import uuid4
 
 from datasets import Dataset, load_from_disk
@@ -32,13 +31,14 @@ from vae_ds.data.corpora.splits import near_key, split_of_key
 from vae_ds.data.progress import progress, waiting
 from vae_ds.errors import DataError
 
-PARAGRAPH_WORDS = 200  # maximum length of a pretraining paragraph, in words
 _KNOWN_PACKAGES, _KNOWN_SENTENCES = 2, 4  # a word counts as English if at least so many packages and sentences use it
 _EXTRACTION = (__file__, *(module.__file__ for module in (english, prose, sources, splits)))
 _COMMENT = re.compile(r"^[ \t]*(?:#:?|//+!?|\*)[ \t](.*)$")
 _MESSAGE_WORDS = 6
 
-Kind = Literal["sentences", "paragraphs"]
+File = tuple[str, Path]
+"""A package and one of its files."""
+
 Keyed = tuple[str, str]
 """A pair of a near-duplicate key and its sentence."""
 
@@ -52,19 +52,10 @@ def load(data: DataConfig) -> Corpus:
     The first call extracts the text into the cache and shows its progress. This takes a minute or two. Later calls map
     the cached files. Raises DataError if the cache cannot be written.
     """
-    folder = _prepared(data, "sentences")
+    folder = prepared(data, "sentences", _sentences_of, _sentences)
     meta = json.loads((folder / "meta.json").read_text())
-    rows = {split: limited(_open(folder / split), data.limit) for split in SPLITS}
+    rows = {split: limited(open_rows(folder / split), data.limit) for split in SPLITS}
     return Corpus("docstrings", digest([meta["fingerprint"], str(data.limit)]), rows)
-
-
-def paragraphs(data: DataConfig) -> Dataset:
-    """Paragraphs for language-model pretraining: column `text`, at most 200 words each.
-
-    Sentences whose near-duplicate key is in valid or test are removed. So are sentences with a part, as split by
-    `prose.loose_sentences`, whose key is in valid or test.
-    """
-    return limited(_open(_prepared(data, "paragraphs") / "paragraphs"), data.limit)
 
 
 def check(data: DataConfig) -> None:
@@ -76,7 +67,8 @@ def check(data: DataConfig) -> None:
         raise cache_error(root, error) from None
 
 
-def _open(folder: Path) -> Dataset:
+def open_rows(folder: Path) -> Dataset:
+    """The rows of one part of a prepared folder, memory-mapped. Raises DataError if the cache is broken."""
     try:
         with quiet_datasets():
             rows = load_from_disk(str(folder))
@@ -86,21 +78,35 @@ def _open(folder: Path) -> Dataset:
     return rows
 
 
-def _prepared(data: DataConfig, kind: Kind) -> Path:
-    """The cache folder for the installed packages. Extract the text into it if it does not exist."""
+def prepared(
+    data: DataConfig,
+    kind: str,
+    extract: Callable[[File], Extract],
+    assemble: Callable[[list[Extract]], dict[str, list[str]]],
+    code: Sequence[str] = (),
+) -> Path:
+    """The cache folder of `kind` for the installed packages, extracted if it does not exist.
+
+    Args:
+        extract: what one file gives. Runs in worker processes, so it must be a function of a module.
+        assemble: the rows of each part of the folder, from what all files gave.
+        code: source files beside those of this package on which the result depends.
+
+    Raises DataError if the cache cannot be written.
+    """
     root = cache_dir(data.cache_dir) / "docstrings"
     # The code is part of the key, so that a change of the extraction makes a new corpus without a version number.
     # Docstrings are not: a change of words must not change the key.
     installed = (f"{name}=={version}" for name, version in sorted(sources.versions().items()))
-    folder = root / f"{kind}-{digest([*installed, code_digest(_EXTRACTION)])}"
+    folder = root / f"{kind}-{digest([*installed, code_digest((*_EXTRACTION, *code))])}"
     if (folder / "meta.json").is_file():
         return folder
     check(data)
     with waiting("Listing the files of the installed packages"):
         jobs = [(source.name, path) for source in sources.installed_sources() for path in source.files]
-    extracts = list(_progress(kind, jobs))
+    extracts = list(_progress(kind, extract, jobs))
     with waiting(f"Selecting {kind} of docstrings"):
-        texts = _sentences(extracts) if kind == "sentences" else {"paragraphs": _paragraphs(extracts)}
+        texts = assemble(extracts)
     temporary = root / f".partial-{uuid4().hex}"
     try:
         with quiet_datasets():
@@ -118,11 +124,10 @@ def _prepared(data: DataConfig, kind: Kind) -> Path:
     return folder
 
 
-def _progress(kind: Kind, jobs: list[tuple[str, Path]]) -> Iterator[Extract]:
+def _progress(kind: str, extract: Callable[[File], Extract], jobs: list[File]) -> Iterator[Extract]:
     """Extract from all files in parallel, in order, and show the progress."""
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
     task = f"Extracting {kind} from docstrings"
-    extract = _sentences_of if kind == "sentences" else _paragraphs_of
     if workers == 1 or multiprocessing.current_process().daemon:
         yield from progress(map(extract, jobs), task, len(jobs), "files")
         return
@@ -136,25 +141,17 @@ def _progress(kind: Kind, jobs: list[tuple[str, Path]]) -> Iterator[Extract]:
         yield from progress(pool.imap(extract, jobs, chunksize=16), task, len(jobs), "files")
 
 
-def _sentences_of(job: tuple[str, Path]) -> Extract:
+def _sentences_of(job: File) -> Extract:
     package, path = job
     blocks: list[list[Keyed]] = []
     if path.suffix not in sources.HEADERS:
-        texts = (text for is_documentation, text in _texts(path) if is_documentation)
+        texts = (text for is_documentation, text in texts_of(path) if is_documentation)
         plain = (filter(prose.is_plain, prose.sentences(block)) for text in texts for block in prose.paragraphs(text))
         blocks = [[(near_key(sentence), sentence) for sentence in found] for found in plain]
     return package, [block for block in blocks if block]
 
 
-def _paragraphs_of(job: tuple[str, Path]) -> Extract:
-    package, path = job
-    every = (prose.sentences(block) for _, text in _texts(path) for block in prose.paragraphs(text))
-    keyed = ([(near_key(sentence), sentence) for sentence in found if prose.is_decent(sentence)] for found in every)
-    blocks = [[pair for pair in found if not _held_out(*pair)] for found in keyed]
-    return package, [block for block in blocks if block]
-
-
-def _texts(path: Path) -> Iterator[tuple[bool, str]]:
+def texts_of(path: Path) -> Iterator[tuple[bool, str]]:
     """The texts of a file, each with a flag: True for docstrings and long strings, False for comments and messages."""
     try:
         content = path.read_text("utf-8")
@@ -196,13 +193,6 @@ def _comments(content: str) -> Iterator[str]:
             held = []
 
 
-def _held_out(key: str, sentence: str) -> bool:
-    if split_of_key(key) != "train":
-        return True
-    pieces = [piece for piece in prose.loose_sentences(sentence) if len(piece.split()) >= prose.MIN_WORDS]
-    return any(split_of_key(near_key(piece)) != "train" for piece in pieces)
-
-
 def _sentences(extracts: list[Extract]) -> dict[str, list[str]]:
     """Unique sentences of known words by split. The first of several near-duplicates is kept."""
     first: dict[str, str] = {}
@@ -220,39 +210,10 @@ def _sentences(extracts: list[Extract]) -> dict[str, list[str]]:
     kept: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
     for key, sentence in first.items():
         if prose.vocabulary(sentence) <= known:
-            kept[split_of_key(key)].append((_rank(key), sentence))
+            kept[split_of_key(key)].append((rank(key), sentence))
     return {split: [sentence for _, sentence in sorted(rows)] for split, rows in kept.items()}
 
 
-def _paragraphs(extracts: list[Extract]) -> list[str]:
-    """Paragraphs without repeated sentences, cut at sentence ends to at most PARAGRAPH_WORDS words."""
-    seen: set[str] = set()
-    rows: list[tuple[str, str]] = []
-    for _, blocks in extracts:
-        for block in blocks:
-            fresh = []
-            for key, sentence in block:
-                if key not in seen:
-                    seen.add(key)
-                    fresh.append(sentence.replace(prose.CODE, ""))
-            rows += [(_rank(text), text) for text in _pieces(fresh)]
-    return [text for _, text in sorted(rows)]
-
-
-def _pieces(sentences: list[str]) -> Iterator[str]:
-    held: list[str] = []
-    words = 0
-    for sentence in sentences:
-        count = len(sentence.split())
-        if held and words + count > PARAGRAPH_WORDS:
-            yield " ".join(held)
-            held, words = [], 0
-        held.append(sentence)
-        words += count
-    if held:
-        yield " ".join(held)
-
-
-def _rank(key: str) -> str:
+def rank(key: str) -> str:
     """Sort key for a shuffle that does not depend on the other rows. Salted, since the split is a hash of the key."""
     return hashlib.blake2b(b"order " + key.encode("utf-8", "replace"), digest_size=8).hexdigest()
