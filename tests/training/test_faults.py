@@ -149,6 +149,30 @@ def test_whatever_hits_a_run_it_resumes_to_the_undisturbed_result(new_run: Calla
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.timeout(300)
+def test_a_second_interrupt_ends_a_run_at_once(recipe: Path, tmp_path: Path) -> None:
+    """For the impatient: no checkpoint, no traceback of any library, and a status that tells it."""
+    run, job, output = tmp_path / "run", new_job(), tmp_path / "output"
+    command = [sys.executable, "-m", "vae_ds", "train", str(recipe), "--run-dir", str(run), "--set"]
+    process = start([*command, "phases.0.steps=100000", "batch.global=256"], job | {"PYTHONPATH": str(ROOT)}, output)
+    try:
+        wait_until(lambda: len(rows(run)) >= 2, process, output, STARTUP_S)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 75
+    finally:
+        kill_all(job)
+    said = output.read_text(encoding="utf-8")
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+    status = records.read_status(run) or {}
+    assert status["state"] == "stopped"
+    # Between two steps, the first interrupt alone may have been enough.
+    assert status["reason"] in ("interrupted; the steps since the last checkpoint are lost", "SIGINT")
+    assert status["step"] >= 1
+
+
 @pytest.mark.timeout(600)
 def test_a_rank_that_hangs_is_named_and_ends_the_run(new_run: Callable[..., Run]) -> None:
     """A rank stopped in its tracks: the others would wait for half an hour."""
