@@ -40,6 +40,7 @@ setup(
         "sacrebleu>=2.4",  # BLEU, with the signature that says how it was counted
         "matplotlib>=3.9",  # the figures of a report
         "pillow>=10",  # a report's PNG with few colours, small enough for a README
+        "argcomplete>=3",  # completion of commands in the shell
         "rich>=13",  # tables and the training's progress bar
         "tqdm>=4.66",  # progress bars of the data's preparation
         "pyarrow>=15",  # the files that datasets writes and reads

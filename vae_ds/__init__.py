@@ -17,3 +17,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module `vae_ds` has no attribute `{name}`")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from support.launch import clean_environment
 from support.tiny import ENGLISH, make_base, write_splits
@@ -16,7 +18,7 @@ from vae_ds import cli
 RECIPE = """
 name: small
 model: {{base: {base}, latent_dim: 4}}
-data: {{corpus: text, path: {text}, max_tokens: 40, cache_dir: {cache}}}
+data: {{corpus: text, path: {text}, max_tokens: 40, blank_lines: error, cache_dir: {cache}}}
 batch: {{global: 16}}
 precision: fp32
 phases:
@@ -109,6 +111,21 @@ def test_a_base_that_is_no_t5(recipe: Path, tmp_path: Path, capsys: pytest.Captu
     assert_one_line(capsys, "bert")
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_base_whose_weights_do_not_fit(
+    kind: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tensor is named, and not a report that nobody sees. The shapes in PyTorch's format are known only on load."""
+    other = make_base(tmp_path / "other", "t5", num_layers=1, num_decoder_layers=1)
+    if kind == "bin":
+        torch.save(load_file(other / "model.safetensors"), other / "pytorch_model.bin")
+        (other / "model.safetensors").unlink()
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"d_ff": 2 * config["d_ff"]}))
+    assert code_of("train", recipe, "--run-dir", tmp_path / "run", "--set", f"model.base={other}") == 2
+    assert_one_line(capsys, "DenseReluDense.wi.weight is [")
+
+
 def test_a_missing_column(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
@@ -159,7 +176,7 @@ def test_no_run(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_dry_run_trains_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code_of("train", recipe, "--run-dir", tmp_path / "run", "--dry-run") == 0
-    assert "phase only: 3 steps, 3 an epoch" in capsys.readouterr().out
+    assert "phase only: 3 steps, 1.00 epochs" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
@@ -178,6 +195,9 @@ def test_a_run_from_training_to_text(recipe: Path, tmp_path: Path, capsys: pytes
     assert metrics["sentences"] == 20
     assert metrics["nelbo"] == pytest.approx(metrics["rec"] + metrics["kl"])
     assert code_of("compare", run) == 0
+    capsys.readouterr()
+    assert code_of("evaluate", run, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((run / "eval-test.json").read_text())
     assert code_of("reconstruct", run, "the captain sold two letters .") == 0
     assert code_of("reconstruct", run, "--from", "valid", "-n", "2", "--sampled") == 0
     assert code_of("sample", run, "-n", "2", "--temperature", "1.0") == 0

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from vae_ds.config import PretrainConfig, RunConfig, Settings
 from vae_ds.config.loading import dump, load, read_recipe, shipped_recipes
-from vae_ds.config.settings import PretrainConfig, RunConfig, Settings
 from vae_ds.errors import ConfigError
 
 RECIPE = """

@@ -472,7 +472,13 @@ def test_two_processes_find_what_one_finds(base):
     workers = [
         subprocess.Popen(
             [sys.executable, __file__, base],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            env={
+                **os.environ,
+                **common,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            },
             stdout=subprocess.PIPE,  # read only at the end: a worker writes little
             text=True,
         )

@@ -147,3 +147,15 @@ def test_a_run_without_a_whole_evaluation_is_named(tmp_path: Path, text: str | N
         CheckpointError, match=r"eval-valid\.json: (not an evaluation|no such file; write it with `vae-ds evaluate)"
     ):
         print_metrics([tmp_path], "valid")
+
+
+def test_a_share_of_unknown_tokens_has_a_line_from_one_percent_on(tmp_path: Path) -> None:
+    shares = {"none": 0.0, "little": 0.0099, "much": 0.034, "old": None}
+    lines = printed(*(write(tmp_path / name, FULL | {"unk": share}) for name, share in shares.items()))
+    told = [line for line in lines if "unknown to the tokenizer" in line]
+    assert told == ["much: 3.4% of the tokens are unknown to the tokenizer (unk); the model cannot write them"]
+
+
+def test_a_run_that_does_not_exist_is_not_to_be_evaluated(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nope: no such directory$"):
+        print_metrics([tmp_path / "nope"])

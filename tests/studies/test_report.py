@@ -72,7 +72,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(trained: Path) -> Path:
     folder = trained / "reports" / "first"
-    assert code_of("report", trained / "study", trained / "yardstick", "--to", folder) == 0
+    assert code_of("report", trained / "study", trained / "yardstick", "--to", folder, "--paper") == 0
     return folder
 
 
@@ -145,11 +145,25 @@ def test_runs_of_several_seeds_have_their_mean(trained: Path, tmp_path: Path) ->
     assert re.search(r"^\| plain \| 2 \| 52\.00 ± 2\.83 \|", page, re.M)
 
 
+def files_of(report: Path) -> list[str]:
+    """The files of a report, without that of TensorBoard, which has the time in it."""
+    return sorted(file.name for file in report.iterdir() if "tfevents" not in file.name)
+
+
+def test_tensorboard_shows_the_figures(report: Path) -> None:
+    (events,) = report.glob("*tfevents*")
+    shown = events.read_bytes()
+    figures = list(report.glob("*.png"))
+    assert figures
+    for figure in figures:
+        assert figure.read_bytes() in shown
+
+
 def test_the_page_shows_what_the_folder_has(report: Path) -> None:
     """The page links each table and figure in the folder, and has the rounded numbers."""
     page = (report / "report.md").read_text(encoding="utf-8")
-    for file in report.iterdir():
-        assert file.name == "report.md" or f"({file.name})" in page
+    for name in files_of(report):
+        assert name == "report.md" or f"({name})" in page
     first_table = next(line for line in page.split("\n") if line.startswith("|"))
     assert first_table.split(" | ")[1:7] == ["verdict", "rec", "kl", "nelbo", "iw_nll", "ppl"]
     for name, row in rows_of(report / "runs.csv").items():
@@ -161,9 +175,9 @@ def test_the_page_shows_what_the_folder_has(report: Path) -> None:
 
 def test_the_same_runs_give_the_same_bytes(trained: Path, report: Path) -> None:
     again = trained / "reports" / "again"
-    assert code_of("report", trained / "study", trained / "yardstick", "--to", again) == 0
-    files = sorted(file.name for file in report.iterdir())
-    assert files == sorted(file.name for file in again.iterdir())
+    assert code_of("report", trained / "study", trained / "yardstick", "--to", again, "--paper") == 0
+    files = files_of(report)
+    assert files == files_of(again)
     assert [name for name in files if (report / name).read_bytes() != (again / name).read_bytes()] == []
 
 
@@ -428,4 +442,48 @@ def test_a_broken_evaluation(tmp_path: Path, trained: Path, capsys: pytest.Captu
 def test_the_yardstick_alone_has_tables_and_no_figure(tmp_path: Path, trained: Path) -> None:
     assert code_of("report", trained / "yardstick", "--to", tmp_path / "out") == 0
     assert not list((tmp_path / "out").glob("*.png"))
-    assert rows_of(tmp_path / "out" / "table-grammar.csv")["yardstick"]["mi"] == ""
+    assert rows_of(tmp_path / "out" / "runs.csv")["yardstick"]["mi"] == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_tables"),
+    [
+        ({}, False),
+        ({"name": "papers"}, False),
+        ({"name": "paper-plain"}, True),
+        ({"data": {"corpus": "ptb", "path": "data/ptb"}}, True),
+    ],
+)
+def test_the_tables_of_the_paper_need_a_reason(
+    settings: dict[str, Any], has_tables: bool, trained: Path, tmp_path: Path
+) -> None:
+    """A run on one of its corpora, or of its study. Otherwise, one asks for them with `--paper`."""
+    run = shutil.copytree(trained / "study" / "plain", tmp_path / "run")
+    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) | settings
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert code_of("report", run, trained / "yardstick", "--to", tmp_path / "out") == 0
+    assert ("## The paper's tables" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")) == has_tables
+    assert bool(list((tmp_path / "out").glob("table-*.csv"))) == has_tables
+
+
+def test_unknown_tokens_are_noted_from_one_percent_on(trained: Path, tmp_path: Path) -> None:
+    for name, share in (("little", 0.0099), ("much", 0.0123)):
+        run = shutil.copytree(trained / "study" / "plain", tmp_path / "runs" / name)
+        (run / "eval-test.json").write_text(json.dumps(evaluation(run) | {"unk": share}), encoding="utf-8")
+    assert code_of("report", tmp_path / "runs", "--to", tmp_path / "out") == 0
+    page = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "- much: 1.2% of the tokens are unknown to the tokenizer" in page
+    assert "- little: 1.0%" not in page
+
+
+def test_a_directory_of_runs_can_be_compared(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert code_of("compare", trained / "study", trained / "yardstick") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[3:6]] == ["noisy", "plain", "yardstick"]
+    assert lines[-1] == f" not evaluated on the test split: {trained / 'study' / 'left'}"
+    assert code_of("compare", trained / "study", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: metrics["rec"] for name, metrics in found.items()} == {
+        name: evaluation(trained / "study" / name)["rec"] for name in ("noisy", "plain")
+    }

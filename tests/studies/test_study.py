@@ -1,7 +1,9 @@
 """Studies: the runs they plan, the complete study of the paper, skipping finished runs, going on after a failure."""
 
+import argparse
 import csv
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from support.tiny import demo_settings
 from vae_ds import cli
 from vae_ds.config.settings import RunConfig, StudyConfig
 from vae_ds.errors import ConfigError
+from vae_ds.runtime import records
 from vae_ds.studies import study
 
 
@@ -199,3 +202,30 @@ def test_a_study_runs_here_and_reports(tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.run([*words, "--run", "0"]) == 0
     assert (runs / "plain" / "eval-test.json").is_file()
     assert (runs / "plain" / "metrics.jsonl").stat().st_mtime_ns == trained
+
+
+def pasted(output: str) -> list[argparse.Namespace]:
+    """The commands that a program printed, read by the parser."""
+    lines = [shlex.split(line) for line in output.splitlines() if line.startswith("  vae-ds ")]
+    return [cli.parser().parse_args(words[1:]) for words in lines]
+
+
+def test_the_commands_of_a_study_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a study.yaml", variants=[{"name": "plain"}])
+    words = ["study", path, "--runs", str(tmp_path / "runs"), "--set", "seed=1"]
+    assert cli.run(words) == 0
+    here, slurm = pasted(capsys.readouterr().out)
+    assert (here.study, here.runs, here.set, here.here) == (path, str(tmp_path / "runs"), ["seed=1"], True)
+    assert (slurm.study, slurm.slurm) == (path, True)
+    records.write_status(tmp_path / "runs" / "plain", "done")
+    (tmp_path / "runs" / "plain" / "eval-test.json").touch()
+    assert cli.run(words) == 0
+    (report,) = pasted(capsys.readouterr().out)
+    assert (report.study, report.report) == (path, True)
+
+
+def test_the_study_may_follow_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "small.yaml", variants=[{"name": "plain"}])
+    assert cli.run(["study", "--runs", str(tmp_path / "runs"), "--set", "seed=1", path]) == 0
+    here, _ = pasted(capsys.readouterr().out)
+    assert (here.study, here.set) == (path, ["seed=1"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vae_ds.cli.options import add_command, add_overrides, overrides_of, positive
+from vae_ds.runtime import outlive_terminal, run_dirs
 
 
 def add(subparsers: Any) -> None:
@@ -60,6 +61,8 @@ def add(subparsers: Any) -> None:
 
 
 def soak(arguments: argparse.Namespace) -> None:
+    run_dirs.check_writable(Path(arguments.run_dir))
+    outlive_terminal(Path(arguments.run_dir))
     from vae_ds.bench import soak
 
     result = soak.soak(

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vae_ds.cli.options import add_command, add_job, add_recipe, overrides_of, run_dir_of
-from vae_ds.runtime import EXIT_FAULT
+from vae_ds.cli.options import add_command, add_job, add_recipe, overrides_of, recipe_of, run_dir_of
+from vae_ds.runtime import EXIT_FAULT, run_dirs
 
 
 def add(subparsers: Any) -> None:
@@ -55,15 +55,17 @@ def submit(arguments: argparse.Namespace) -> None:
     from vae_ds import config as configuration
     from vae_ds.cluster import submission
 
+    recipe = recipe_of(arguments)
     overrides = overrides_of(arguments)
-    config = configuration.load(configuration.RunConfig, arguments.recipe, overrides)
+    config = configuration.load(configuration.RunConfig, recipe, overrides)
     run_dir = run_dir_of(arguments, config.name)
     resources = submission.Wanted(arguments.nodes, arguments.gpus_per_node, arguments.tasks_per_node, arguments.time)
-    train = [arguments.recipe, "--run-dir", str(run_dir), *(("--set", *overrides) if overrides else ())]
+    train = [recipe, "--run-dir", str(run_dir), *(("--set", *overrides) if overrides else ())]
     text = submission.batch_file(config, train, run_dir, resources, submission.site(arguments.site), arguments.sbatch)
     if arguments.dry_run:
         print(text, end="")
         return
+    run_dirs.check_writable(run_dir)
     job = submission.submit(text, run_dir)
     print(f"job {job.job}: squeue -j {job.job}")
     print(f"log {job.log}\nfollow it: tail -F {job.rank_log}\nsave and end it: scancel {job.job}")

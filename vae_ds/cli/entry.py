@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from vae_ds.cli import bench, cluster, evaluation, latents, recipes, studies, train
+from vae_ds import __version__
+from vae_ds.cli import bench, cluster, evaluation, latents, recipes, status, studies, train
 from vae_ds.errors import Failed, OutOfMemory, Stopped, UserError
 from vae_ds.runtime import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, note_exit, own_rank
 
@@ -52,18 +53,36 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=f"vae_ds {__version__}")
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
-    for family in (train, evaluation, latents, studies, cluster, bench, recipes):
+    for family in (train, status, evaluation, latents, studies, cluster, bench, recipes):
         family.add(subparsers)
     return top
 
 
 def run(words: Sequence[str]) -> int:
     """Run one command in this process and return its exit code. Wrong arguments raise SystemExit(2)."""
+    top = parser()
+    if "_ARGCOMPLETE" in os.environ:
+        _complete(top)
     # DeepSpeed's launcher adds --local_rank=N in front. The environment contains the same number.
-    arguments = parser().parse_args([word for word in words if not word.startswith("--local_rank")])
+    arguments = top.parse_args([word for word in words if not word.startswith("--local_rank")])
+    streams = sys.stdout, sys.stderr
+    try:
+        return _run(arguments)
+    finally:
+        # A command may have replaced the streams (`outlive_terminal`).
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        sys.stdout, sys.stderr = streams
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         arguments.command(arguments)
+        # Here, so that a closed pipe is met below.
+        sys.stdout.flush()
     except UserError as error:
         _print_before_exit(f"error: {error}")
         _record_end(arguments, "failed", str(error), only_if_running=True)
@@ -98,6 +117,14 @@ def run(words: Sequence[str]) -> int:
         return EXIT_FAULT
     _leave_group()
     return 0
+
+
+def _complete(top: argparse.ArgumentParser) -> None:
+    """Answer the shell, which asks for completions, and exit. Does nothing without argcomplete."""
+    with suppress(ImportError):
+        import argcomplete
+
+        argcomplete.autocomplete(top)
 
 
 def _distributed() -> bool:

@@ -1,10 +1,14 @@
 """`vae-ds evaluate`, `compare` and `report`."""
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vae_ds.cli.options import add_command, add_split, count, positive
+from vae_ds.cli.options import add_command, add_json, add_run, add_split, count, positive
+from vae_ds.errors import ConfigError
+from vae_ds.runtime import outlive_terminal, own_rank, records, run_dirs
 
 
 def add(subparsers: Any) -> None:
@@ -20,8 +24,9 @@ def add(subparsers: Any) -> None:
             "vae-ds evaluate runs/demo --yardstick runs/demo-yardstick",
         ],
     )
-    parser.add_argument("run", metavar="RUN", help="a run directory, or an exported model together with --recipe")
+    add_run(parser, "a run directory, or an exported model together with --recipe")
     add_split(parser)
+    add_json(parser, "the metrics as one JSON object instead of a table")
     parser.add_argument(
         "--iw-samples",
         type=positive,
@@ -66,10 +71,11 @@ def add(subparsers: Any) -> None:
         compare,
         "print one table of evaluated runs",
         "Reads the stored evaluations and computes nothing.",
-        ["vae-ds compare runs/demo runs/demo-yardstick"],
+        ["vae-ds compare runs/demo runs/demo-yardstick", "vae-ds compare runs"],
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="an evaluated run directory")
+    add_run(parser, "an evaluated run directory or model, or a directory of runs", name="runs", nargs="+")
     add_split(parser)
+    add_json(parser, "one JSON object, the metrics by run, instead of a table")
 
     parser = add_command(
         subparsers,
@@ -78,14 +84,23 @@ def add(subparsers: Any) -> None:
         "write tables and figures of runs: Markdown, CSV, PNG, SVG",
         examples=["vae-ds report runs/demo runs/demo-yardstick --to report"],
     )
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="a run directory, or a directory of runs such as a study"
-    )
+    add_run(parser, "a run directory, or a directory of runs such as a study", name="runs", nargs="+")
     parser.add_argument("--to", required=True, metavar="DIR", help="the directory of the report; its page is report.md")
     add_split(parser)
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="with the paper's tables (default: if a run is on ptb, snli, yahoo or yelp, or of the study `paper`)",
+    )
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    run, split = Path(arguments.run), arguments.split
+    _check(run, arguments.recipe, arguments.yardstick, split)
+    outlive_terminal(run)
+    if own_rank() == "0":
+        # The libraries take seconds to load.
+        print(f"evaluating {run} on the {split} split", file=sys.stderr, flush=True)
     from vae_ds.evaluation import finished_run
 
     settings = {
@@ -95,23 +110,54 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "bleu_sentences": arguments.bleu_sentences,
         "samples": arguments.samples,
     }
-    metrics = finished_run.evaluate_run(
-        Path(arguments.run), arguments.split, settings, recipe=arguments.recipe, yardstick=arguments.yardstick
-    )
+    metrics = finished_run.evaluate_run(run, split, settings, recipe=arguments.recipe, yardstick=arguments.yardstick)
     if metrics is not None:
         from vae_ds import studies, training
 
-        training.tensorboard.record_evaluation(Path(arguments.run), arguments.split, metrics)
-        studies.print_metrics([arguments.run], arguments.split, units=True)
+        training.tensorboard.record_evaluation(run, split, metrics)
+        if arguments.json:
+            print(records.strict_json(metrics))
+        else:
+            studies.print_metrics([run], split, units=True)
+
+
+def _check(run: Path, recipe: str | None, yardstick: str | None, split: str) -> None:
+    """Check the directories and recipes that `evaluate` needs, before torch is loaded. Raises UserError."""
+    from vae_ds import config as configuration
+
+    run_dirs.model_of(run)
+    if recipe is not None:
+        configuration.load(configuration.RunConfig, recipe)
+    elif not run_dirs.is_run(run):
+        raise ConfigError(f"{run} is an exported model, which has no data settings; select the data with --recipe")
+    if yardstick is not None:
+        run_dirs.model_of(Path(yardstick))
+        run_dirs.evaluated_in([yardstick], split)
 
 
 def compare(arguments: argparse.Namespace) -> None:
     from vae_ds import studies
 
-    studies.print_metrics(arguments.runs, arguments.split)
+    paths, missing = run_dirs.evaluated_in(arguments.runs, arguments.split)
+    if arguments.json:
+        print(records.strict_json(studies.read_evaluations(paths, arguments.split)))
+        return
+    studies.print_metrics(paths, arguments.split)
+    if missing:
+        print(f" not evaluated on the {arguments.split} split: {', '.join(map(str, missing))}")
 
 
 def report(arguments: argparse.Namespace) -> None:
-    from vae_ds import studies
+    run_dirs.runs_in(arguments.runs)
+    write_report(arguments.runs, Path(arguments.to), arguments.split, with_paper=arguments.paper)
 
-    print(studies.report.write(arguments.runs, Path(arguments.to), arguments.split))
+
+def write_report(runs: Sequence[str | Path], folder: Path, split: str = "test", with_paper: bool = False) -> None:
+    """Write a report and show its figures in TensorBoard as the run `folder`. Prints the path of its page."""
+    from vae_ds import studies, training
+
+    print(studies.report.write(runs, folder, split, with_paper=with_paper))
+    figures = studies.report.figures_of(folder)
+    if not figures:
+        return
+    training.tensorboard.add_figures(folder, {f"report/{title}": file for title, file in figures.items()})

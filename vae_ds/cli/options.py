@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vae_ds.errors import ConfigError
+
 SPLITS = ("train", "valid", "test")
+RECIPE_HELP = "a YAML file, or the name of a shipped recipe"
 HELP_WIDTH = 79
 
 Command = Callable[[argparse.Namespace], None]
@@ -34,21 +37,18 @@ def add_command(
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Add the recipe of a training, its overrides and the run directory."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    """Add the recipe of a training, its overrides and the run directory. `recipe_of` returns the recipe."""
+    # Not required here: `--set a=1 demo` takes the recipe for one of its values, and `recipe_of` finds it there.
+    parser.usage = "%(prog)s RECIPE [--set KEY=VALUE ...] [OPTION ...]"
+    recipe = parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=RECIPE_HELP)
+    complete_with(recipe, _recipes)
     add_overrides(parser)
     parser.add_argument("--run-dir", metavar="DIR", help="the run directory (default: runs/NAME, NAME from the recipe)")
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add the options that override settings of a recipe."""
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        metavar="KEY=VALUE",
-        help="override settings of the recipe, such as seed=1 phases.0.steps=100 (default: none)",
-    )
+    add_set(parser, "override settings of the recipe, such as seed=1 phases.0.steps=100 (default: none)")
     parser.add_argument(
         "--deepspeed",
         metavar="FILE",
@@ -57,12 +57,28 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_set(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add `--set`, with its help text."""
+    option = parser.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help=text)
+    complete_with(option, _settings)
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "one JSON object instead of a table") -> None:
+    """Add `--json` for other programs."""
+    parser.add_argument("--json", action="store_true", help=f"print {what}")
+
+
+def add_run(parser: argparse.ArgumentParser, text: str, name: str = "run", nargs: str | None = None) -> None:
+    """Add the argument RUN, or several."""
+    parser.add_argument(name, metavar="RUN", help=text, nargs=nargs)
+
+
 def add_job(parser: argparse._ActionsContainer) -> None:
     """Add the resources of a SLURM job."""
     parser.add_argument("--dry-run", action="store_true", help="print the batch file and submit nothing")
     parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="number of nodes (default: %(default)s)")
     parser.add_argument(
-        "--gpus-per-node", type=int, default=0, metavar="N", help="GPUs on each node (default: %(default)s)"
+        "--gpus-per-node", type=count, default=0, metavar="N", help="GPUs on each node (default: %(default)s)"
     )
     parser.add_argument(
         "--tasks-per-node",
@@ -96,9 +112,24 @@ def add_split(parser: argparse.ArgumentParser) -> None:
 
 
 def overrides_of(arguments: argparse.Namespace) -> list[str]:
-    """The KEY=VALUE items of `--set`, followed by `--deepspeed` as one more item."""
+    """The KEY=VALUE items of `--set`, followed by `--deepspeed` as one more item. Call it after `recipe_of`."""
     chosen: Sequence[str] = arguments.set or []
     return [*chosen, f"deepspeed={arguments.deepspeed}"] if arguments.deepspeed else list(chosen)
+
+
+def recipe_of(arguments: argparse.Namespace, name: str = "recipe") -> str:
+    """The argument RECIPE, or STUDY if `name` is `study`. Raises ConfigError if there is none.
+
+    Without it, the one value of `--set` that has no `=` is taken, and removed there: `--set seed=1 demo`.
+    """
+    if getattr(arguments, name) is None:
+        strays = [word for word in arguments.set or () if "=" not in word]
+        if len(strays) != 1:
+            extra = f"; --set {strays[0]} is not KEY=VALUE" if strays else ""
+            raise ConfigError(f"the {name} is missing; give a YAML file or the name of a shipped {name}{extra}")
+        setattr(arguments, name, strays[0])
+        arguments.set.remove(strays[0])
+    return str(getattr(arguments, name))
 
 
 def run_dir_of(arguments: argparse.Namespace, name: str) -> Path:
@@ -113,12 +144,42 @@ def will_train(arguments: argparse.Namespace, run_dir: Path) -> None:
 
 def count(text: str) -> int:
     """Parse an integer of at least 0."""
-    return 0 if text == "0" else positive(text)
+    return _at_least(0, text)
 
 
 def positive(text: str) -> int:
     """Parse an integer of at least 1."""
+    return _at_least(1, text)
+
+
+def _at_least(least: int, text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"found {text}; expected an integer of at least 1")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"found {text}; expected an integer of at least {least}")
     return value
+
+
+def above_zero(text: str) -> float:
+    """Parse a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text}; expected a number above 0")
+    return value
+
+
+def complete_with(action: argparse.Action, words: Callable[..., Sequence[str]]) -> None:
+    """Let the shell complete an argument with `words` and with files (argcomplete reads this attribute)."""
+    setattr(action, "completer", words)  # noqa: B010 - argparse does not declare the attribute
+
+
+def _recipes(prefix: str, **_: Any) -> list[str]:
+    from vae_ds import config as configuration
+
+    files = [str(path) for path in Path().glob(f"{prefix}*") if path.is_dir() or path.suffix in (".yaml", ".yml")]
+    return [*configuration.shipped_recipes(), *files]
+
+
+def _settings(**_: Any) -> list[str]:
+    from vae_ds import config as configuration
+
+    return [f"{key.replace('.N.', '.0.')}=" for key, _, _ in configuration.reference()]

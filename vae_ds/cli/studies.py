@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vae_ds.cli.options import add_command, add_job, positive, will_train
+from vae_ds.cli.evaluation import write_report
+from vae_ds.cli.options import add_command, add_job, add_set, positive, recipe_of, will_train
 from vae_ds.errors import Failed
-from vae_ds.runtime import listening, own_rank
+from vae_ds.runtime import listening, outlive_terminal, own_rank, run_dirs
 
 
 def add(subparsers: Any) -> None:
@@ -25,7 +26,9 @@ def add(subparsers: Any) -> None:
             "vae-ds study paper --corpus snli --path data/snli --slurm --gpus-per-node 1",
         ],
     )
-    parser.add_argument("study", metavar="STUDY", help="`paper`, `recommended`, or a YAML file")
+    # Not required here: `--set a=1 paper` takes the study for one of its values, and `recipe_of` finds it there.
+    parser.usage = "%(prog)s STUDY [OPTION ...]"
+    parser.add_argument("study", nargs="?", metavar="STUDY", help="`paper`, `recommended`, or a YAML file")
     parser.add_argument("--corpus", metavar="NAME", help="`data.corpus` of every run (default: from the study)")
     parser.add_argument("--path", metavar="PATH", help="`data.path` of every run (default: from the study)")
     parser.add_argument("--base", metavar="MODEL", help="`model.base` of every run (default: from the study)")
@@ -44,13 +47,7 @@ def add(subparsers: Any) -> None:
         help="add a run: its name, then KEY=VALUE ..., such as --add deep model.base=google-t5/t5-base; "
         "can be repeated",
     )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        metavar="KEY=VALUE",
-        help="override settings of every run, such as batch.global=32 (default: none)",
-    )
+    add_set(parser, "override settings of every run, such as batch.global=32 (default: none)")
     parser.add_argument(
         "--runs",
         metavar="DIR",
@@ -76,9 +73,13 @@ def study(arguments: argparse.Namespace) -> None:
 
     chosen = {"data.corpus": arguments.corpus, "data.path": arguments.path, "model.base": arguments.base}
     settings = {key: value for key, value in chosen.items() if value is not None}
-    config = studies.load(arguments.study, settings, arguments.add, arguments.length, arguments.seeds)
+    config = studies.load(recipe_of(arguments, "study"), settings, arguments.add, arguments.length, arguments.seeds)
     name = f"{config.name}-{arguments.corpus}" if arguments.corpus else config.name
     root, extra = Path(arguments.runs or Path("runs") / name), arguments.set or ()
+    if arguments.run is not None or arguments.here or arguments.report:
+        run_dirs.check_writable(root, "--runs")
+    if arguments.run is not None or arguments.here:
+        outlive_terminal(root)
     if arguments.run is not None:
         row = studies.row_of(config, arguments.run)
         will_train(arguments, root / row.name)
@@ -96,7 +97,8 @@ def study(arguments: argparse.Namespace) -> None:
     elif missing := _list_runs(studies.states(config, root)):
         _submit(arguments, name, root, missing)
     else:
-        print(f"\nall runs are done; tables and figures: vae-ds {shlex.join(_words(arguments, root))} --report")
+        again = f"vae-ds study {shlex.join(_words(arguments, root))}"
+        print(f"\nall runs are done; to write tables and figures:\n  {again} --report")
 
 
 def _list_runs(states: Sequence[tuple[Any, str]]) -> list[list[int]]:
@@ -110,9 +112,8 @@ def _list_runs(states: Sequence[tuple[Any, str]]) -> list[list[int]]:
 
 
 def _report(root: Path) -> None:
-    from vae_ds.studies import report
-
-    print(f"\n{report.write([root], root / 'report')}")
+    print()
+    write_report([root], root / "report")
 
 
 def _submit(arguments: argparse.Namespace, name: str, root: Path, missing: Sequence[Sequence[int]]) -> None:
@@ -121,7 +122,8 @@ def _submit(arguments: argparse.Namespace, name: str, root: Path, missing: Seque
 
     words = _words(arguments, root)
     if not arguments.slurm:
-        print(f"\nto train the missing runs, here or on a cluster: vae-ds study {shlex.join(words)} --here, or --slurm")
+        again = f"vae-ds study {shlex.join(words)}"
+        print(f"\nto train the missing runs here:\n  {again} --here\nor on a cluster:\n  {again} --slurm")
         return
     resources = submission.Wanted(arguments.nodes, arguments.gpus_per_node, arguments.tasks_per_node, arguments.time)
     options = resources, submission.site(arguments.site), arguments.parallel, arguments.sbatch

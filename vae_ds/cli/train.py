@@ -87,6 +87,7 @@ def train(arguments: argparse.Namespace) -> None:
     before = records.read_status(run_dir)
     training.train(config, run_dir, stop=stop, **options)
     after = records.read_status(run_dir)
+    # Not after `--until`: that run is stopped.
     if own_rank() == "0" and after is not None and after["state"] == "done":
         print("\n".join(outcome.lines(run_dir, config, was_done=after == before)), flush=True)
 

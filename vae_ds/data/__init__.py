@@ -15,11 +15,13 @@ from vae_ds.data.batches import (
 )
 from vae_ds.data.cache import cache_dir
 from vae_ds.data.feed import Feed, Source, Streamed, Whole
+from vae_ds.data.progress import Progress
 from vae_ds.data.tokens import TokenSet, from_texts, tokenise
 
 __all__ = [
     "Batch",
     "Feed",
+    "Progress",
     "Source",
     "Streamed",
     "TokenSet",

@@ -8,15 +8,15 @@ they do not depend on the distribution of the sentences over the ranks, except f
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from vae_ds.config import EvaluationConfig
-from vae_ds.data import TokenSet, collate, evaluation_batches
+from vae_ds.data import Progress, TokenSet, collate, evaluation_batches
 from vae_ds.distributed import Ranks, all_sum, gather_rows, stream
 from vae_ds.errors import DataError
 from vae_ds.evaluation.verdict import verdict
@@ -25,6 +25,7 @@ from vae_ds.model import T5VAE, gaussian
 
 Metrics = dict[str, Any]
 
+AGGREGATED = 2048  # sentences between two lines of progress, the size of the chunks of `log_aggregate`
 WINDOW = 1024  # sentences whose importance weights are in memory at the same time
 
 
@@ -68,10 +69,10 @@ def evaluate(
         raise DataError("the split has no sentences to evaluate; choose another split")
     plain = model.bottleneck is None
     with inference(model):
-        work = _Work(model, tokens, ranks, settings, seed, pad_id)
+        work = _Work(model, tokens, ranks, settings, seed, pad_id, is_shown=full)
         rec_N, posterior = work.own()
         metrics = _likelihood(tokens, rec_N, posterior)
-        metrics |= _latent(posterior, ranks) if not plain else dict.fromkeys(("mi", "mi_ceiling", "au"))
+        metrics |= _latent(posterior, ranks, is_shown=full) if not plain else dict.fromkeys(("mi", "mi_ceiling", "au"))
         metrics["z_gain"] = None if plain or len(tokens) < 2 else work.z_gain(rec_N, posterior)
         metrics["lm_gain"] = None if plain or yardstick is None else yardstick - metrics["rec"]
         metrics |= dict.fromkeys(("iw_nll", "iw_ppl", "iw_sentences", "iw_samples"))
@@ -110,10 +111,17 @@ class _Work:
     """The forward passes of this rank over its share of the split."""
 
     def __init__(
-        self, model: T5VAE, tokens: TokenSet, ranks: Ranks, settings: EvaluationConfig, seed: int, pad_id: int
+        self,
+        model: T5VAE,
+        tokens: TokenSet,
+        ranks: Ranks,
+        settings: EvaluationConfig,
+        seed: int,
+        pad_id: int,
+        is_shown: bool,
     ) -> None:
         self.model, self.tokens, self.ranks, self.settings, self.seed = model, tokens, ranks, settings, seed
-        self.pad_id = pad_id
+        self.pad_id, self.is_shown = pad_id, is_shown
         self.shares = evaluation_batches(tokens.lengths_N, settings.batch, ranks.rank, ranks.world)
 
     def own(self) -> tuple[torch.Tensor, Posterior]:
@@ -128,7 +136,7 @@ class _Work:
             z_BL = gaussian.sample(mu_BL, logvar_BL, batch.eps_BL.double())
             return self.model.reconstruction(z_BL.float(), batch.labels_BT), mu_BL, logvar_BL, z_BL
 
-        rec_N, mu_NL, logvar_NL, z_NL = self._over_split(rows)
+        rec_N, mu_NL, logvar_NL, z_NL = self._over_split(rows, "Encoding and decoding")
         return rec_N, Posterior(mu_NL, logvar_NL, z_NL)
 
     def z_gain(self, rec_N: torch.Tensor, posterior: Posterior) -> float:
@@ -139,7 +147,7 @@ class _Work:
             z_BL = posterior.z_NL[torch.as_tensor(mate_N[index_B], device=self.ranks.device)]
             return (self.model.reconstruction(z_BL.float(), self._collate(index_B).labels_BT),)
 
-        (swapped_N,) = self._over_split(rows)
+        (swapped_N,) = self._over_split(rows, "Decoding the z of other sentences")
         return float(swapped_N.mean() - rec_N.mean())
 
     def importance_weighted(self, posterior: Posterior, count: int) -> torch.Tensor:
@@ -153,10 +161,9 @@ class _Work:
         index_S = np.concatenate([index_B for index_B, _ in shares])
         weight_S = np.concatenate([np.asarray(weight_B) for _, weight_B in shares])
         pairs = len(index_S) * self.settings.iw_samples
-        quiet = None if self.ranks.is_main else True  # None shows the progress bar only on a terminal
-        with tqdm(total=pairs, desc="likelihood", disable=quiet, leave=False) as bar:
+        with Progress("Importance-weighted likelihood", pairs, "samples") as shown:
             starts = range(0, len(index_S), WINDOW)
-            parts = [self._window_nll(posterior, index_S[start : start + WINDOW], bar.update) for start in starts]
+            parts = [self._window_nll(posterior, index_S[start : start + WINDOW], shown.add) for start in starts]
         return _in_order(index_S, weight_S, torch.cat(parts), count)
 
     def _window_nll(self, posterior: Posterior, index_W: np.ndarray, done: Callable[[int], Any]) -> torch.Tensor:
@@ -188,13 +195,27 @@ class _Work:
         )  # fmt: skip
         return batch.to(self.ranks.device)
 
-    def _over_split(self, rows: Callable[[np.ndarray], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+    def _over_split(self, rows: Callable[[np.ndarray], tuple[torch.Tensor, ...]], task: str) -> list[torch.Tensor]:
         """Apply `rows` to the batches of this rank. Return the rows of all ranks in the order of the split, float64."""
-        parts = [rows(index_B) for index_B, _ in self.shares]
+        parts = []
+        with _progress(task, sum(len(index_B) for index_B, _ in self.shares), self.is_shown) as add:
+            for index_B, _ in self.shares:
+                parts.append(rows(index_B))
+                add(len(index_B))
         index_S = np.concatenate([index_B for index_B, _ in self.shares])
         weight_S = np.concatenate([np.asarray(weight_B) for _, weight_B in self.shares])
         columns = [torch.cat(column).double() for column in zip(*parts, strict=True)]
         return [_in_order(index_S, weight_S, column_SX, len(self.tokens)) for column_SX in columns]
+
+
+@contextmanager
+def _progress(task: str, total: int, is_shown: bool) -> Iterator[Callable[[int], Any]]:
+    """A function that counts finished sentences. A validation shows none of them: its training shows its own."""
+    if not is_shown:
+        yield lambda count: None
+        return
+    with Progress(task, total) as shown:
+        yield shown.add
 
 
 def _inputs(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,12 +256,17 @@ def _likelihood(tokens: TokenSet, rec_N: torch.Tensor, posterior: Posterior) -> 
     }
 
 
-def _latent(posterior: Posterior, ranks: Ranks) -> Metrics:
+def _latent(posterior: Posterior, ranks: Ranks, is_shown: bool) -> Metrics:
     """Mutual information, its ceiling, active units. Each rank compares every world-th sentence with all sentences."""
     mine = slice(ranks.rank, None, ranks.world)
     mu, logvar, z = (part.double() for part in posterior)
     joint_n = gaussian.log_density(z[mine], mu[mine], logvar[mine])
-    marginal_n = gaussian.log_aggregate(z[mine], mu, logvar)
+    parts = []
+    with _progress("Mutual information", len(joint_n), is_shown) as add:
+        for z_CL in z[mine].split(AGGREGATED):
+            parts.append(gaussian.log_aggregate(z_CL, mu, logvar))
+            add(len(z_CL))
+    marginal_n = torch.cat(parts)
     ceiling = math.log(len(mu))
     # A term exceeds the ceiling only by rounding. The same in `gaussian.mutual_information`, which runs on one rank.
     information = all_sum((joint_n - marginal_n).clamp(max=ceiling).sum())

@@ -15,7 +15,7 @@ import torch
 
 from vae_ds import latents
 from vae_ds.config import EvaluationConfig
-from vae_ds.data import TokenSet, collate, from_texts
+from vae_ds.data import Progress, TokenSet, collate, from_texts
 from vae_ds.distributed import Ranks, gather_objects, stream
 from vae_ds.evaluation.metrics import Metrics, perplexity
 from vae_ds.model import T5VAE
@@ -146,7 +146,7 @@ def self_bleu(grams: Sequence[Ngrams], ranks: Ranks) -> float | None:
         closest = min(others, key=lambda size: (abs(size - sizes[row]), size))
         return float(BLEU.compute_bleu(correct, total, sizes[row], closest, "exp", effective_order=True).score)
 
-    return float(np.mean(_in_groups(len(grams), ranks, lambda rows: [score(row) for row in rows])))
+    return float(np.mean(_in_groups(len(grams), ranks, lambda rows: [score(row) for row in rows], "Self-BLEU")))
 
 
 def ngrams(text: str) -> Ngrams:
@@ -169,7 +169,7 @@ def _reconstructions(model: T5VAE, tokenizer: Any, texts: Sequence[str], ranks: 
     def work(rows: range) -> list[str]:
         return latents.reconstruct(model, tokenizer, [texts[row] for row in rows], max_new_tokens=max_tokens)
 
-    return _in_groups(len(texts), ranks, work)
+    return _in_groups(len(texts), ranks, work, "Reconstructing")
 
 
 def _bleu(made: Sequence[str], sources: Sequence[str]) -> Metrics:
@@ -190,7 +190,7 @@ def _samples(
         own = int(stream(seed, "text-metrics", rows.start).integers(2**31))
         return latents.sample(model, tokenizer, len(rows), own, **how)
 
-    return _in_groups(settings.samples or 0, ranks, work)
+    return _in_groups(settings.samples or 0, ranks, work, "Sampling")
 
 
 def _forward(texts: Sequence[str], yardstick: LanguageModel, ranks: Ranks, max_tokens: int) -> float:
@@ -204,12 +204,17 @@ def _forward(texts: Sequence[str], yardstick: LanguageModel, ranks: Ranks, max_t
             ).to(ranks.device)  # fmt: skip
             return [float(nll) for nll in model.reconstruction(None, batch.labels_BT)]
 
-    return perplexity(_column(_in_groups(len(texts), ranks, work)), tokens.words_N)
+    return perplexity(_column(_in_groups(len(texts), ranks, work, "Perplexity under the yardstick")), tokens.words_N)
 
 
 def _reverse(samples: TokenSet, tokens: TokenSet, vocabulary: int, ranks: Ranks) -> float:
     model = Trigram((samples[row].tolist() for row in range(len(samples))), vocabulary)
-    nll = _in_groups(len(tokens), ranks, lambda rows: [model.nll(tokens[row].tolist()) for row in rows])
+    nll = _in_groups(
+        len(tokens),
+        ranks,
+        lambda rows: [model.nll(tokens[row].tolist()) for row in rows],
+        "Perplexity under a trigram model",
+    )
     return perplexity(_column(nll), tokens.words_N)
 
 
@@ -217,8 +222,17 @@ def _column(values: Sequence[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _in_groups(count: int, ranks: Ranks, work: Callable[[range], list[Value]]) -> list[Value]:
-    """Apply `work` to the rows 0 to `count` in groups of GROUP, divided among the ranks. Return all values in order."""
+def _in_groups(count: int, ranks: Ranks, work: Callable[[range], list[Value]], task: str) -> list[Value]:
+    """Apply `work` to the rows 0 to `count` in groups of GROUP, divided among the ranks. Return all values in order.
+
+    Shows the progress of `task`.
+    """
     groups = [range(start, min(start + GROUP, count)) for start in range(0, count, GROUP)]
-    gathered = gather_objects([work(rows) for rows in groups[ranks.rank :: ranks.world]])
+    own = groups[ranks.rank :: ranks.world]
+    made = []
+    with Progress(task, sum(map(len, own)), "texts") as shown:
+        for rows in own:
+            made.append(work(rows))
+            shown.add(len(rows))
+    gathered = gather_objects(made)
     return [value for number in range(len(groups)) for value in gathered[number % ranks.world][number // ranks.world]]

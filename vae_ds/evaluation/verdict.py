@@ -40,19 +40,25 @@ def verdict(metrics: Mapping[str, Any], beta: float | None = None) -> Verdict | 
     so the verdict does not compare `z_gain` with it. None means 1, the weight in the ELBO, for a finished model.
     """
     if "kl" in metrics and metrics["kl"] is None:
-        return Verdict("language model", "it has no latent code")
+        return Verdict("language model", "the model has no latent code")
     if any(metrics.get(key) is None for key in ("kl", "mi", "mi_ceiling", "au", "kl_per_dim", "z_gain")):
         return None
     kl, mi, z_gain = metrics["kl"], metrics["mi"], metrics["z_gain"]
+    paid = f"the code costs KL {kl:.2f} nats"
     units = f"{metrics['au']} of {len(metrics['kl_per_dim'])} units active"
     if not kl >= NATS:
-        return Verdict("collapsed", f"KL {kl:.2f} nats, below {NATS:g}; {units}")
+        return Verdict(
+            "collapsed", f"the code is nearly the same for all sentences: KL {kl:.2f} nats, below {NATS:g}; {units}"
+        )
     needed_mi = min(NATS, FEW_SENTENCES * metrics["mi_ceiling"])
     if not mi >= needed_mi:
-        return Verdict("unused KL", f"KL {kl:.2f} nats, but mi {mi:.2f}, below {needed_mi:.2g}; {units}")
+        why = f"it does not identify the sentence: mi {mi:.2f} nats, below {needed_mi:.2g}"
+        return Verdict("unused KL", f"{paid}, but {why}; {units}")
     weighted_kl = kl if beta is None else min(beta, 1.0) * kl
     needed = max(NATS, SHARE * weighted_kl)
-    limit = f"{needed:.2f} ({SHARE:.0%} of the weighted KL)" if needed > NATS else f"{NATS:g}"
+    of_what = "KL" if weighted_kl == kl else "beta * KL"
+    limit = f"{needed:.2f}, {SHARE:.0%} of {of_what}" if needed > NATS else f"{NATS:g}"
+    gain = f"with the z of another sentence, rec is {z_gain:.2f} nats higher (z_gain)"
     if not z_gain >= needed:
-        return Verdict("unused KL", f"KL {kl:.2f} nats, but z_gain {z_gain:.2f}, below {limit}; {units}")
-    return Verdict("healthy", f"KL {kl:.2f} nats; z_gain {z_gain:.2f}, at least {limit}; {units}")
+        return Verdict("unused KL", f"{paid}, but the decoder hardly uses it: {gain}, below {limit}; {units}")
+    return Verdict("healthy", f"the decoder uses the code: {gain}, at least {limit}; {paid}; {units}")

@@ -12,6 +12,7 @@ from vae_ds.latents.generate import (
     reconstruct,
     sample,
     shown,
+    traversal,
     traverse,
 )
 
@@ -24,5 +25,6 @@ __all__ = [
     "reconstruct",
     "sample",
     "shown",
+    "traversal",
     "traverse",
 ]

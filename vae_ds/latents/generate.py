@@ -185,21 +185,37 @@ def traverse(
     steps: int = 7,
     **decoding: Any,
 ) -> list[str]:
-    """`steps` texts around `text`: latent unit `unit` (from 0) is moved by -reach ... +reach, the others stay at mu.
+    """The texts of `traversal`, which also returns the values of the unit."""
+    return traversal(model, tokenizer, text, unit, reach=reach, steps=steps, **decoding)[1]
 
-    `reach` is in units of the standard deviation of the prior. With an odd number of steps, the middle text is the
-    reconstruction. Raises ConfigError if the model has no such unit or `steps` is below 1, and the same errors as
-    `encode`.
+
+def traversal(
+    model: T5VAE,
+    tokenizer: Any,
+    text: str,
+    unit: int,
+    *,
+    reach: float = 3.0,
+    steps: int = 7,
+    **decoding: Any,
+) -> tuple[list[float], list[str]]:
+    """Values of latent unit `unit` (from 0) around that of `text`, and the text of each; the other units stay at mu.
+
+    The `steps` values go from mu - reach to mu + reach. `reach` is in units of the standard deviation of the prior.
+    With an odd number of steps, the middle text is the reconstruction. Raises ConfigError if the model has no such
+    unit, `steps` is below 1 or `reach` is not above 0, and the same errors as `encode`.
     """
     _need_latent(model)
     if not 0 <= unit < model.latent_dim:
         raise ConfigError(f"the latent units are 0 to {model.latent_dim - 1}; found {unit}")
     if steps < 1:
         raise ConfigError(f"a traversal needs at least 1 step; found {steps}")
+    if not 0 < reach < float("inf"):
+        raise ConfigError(f"the reach must be above 0; found {reach:g}")
     z_NL = encode(model, tokenizer, [text], **decoding).repeat(steps, 1)
     # Symmetric by construction, so that the middle of an odd number of steps is exactly zero.
     z_NL[:, unit] += reach * (2 * torch.arange(steps, device=z_NL.device) - (steps - 1)) / max(steps - 1, 1)
-    return decode(model, tokenizer, z_NL, **decoding)
+    return z_NL[:, unit].tolist(), decode(model, tokenizer, z_NL, **decoding)
 
 
 def linear(a_L: torch.Tensor, b_L: torch.Tensor, share_N: torch.Tensor) -> torch.Tensor:

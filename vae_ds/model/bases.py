@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from vae_ds.config import ModelConfig, hub
 from vae_ds.errors import CheckpointError, ConfigError
+from vae_ds.runtime import run_dirs
 
 EXPORT_FORMAT = "vae_ds"
 EXPORT_VERSION = 1
@@ -132,7 +133,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 def model_dir(run: str | Path) -> Path:
     """The exported model of a run directory, or the directory itself if it is an export."""
     path = Path(run).expanduser()
-    return path / "model" if (path / "config.yaml").is_file() else path
+    return path / "model" if run_dirs.is_run(path) else path
 
 
 def is_export(path: Path) -> bool:

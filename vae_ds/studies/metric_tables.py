@@ -19,6 +19,7 @@ WITH_YARDSTICK = "lm_gain"  # a column only if any run has it
 TEXT_COLUMNS = ("bleu", "self_bleu", "distinct_1", "distinct_2", "forward_ppl", "reverse_ppl")
 WIDTH = 120
 UNITS_SHOWN = 96
+NOTED_UNKNOWN = 0.01  # share of the tokens
 UNITS = "rec, kl, nelbo, iw_nll, mi, z_gain and lm_gain are in nats per sentence; ppl and iw_ppl are per word"
 
 
@@ -75,7 +76,16 @@ def footnotes(evaluations: Mapping[str, Mapping[str, Any]], split: str) -> list[
         for label, metrics in evaluations.items()
         if metrics.get("verdict") is not None
     ]
-    return [UNITS, *_shared(sizes), *_shared(subsets), *verdicts]
+    return [UNITS, *_shared(sizes), *_shared(subsets), *verdicts, *unknown_tokens(evaluations)]
+
+
+def unknown_tokens(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each run whose share of unknown tokens is at least NOTED_UNKNOWN."""
+    return [
+        f"{label}: {share:.1%} of the tokens are unknown to the tokenizer (unk); the model cannot write them"
+        for label, metrics in evaluations.items()
+        if (share := metrics.get("unk")) is not None and share >= NOTED_UNKNOWN
+    ]
 
 
 def text_footnotes(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -134,6 +144,8 @@ def _read(run_dir: Path, split: str) -> dict[str, Any]:
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not run_dir.exists():
+            raise CheckpointError(f"{run_dir}: no such directory") from None
         raise CheckpointError(
             f"{path}: no such file; write it with `vae-ds evaluate {run_dir} --split {split}`"
         ) from None

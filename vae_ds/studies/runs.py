@@ -13,7 +13,7 @@ from typing import Any
 from vae_ds import config as configuration
 from vae_ds.config import RunConfig
 from vae_ds.errors import CheckpointError
-from vae_ds.runtime import records
+from vae_ds.runtime import records, run_dirs
 from vae_ds.studies import metric_tables, setting_words
 
 # Settings that change neither the optimisation nor the text.
@@ -54,7 +54,7 @@ def read_runs(paths: Sequence[str | Path], split: str = "test") -> list[Run]:
     A run's name is that of its folder, or its path if two folders have the same name. Raises CheckpointError for a
     path that is neither and for a broken file, ConfigError for a `config.yaml` that is not the recipe of a run.
     """
-    folders = _folders([Path(path) for path in paths])
+    folders = run_dirs.runs_in(paths)
     return [
         _read(folder, label, split) for folder, label in zip(folders, metric_tables.labels_of(folders), strict=True)
     ]
@@ -155,17 +155,6 @@ def by_topic(every: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
         topic = topics.pop() if len(topics) == 1 else "phases" if "phases" in topics else "several" if topics else ""
         found.setdefault(topic, []).append(name)
     return found
-
-
-def _folders(paths: Sequence[Path]) -> list[Path]:
-    found: dict[Path, Path] = {}
-    for path in paths:
-        inside = [path] if (path / "config.yaml").is_file() else sorted(p.parent for p in path.glob("*/config.yaml"))
-        if not inside:
-            raise CheckpointError(f"{path}: neither a run directory (config.yaml) nor a directory of runs")
-        for folder in inside:
-            found.setdefault(folder.resolve(), folder)
-    return list(found.values())
 
 
 def _read(folder: Path, name: str, split: str) -> Run:

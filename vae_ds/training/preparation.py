@@ -1,6 +1,5 @@
 """The setup of a training, before any weight is loaded: checks, data, lengths of the phases."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from vae_ds.data import Source, Streamed, TokenSet, Whole, cache_dir, corpora, m
 from vae_ds.distributed import Ranks
 from vae_ds.errors import ConfigError
 from vae_ds.model import check_base, check_base_weights, check_latent_dim, check_start, load_tokenizer, skeleton
-from vae_ds.runtime import records
+from vae_ds.runtime import records, run_dirs
 from vae_ds.training import phases
 from vae_ds.training.phases import PhasePlan
 
@@ -40,7 +39,7 @@ class Setup:
 
 def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
     """Check everything that can be checked, then prepare the data. Raises UserError. Loads no weights. A collective."""
-    check_run_dir(run_dir)
+    run_dirs.check_writable(run_dir)
     distributed.rank0_first(lambda: corpora.check(config.data))
     check_model(config)
     precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
@@ -63,15 +62,6 @@ def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
         plans = phases.plan(config.phases, steps_per_epoch(len(train_set), config.batch.global_size))
     valid_set = tokens_of("valid").first(config.validation.sentences)
     return Setup(config, run_dir, ranks, precision, ds_config, micro, tokenizer, source, train_set, valid_set, plans)
-
-
-def check_run_dir(run_dir: Path) -> None:
-    """Raise ConfigError if the run directory cannot be made or cannot be written."""
-    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"--run-dir {run_dir}: {existing} is a file; choose another directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"--run-dir {run_dir}: {existing} is not writable; choose another directory")
 
 
 def check_model(config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 The same runs give the same bytes: a report has no date, and no path of this machine except those of the runs.
 """
 
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,10 @@ from vae_ds.studies import metric_tables, runs, setting_words
 from vae_ds.studies.metric_tables import COLUMNS
 from vae_ds.studies.report.figure_sections import figure_sections, pareto_front
 from vae_ds.studies.report.page import Page, Row, escape, is_number, markdown, number
-from vae_ds.studies.report.paper_tables import paper_tables
+from vae_ds.studies.report.paper_tables import is_of_paper, paper_tables
 from vae_ds.studies.runs import Run
 
-__all__ = ["pareto_front", "write"]
+__all__ = ["figures_of", "pareto_front", "write"]
 
 # In no table of metrics: paths, long lists, and what has a column of its own.
 NOT_METRICS = {"model", "split", "seed", "kl_per_dim", "verdict", "verdict_reason"}
@@ -24,10 +25,11 @@ WITH_LIMIT = ("mi", "au")  # shown with the highest value that they can have
 COLUMNS_PER_TABLE = 12
 
 
-def write(paths: Sequence[str | Path], folder: Path, split: str = "test") -> Path:
+def write(paths: Sequence[str | Path], folder: Path, split: str = "test", with_paper: bool = False) -> Path:
     """Write the report of these runs, and of all runs in directories of runs, into `folder`. Returns its report.md.
 
-    A run that was not evaluated on `split` is listed as such. Files of an earlier report are replaced.
+    A run that was not evaluated on `split` is listed as such. Files of an earlier report are replaced. The paper's
+    tables are part of it with `with_paper`, or if a run is on a corpus of the paper or belongs to its study.
     Raises CheckpointError and ConfigError as `read_runs` does, ConfigError if `folder` cannot be created.
     """
     every = runs.read_runs(paths, split)
@@ -38,10 +40,17 @@ def write(paths: Sequence[str | Path], folder: Path, split: str = "test") -> Pat
     page = Page(folder, split)
     _overview(page, every)
     _over_seeds(page, every)
-    paper_tables(page, every)
+    if with_paper or any(is_of_paper(run) for run in every):
+        paper_tables(page, every)
     figure_sections(page, runs.by_data(every))
     records.replace_file(folder / "report.md", ("\n\n".join(page.parts) + "\n").encode())
     return folder / "report.md"
+
+
+def figures_of(folder: Path) -> dict[str, Path]:
+    """The PNG files that the report in `folder` shows, by their titles."""
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    return {title: folder / f"{name}.png" for title, name in re.findall(r"\[!\[(.*?)\]\((.*?)\.png\)\]", text)}
 
 
 def _overview(page: Page, every: Sequence[Run]) -> None:
@@ -77,6 +86,9 @@ def _overview(page: Page, every: Sequence[Run]) -> None:
     ]
     if reasons:
         page.say("The reasons of the verdicts:", "\n".join(reasons))
+    unknown = metric_tables.unknown_tokens({run.name: run.metrics or {} for run in evaluated})
+    if unknown:
+        page.say("\n".join(f"- {escape(line)}" for line in unknown))
 
 
 def _over_seeds(page: Page, every: Sequence[Run]) -> None:

@@ -40,6 +40,11 @@ without the end-of-sentence token in the count; that of a run counts this token.
 `vae-ds evaluate`."""
 
 
+def is_of_paper(run: Run) -> bool:
+    """Whether a run is on a corpus of the paper, or belongs to the study `paper`."""
+    return run.config.data.corpus in TITLES or run.config.name.startswith(f"{PAPER}-")
+
+
 def paper_tables(page: Page, every: Sequence[Run]) -> None:
     page.say("## The paper's tables", WHY_NO_TARGETS)
     printed = printed_rows()

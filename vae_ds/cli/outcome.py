@@ -1,0 +1,52 @@
+"""What `vae-ds train` prints at its end: the validations, the model, and commands to try next."""
+
+import json
+import math
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vae_ds.config import RunConfig
+
+NATS = ("nelbo", "rec", "kl", "mi", "z_gain")
+
+
+def lines(run_dir: Path, config: "RunConfig", was_done: bool) -> list[str]:
+    """The lines about a run that is done. `was_done`: it was done before this command."""
+    found = [f"{run_dir} was done already; nothing is trained"] if was_done else []
+    rows = _validations(run_dir)
+    best = min(rows, key=lambda row: row["nelbo"], default=None)
+    if best is not None:
+        found.append(f"last validation: {_validation(rows[-1])}")
+        is_last = best["step"] == rows[-1]["step"]
+        found.append(f"best validation: {'the last' if is_last else _validation(best)}")
+    which = "the best validation" if config.export == "best" else "the last step"
+    found.append(f"model of {which}: {run_dir / 'model'}")
+    run = shlex.quote(str(run_dir))
+    if config.model.injection == "none":
+        commands = [f"evaluate {run}", f"sample {run} --temperature 1"]
+    else:
+        commands = [f"evaluate {run}", f'reconstruct {run} "A sentence to encode and decode."', f"sample {run}"]
+    return [*found, "next:", *(f"  vae-ds {command}" for command in commands)]
+
+
+def validation_terms(row: Mapping[str, Any]) -> str:
+    """The metrics of a validation with their units: `nelbo 63.95, ... nats per sentence, 32 active units, healthy`."""
+    nats = ", ".join(f"{key} {row[key]:.2f}" for key in NATS if row.get(key) is not None)
+    units = f"{row['au']} active units" if row.get("au") is not None else ""
+    return ", ".join(filter(None, (f"{nats} nats per sentence" if nats else "", units, row.get("verdict"))))
+
+
+def _validation(row: Mapping[str, Any]) -> str:
+    return f"step {row['step']:,}: {validation_terms(row)}"
+
+
+def _validations(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of evaluations.jsonl that have a finite nelbo. None without the file: its absence is no fault here."""
+    try:
+        rows = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return []
+    return [row for row in rows if isinstance(row.get("nelbo"), int | float) and math.isfinite(row["nelbo"])]
