@@ -50,7 +50,8 @@ def write(paths: Sequence[str | Path], folder: Path, split: str = "test", with_p
 def figures_of(folder: Path) -> dict[str, Path]:
     """The PNG files that the report in `folder` shows, by their titles."""
     text = (folder / "report.md").read_text(encoding="utf-8")
-    return {title: folder / f"{name}.png" for title, name in re.findall(r"\[!\[(.*?)\]\((.*?)\.png\)\]", text)}
+    shown = re.findall(r"\[!\[(.*?)\]\((.*?\.png)\)\]", text)
+    return {title: folder / name for title, name in shown if (folder / name).is_file()}
 
 
 def _overview(page: Page, every: Sequence[Run]) -> None:
