@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vae_ds.runtime import records
-from vae_ds.training.progress import Bar, Lines, is_number, terms_of
+from vae_ds.training.display import Bar, Lines, is_number, terms_of
 from vae_ds.training.tensorboard import Events, escape, table
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vae_ds.runtime import records
-from vae_ds.training.progress import is_number
+from vae_ds.training.display import is_number
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
