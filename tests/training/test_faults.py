@@ -24,10 +24,15 @@ from support.recipes import STEPS, small_recipe
 from support.tiny import ENGLISH, write_splits
 from vae_ds import cli
 from vae_ds.config.settings import TimeoutConfig
+from vae_ds.engine import PhaseEngine
+from vae_ds.errors import ConfigError
+from vae_ds.model import T5VAE
 from vae_ds.runtime import records
 from vae_ds.runtime.exits import EXIT_LOST, STOP_SIGNALS
 from vae_ds.runtime.machine import launchers_of
-from vae_ds.training import trainer
+from vae_ds.training import checkpoint, trainer
+from vae_ds.training.phases import PhasePlan
+from vae_ds.training.preparation import Setup
 from vae_ds.training.watch import Board
 
 RANKS_PY = ROOT / "launchers" / "ranks.py"
@@ -222,6 +227,30 @@ def test_a_run_ends_after_a_phase_and_goes_on(recipe: Path, tmp_path: Path, caps
     assert state_of(tmp_path / "run") == "done"
     assert code_of(*run, "--until", "warmup") == 0
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_phase_that_cannot_begin_leaves_the_checkpoint_of_the_one_before(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = trainer.build_engine
+
+    def fails(setup: Setup, plan: PhasePlan, model: T5VAE) -> PhaseEngine:
+        if plan.index == 1:
+            raise ConfigError("phases.1: cannot begin")
+        return build(setup, plan, model)
+
+    run = ["train", recipe, "--run-dir", tmp_path / "run", "--set", "checkpoint.every_steps=100"]
+    monkeypatch.setattr(trainer, "build_engine", fails)
+    assert code_of(*run, "phases.0.steps=3", "phases.1.steps=2") == 2
+    found = checkpoint.newest(tmp_path / "run")
+    assert found is not None
+    assert found.step == 3
+    status = records.read_status(tmp_path / "run") or {}
+    assert (status["state"], status["reason"], status["step"]) == ("failed", "phases.1: cannot begin", 3)
+    monkeypatch.undo()
+    # What a phase to come says may be corrected.
+    assert code_of(*run, "phases.0.steps=3", "phases.1.steps=2", "phases.1.freeze=[memory]") == 0
+    assert state_of(tmp_path / "run") == "done"
 
 
 def test_a_program_that_trains_has_its_signals_back(recipe: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vae_ds import config as configuration
 from vae_ds import distributed
 from vae_ds.config import PretrainConfig
 from vae_ds.data import epoch_batches, evaluation_batches, share
@@ -56,7 +57,7 @@ def pretrain(
     `resume`, `changed_data` and `stop` are as in `trainer.train`.
     Raises UserError for wrong input, and Stopped after a signal, when a checkpoint is written.
     """
-    directory = Path(run_dir)
+    config, directory = configuration.absolute(config), Path(run_dir)
     ranks = distributed.start()
     if resumption.is_done(directory, config, FREE_ON_RESUME, ENDS, resume, tell=ranks.is_main):
         return directory

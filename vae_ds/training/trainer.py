@@ -131,6 +131,8 @@ class Trainer:
                 self.state.begin_phase(plan.index)
             weights = self.run_phase(plan, weights, resumed)
             resumed = None
+            # The checkpoint of the phase's end must exist before the next phase can fail.
+            self.saver.finish()
         assert weights is not None, "a run has at least one phase"
         return weights
 
