@@ -107,6 +107,13 @@ def test_other_ways_of_choosing_tokens(model, tokenizer, decoding):
         assert again != generate.reconstruct(model, tokenizer, TEXTS, seed=1, **decoding, **SHORT)
 
 
+def test_every_token_can_be_drawn(model, tokenizer):
+    """At a high temperature all tokens are nearly alike; the library's own default would keep 50 of them."""
+    z_BL = torch.zeros(600, model.latent_dim)  # one distribution: each z has 50 likeliest tokens of its own
+    drawn = generate.decode(model, tokenizer, z_BL, temperature=1e4, max_new_tokens=1)
+    assert len(set(drawn)) > 60
+
+
 @pytest.mark.parametrize("decoding", [{"temperature": 1e-4}, {"temperature": 1.5, "top_p": 1e-6}], ids=["cold", "thin"])
 def test_nearly_no_freedom_is_greedy(model, tokenizer, decoding):
     drawn = generate.sample(model, tokenizer, 4, 0, **decoding, **SHORT)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from support.models import TEXTS, UNITS, batch, build, latents, stock
+from support.models import TEXTS, UNITS, batch, build, groups_by_module, latents, stock
 from vae_ds.model.t5vae import T5VAE
 from vae_ds.training import phases
 
@@ -251,7 +251,7 @@ def test_a_few_steps_lower_the_loss_and_the_decoder_comes_to_use_z(injection):
 def test_parameters_are_in_their_groups_and_frozen_parts_run_without_dropout(injection):
     model = build(injection=injection, dropout=0.3)
     names = [name for name, _ in model.named_parameters()]
-    assert {phases.group_of(name) for name in names} == set(phases.GROUPS)
+    assert {name: phases.group_of(name) for name in names} == groups_by_module(model)
     memory = {name for name in names if phases.group_of(name) == "memory"}
     expected = {f"t5.decoder.block.{n}.layer.0.memory.weight" for n in range(3)} if "self" in injection else set()
     assert memory == expected | ({"t5.decoder.memory.weight"} if "embedding" in injection else set())

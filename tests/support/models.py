@@ -35,5 +35,23 @@ def latents(rows: int = len(TEXTS)) -> Tensor:
     return torch.randn(rows, UNITS, generator=torch.Generator().manual_seed(8))
 
 
+def groups_by_module(model: T5VAE) -> dict[str, str]:
+    """The freezing group of each parameter by the module that owns it, whatever its name."""
+    ids = {
+        "embeddings": {id(model.t5.shared.weight)},
+        "memory": {
+            id(p) for name, m in model.named_modules() if name.split(".")[-1] == "memory" for p in m.parameters()
+        },
+        "bottleneck": {id(p) for p in model.bottleneck.parameters()} if model.bottleneck is not None else set(),
+        "encoder": {id(p) for p in model.t5.encoder.parameters()},
+        "decoder": {id(p) for stack in (model.t5.decoder, model.t5.lm_head) for p in stack.parameters()},
+    }
+    # The stacks share the embeddings, and the memory is inside the decoder: the first group that has one owns it.
+    return {
+        name: next(group for group, members in ids.items() if id(parameter) in members)
+        for name, parameter in model.named_parameters()
+    }
+
+
 def stock(kind: str) -> T5ForConditionalGeneration:
     return AutoModelForSeq2SeqLM.from_pretrained(tiny.base(kind), dtype=torch.float32).eval()
