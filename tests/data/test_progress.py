@@ -122,7 +122,8 @@ def test_the_long_tasks_of_this_package_do_it(tmp_path, capsys, monkeypatch):
     assert "Tokenising train: 30 of 100 sentences" in capsys.readouterr().err
 
     monkeypatch.setattr(sources, "installed_sources", lambda: [sources._distribution("click")])
-    docstrings.load(DataConfig(cache_dir=str(tmp_path / "cache")))
+    data = DataConfig(cache_dir=str(tmp_path / "cache"))
+    docstrings.prepared(data, "sentences", docstrings._sentences_of, docstrings._sentences)
     assert "Extracting sentences from docstrings: " in capsys.readouterr().err
 
     monkeypatch.setattr(wordnet, "read_glosses", lambda *_: [f"a thing {number}" for number in range(50)])
