@@ -128,11 +128,11 @@ class Trainer:
         weights = None if resumed is None else resumed.weights
         for plan in self.setup.plans[self.state.phase : last_phase + 1]:
             if plan.index != self.state.phase:
+                # The checkpoint of the last phase's end must exist before this phase can fail.
+                self.saver.finish()
                 self.state.begin_phase(plan.index)
             weights = self.run_phase(plan, weights, resumed)
             resumed = None
-            # The checkpoint of the phase's end must exist before the next phase can fail.
-            self.saver.finish()
         assert weights is not None, "a run has at least one phase"
         return weights
 
