@@ -116,7 +116,8 @@ class Trainer:
             weights = self._run_phases(resumed, last_phase)
             self.saver.finish(must=True)
             if self._is_last(last_phase):
-                self.export(weights)
+                has_best = self.setup.config.export == "best" and self.state.best is not None
+                self.export(weights, replace=not has_best)
                 self.monitor.end_run()
         self.monitor.close()
         if self._is_last(last_phase):
@@ -282,12 +283,11 @@ class Trainer:
         self.saver.newest = checkpoint.name_of(progress["global_step"])
         return saved
 
-    def export(self, weights: Weights) -> None:
-        """Write model/. At the end of a run with `export: best`, the best model that is there stays."""
-        setup, state = self.setup, self.state
+    def export(self, weights: Weights, replace: bool = True) -> None:
+        """Write model/; without `replace`, only if there is none. A collective; rank 0 writes."""
+        setup = self.setup
         target = setup.run_dir / "model"
-        is_end = self._is_last(state.phase) and state.step == setup.plans[-1].steps
-        if setup.ranks.is_main and not (setup.config.export == "best" and is_end and target.exists()):
+        if setup.ranks.is_main and (replace or not target.exists()):
             model = T5VAE.from_base(setup.config.model, setup.config.seed)
             model.save_pretrained(target, setup.tokenizer, weights=weights)
         distributed.barrier()
