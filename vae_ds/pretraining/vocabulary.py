@@ -5,7 +5,6 @@ and characters of the text do not change, except that a run of whitespace become
 """
 
 import io
-import shutil
 import string
 from collections.abc import Iterable
 from pathlib import Path
@@ -79,12 +78,6 @@ def save_tokenizer(tokenizer: Any, pieces: bytes, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     # A fast tokenizer does not write the SentencePiece file, which older loaders need.
     (folder / PIECES_FILE).write_bytes(pieces)
-
-
-def copy_pieces(source: Path, target: Path) -> None:
-    """Copy `spiece.model` to another directory of a tokenizer, if it exists."""
-    if (source / PIECES_FILE).is_file():
-        shutil.copyfile(source / PIECES_FILE, target / PIECES_FILE)
 
 
 def sentinel_ids(tokenizer: Any) -> list[int]:

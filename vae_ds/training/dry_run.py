@@ -38,7 +38,9 @@ def dry_run(
         directory, config, resumption.FREE, resumption.ends(config), resume, tell=ranks.is_main
     )
     setup = prepare(config, directory, ranks)
-    facts = [_start(setup, is_done, changed_data), *_data(setup), *_model(setup), *_phases(setup, last), _ranks(setup)]
+    sizes = {name: parameter.numel() for name, parameter in skeleton(setup.config.model).named_parameters()}
+    of_run = [_start(setup, is_done, changed_data), *_data(setup)]
+    facts = [*of_run, _model(sizes), *_phases(setup, last, sizes), _ranks(setup)]
     return "\n".join([configuration.dump(config).rstrip(), *(f"# {fact}" for fact in facts)])
 
 
@@ -76,22 +78,21 @@ def describe(tokens: TokenSet) -> str:
     )
 
 
-def _model(setup: Setup) -> list[str]:
+def _model(sizes: dict[str, int]) -> str:
     counts: dict[str, int] = {}
-    for name, parameter in skeleton(setup.config.model).named_parameters():
+    for name, size in sizes.items():
         group = phases.group_of(name)
-        counts[group] = counts.get(group, 0) + parameter.numel()
+        counts[group] = counts.get(group, 0) + size
     parts = ", ".join(f"{group} {count:,}" for group, count in counts.items())
-    return [f"model: {sum(counts.values()):,} parameters: {parts}"]
+    return f"model: {sum(counts.values()):,} parameters: {parts}"
 
 
-def _phases(setup: Setup, last: int) -> list[str]:
+def _phases(setup: Setup, last: int, sizes: dict[str, int]) -> list[str]:
     told = []
-    names = {name: parameter.numel() for name, parameter in skeleton(setup.config.model).named_parameters()}
     for plan in setup.plans:
-        frozen = phases.frozen_names(names, plan.settings.freeze)
+        frozen = phases.frozen_names(sizes, plan.settings.freeze)
         epochs = f", {plan.steps / plan.steps_per_epoch:.2f} epochs" if plan.steps_per_epoch else ""
-        trained = sum(count for name, count in names.items() if name not in frozen)
+        trained = sum(count for name, count in sizes.items() if name not in frozen)
         left_out = "" if plan.index <= last else ", not in this start (--until)"
         told.append(f"phase {plan.name}: {plan.steps} steps{epochs}, trains {trained:,} parameters{left_out}")
     return told
