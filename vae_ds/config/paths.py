@@ -9,7 +9,7 @@ Config = TypeVar("Config", RunConfig, PretrainConfig)
 
 # Settings that are a path whenever they are set, and settings that can also be a name (of the hub, or shipped).
 PATHS = ("data.train", "data.valid", "data.test", "data.cache_dir")
-PATHS_OR_NAMES = ("data.path", "model.base", "model.weights", "deepspeed")
+PATHS_OR_NAMES = ("data.path", "model.base", "model.weights", "deepspeed", "validation.yardstick")
 SHIPPED = {"tiny"}
 
 

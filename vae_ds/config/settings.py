@@ -160,6 +160,9 @@ class PhaseConfig(Settings):
 class ValidationConfig(Settings):
     every_steps: int = Field(500, ge=1, description="applied steps between validations; a phase also ends with one")
     sentences: int = Field(2000, ge=2, description="use the first N sentences of the valid split")
+    yardstick: str | None = Field(
+        None, description="run of a plain language model, evaluated on valid: the cost of the code at each validation"
+    )
 
 
 class CheckpointConfig(Settings):
@@ -191,6 +194,12 @@ class EvaluationConfig(Settings):
 
     iw_samples: int = Field(100, ge=1, description="K, importance samples per sentence")
     iw_sentences: int | None = Field(None, ge=1, description="sentences for `iw_nll`; null: the whole split")
+    mi_sentences: int | None = Field(
+        10_000, ge=2, description="sentences for `mi` and `mi_train`, drawn at random; null: the whole split"
+    )
+    mi_train_sentences: int | None = Field(
+        50_000, ge=0, description="training sentences for `mi_train`, drawn at random; 0 or null: no `mi_train`"
+    )
     batch: int = Field(128, ge=1, description="sentences, or importance samples, per forward pass and rank")
     bleu_sentences: int | None = Field(256, ge=0, description="sentences to reconstruct for `bleu`; 0 or null: none")
     samples: int | None = Field(256, ge=0, description="prior samples for the text metrics; 0 or null: none")

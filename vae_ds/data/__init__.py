@@ -16,7 +16,7 @@ from vae_ds.data.batches import (
 from vae_ds.data.cache import cache_dir
 from vae_ds.data.feed import Feed, Source, Streamed, Whole
 from vae_ds.data.progress import Progress
-from vae_ds.data.tokens import TokenSet, from_texts, tokenise
+from vae_ds.data.tokens import TokenSet, from_texts, tokenise, tokenizer_fingerprint
 
 __all__ = [
     "Batch",
@@ -36,4 +36,5 @@ __all__ = [
     "share",
     "steps_per_epoch",
     "tokenise",
+    "tokenizer_fingerprint",
 ]

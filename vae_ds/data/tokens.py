@@ -112,6 +112,10 @@ class TokenSet:
         """The uncut text of sentence `index`. Raises IndexError."""
         return self._text(self._checked(index))
 
+    def texts(self, start: int, stop: int) -> list[str]:
+        """The uncut texts of the sentences `start` to `stop`, of which those past the end are left out."""
+        return [self._text(index) for index in range(start, min(stop, len(self)))]
+
     def first(self, count: int) -> "TokenSet":
         """The first `count` sentences, or all if there are fewer."""
         if count >= len(self):

@@ -1,20 +1,22 @@
 """Operations on a finished run: load its model, evaluate a split, export the model."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vae_ds import config as configuration
 from vae_ds import distributed
 from vae_ds.config import EvaluationConfig, RunConfig
-from vae_ds.data import cache_dir, corpora, tokenise
-from vae_ds.errors import CheckpointError, ConfigError, DataError
-from vae_ds.evaluation.metrics import evaluate
+from vae_ds.data import cache_dir, corpora, from_texts, tokenise
+from vae_ds.errors import ConfigError, DataError
+from vae_ds.evaluation.identity import data_fingerprint, yardstick_values
+from vae_ds.evaluation.metrics import Training, evaluate
 from vae_ds.evaluation.text_metrics import text_metrics
 from vae_ds.model import T5VAE, load_tokenizer, read_export
-from vae_ds.runtime import records, run_dirs
+from vae_ds.runtime import evaluations, run_dirs
 
 
 @dataclass(frozen=True)
@@ -55,28 +57,44 @@ def evaluate_run(
 ) -> dict[str, Any] | None:
     """Compute all metrics of docs/metrics.md on one split, over all ranks, and write them to RUN/eval-SPLIT.json.
 
-    `yardstick` is a run of a plain language model, for `lm_gain` and `forward_ppl`. Returns the metrics on rank 0, None
-    on the other ranks. Raises UserError if the run, its data or the yardstick's evaluation of the same split is
-    missing, or if the yardstick has a latent code.
+    The values of each sentence are written beside it (`vae_ds.runtime.evaluations`). `yardstick` is a run of a plain
+    language model that was evaluated on the same sentences, for `above_yardstick`, `lm_gain` and `forward_ppl`.
+
+    Returns the metrics on rank 0, None on the other ranks. Raises UserError if the run, its data or the yardstick's
+    evaluation is missing, if the yardstick has a latent code, or if it was evaluated on other data.
     """
     place, config = locate(run), _config_of(run, recipe)
     distributed.rank0_first(lambda: corpora.check(config.data))
-    nll = None if yardstick is None else _yardstick_nll(Path(yardstick), split)
+    if yardstick is not None:
+        _require_language_model(Path(yardstick))
+        evaluations.read_values(Path(yardstick), split)  # a missing or broken file is found before the data is read
     chosen = EvaluationConfig(
         **{**config.evaluation.model_dump(), **{k: v for k, v in settings.items() if v is not None}}
     )
     ranks = distributed.start()
-    model, tokenizer = load_model(run)
+    tokenizer = load_tokenizer(str(place.model_dir))
     corpus = distributed.rank0_first(lambda: corpora.load(config.data))
     cache = cache_dir(config.data.cache_dir)
     tokens = distributed.rank0_first(lambda: tokenise(corpus, split, tokenizer, config.data.max_tokens, cache))
+    fingerprint = data_fingerprint(tokens, tokenizer)
+    nll_N = None if yardstick is None else yardstick_values(Path(yardstick), split, fingerprint, str(run))
+    model, _ = load_model(run)
     model.to(ranks.device)
-    metrics = evaluate(model, tokens, ranks, chosen, seed=config.seed, yardstick=nll, pad_id=tokenizer.pad_token_id)
+    found = evaluate(
+        model,
+        tokens,
+        ranks,
+        chosen,
+        seed=config.seed,
+        pad_id=tokenizer.pad_token_id,
+        yardstick_N=nll_N,
+        train=_training(config, corpus, split, tokenizer, chosen.mi_train_sentences),
+    )
     language_model = None
     if yardstick is not None and chosen.samples:
         language_model = load_model(Path(yardstick))
         language_model[0].to(ranks.device)
-    metrics |= text_metrics(
+    metrics = found.metrics | text_metrics(
         model,
         tokenizer,
         tokens,
@@ -88,8 +106,9 @@ def evaluate_run(
     )
     if not ranks.is_main:
         return None
-    metrics = {"model": str(place.model_dir), "split": split, "seed": config.seed, **metrics}
-    records.write_json(run / f"eval-{split}.json", metrics)
+    facts = {"model": str(place.model_dir), "split": split, "seed": config.seed, "yardstick": yardstick}
+    metrics = {**facts, evaluations.FINGERPRINT: fingerprint, **metrics}
+    evaluations.write(run, split, metrics, found.sentences)
     return metrics
 
 
@@ -110,13 +129,37 @@ def _config_of(run: Path, recipe: str | None) -> RunConfig:
     return config
 
 
-def _yardstick_nll(run: Path, split: str) -> float:
+def _training(config: RunConfig, corpus: Any, split: str, tokenizer: Any, limit: int | None) -> Training | None:
+    """At most `limit` training sentences, drawn at random: of a stream, the first ones of its first windows.
+
+    Only these are tokenised, so the cost does not depend on the size of the training split.
+    """
+    if not limit:
+        return None
+    if config.data.streaming:
+        texts = _streamed(config, limit)
+        return Training(from_texts(texts, tokenizer, config.data.max_tokens))
+    rows = corpus.splits["train"]
+    index_M = np.arange(len(rows))
+    if limit < len(rows):
+        index_M = np.sort(distributed.stream(config.seed, "mi-train").choice(len(rows), limit, replace=False))
+    texts = [str(text) for text in rows.select(index_M)["text"]]
+    return Training(from_texts(texts, tokenizer, config.data.max_tokens), index_M if split == "train" else None)
+
+
+def _streamed(config: RunConfig, limit: int) -> list[str]:
+    lines = corpora.open_stream(config.data)
+    texts: list[str] = []
+    for window in range(lines.windows):
+        texts += lines.window(window, config.seed, 0, 0)
+        if len(texts) >= limit:
+            break
+    return texts[:limit]
+
+
+def _require_language_model(run: Path) -> None:
     injection = read_export(locate(run).model_dir).get("model", {}).get("injection")
     if injection != "none":
         raise ConfigError(
             f"{run} has injection `{injection}`; a yardstick must be a run with `none`, a plain language model"
         )
-    stored = run / f"eval-{split}.json"
-    if not stored.is_file():
-        raise CheckpointError(f"{stored} is missing; first run `vae-ds evaluate {run} --split {split}`")
-    return float(json.loads(stored.read_text(encoding="utf-8"))["rec"])

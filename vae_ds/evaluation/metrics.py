@@ -7,9 +7,9 @@ they do not depend on the distribution of the sentences over the ranks, except f
 """
 
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,24 +17,39 @@ import torch
 
 from vae_ds.config import EvaluationConfig
 from vae_ds.data import Progress, TokenSet, collate, evaluation_batches
-from vae_ds.distributed import Ranks, all_sum, gather_rows, stream
+from vae_ds.distributed import Ranks, gather_rows, stream
 from vae_ds.errors import DataError
-from vae_ds.evaluation.verdict import verdict
+from vae_ds.evaluation import information
+from vae_ds.evaluation.estimates import perplexity, with_errors
+from vae_ds.evaluation.information import Posterior
+from vae_ds.evaluation.verdict import cost, verdict
 from vae_ds.latents import inference
 from vae_ds.model import T5VAE, gaussian
 
 Metrics = dict[str, Any]
 
-AGGREGATED = 2048  # sentences between two lines of progress, the size of the chunks of `log_aggregate`
 WINDOW = 1024  # sentences whose importance weights are in memory at the same time
 
 
-class Posterior(NamedTuple):
-    """The posterior of each sentence of the split, in order, and one sample z of each. All are float64."""
+@dataclass(frozen=True)
+class Training:
+    """Sentences of the training split, for `mi_train`.
 
-    mu_NL: torch.Tensor
-    logvar_NL: torch.Tensor
-    z_NL: torch.Tensor
+    rows: their indices in the evaluated split, if this is the training split itself, else None.
+    """
+
+    tokens: TokenSet
+    rows: np.ndarray | None = None
+
+
+class Evaluation(NamedTuple):
+    """The metrics of a split, ready for JSON, and the values of its sentences that they are means of.
+
+    sentences: float64 arrays in nats by name (`vae_ds.runtime.evaluations`). All are (N,), except `iw_nll` (M,).
+    """
+
+    metrics: Metrics
+    sentences: dict[str, np.ndarray]
 
 
 def evaluate(
@@ -45,24 +60,28 @@ def evaluate(
     *,
     seed: int,
     pad_id: int,
-    yardstick: float | None = None,
+    yardstick_N: np.ndarray | None = None,
+    train: Training | None = None,
     full: bool = True,
     beta: float | None = None,
-) -> Metrics:
-    """Compute the metrics of docs/metrics.md, except those of text quality, as plain numbers ready for JSON.
+) -> Evaluation:
+    """Compute the metrics of docs/metrics.md, except those of text quality.
 
     This is a collective operation. The result is a function of (weights, tokens, settings, seed), for any number of
     ranks. Global random generators and the modes of the modules do not change. All ranks make the same number of
     forward calls, as ZeRO 3 requires.
 
-    yardstick: `rec` of a run with injection `none` on the same split, to compute `lm_gain`.
-    full: False skips the importance-weighted likelihood, by far the most expensive metric, during training.
+    yardstick_N: the negative log-likelihood of each sentence under a plain language model, in nats, for `lm_gain`,
+        `above_yardstick` and `nelbo_above_yardstick`.
+    train: training sentences, for `mi_train`.
+    full: False skips the importance-weighted likelihood and `mi_train`, the most expensive metrics, during training.
     beta: the current weight of the KL, for the verdict during training. None means a finished model (`verdict`).
 
-    Metrics that do not exist for the model, or were not requested, are None. A model with injection `none` has an exact
-    likelihood: its `nelbo` is its `rec`, its `iw_samples` is None, and its `iw_nll` and `iw_ppl` are exact. They use
-    the same first `iw_sentences` sentences as for another model, so that both can be compared. `unk` is a share of
-    `tokens`, `truncated` of `sentences`. A perplexity above the largest float is infinite.
+    A mean over sentences has its standard error in `<metric>_se`; None for a single sentence. Metrics that do not
+    exist for the model, or were not requested, are None. A model with injection `none` has an exact likelihood: its
+    `nelbo` is its `rec`, its `iw_samples` is None, and its `iw_nll` and `iw_ppl` are exact. They use the same first
+    `iw_sentences` sentences as for another model, so that both can be compared. `unk` is a share of `tokens`,
+    `truncated` of `sentences`. A perplexity above the largest float is infinite.
     Raises DataError if there are no sentences.
     """
     if not len(tokens):
@@ -71,21 +90,21 @@ def evaluate(
     with inference(model):
         work = _Work(model, tokens, ranks, settings, seed, pad_id, is_shown=full)
         rec_N, posterior = work.own()
-        metrics = _likelihood(tokens, rec_N, posterior)
-        metrics |= _latent(posterior, ranks, is_shown=full) if not plain else dict.fromkeys(("mi", "mi_ceiling", "au"))
-        metrics["z_gain"] = None if plain or len(tokens) < 2 else work.z_gain(rec_N, posterior)
-        metrics["lm_gain"] = None if plain or yardstick is None else yardstick - metrics["rec"]
-        metrics |= dict.fromkeys(("iw_nll", "iw_ppl", "iw_sentences", "iw_samples"))
+        values = {"rec": rec_N}
+        if not plain:
+            values["kl"] = gaussian.kl_per_dim(posterior.mu_NL, posterior.logvar_NL).sum(dim=1)
+            if len(tokens) > 1:
+                values["rec_swapped"] = work.swapped(posterior)
         if full:
             count = min(settings.iw_sentences or len(tokens), len(tokens))
-            nll_M = rec_N[:count] if plain else work.importance_weighted(posterior, count)
-            metrics["iw_nll"] = float(nll_M.mean())
-            metrics["iw_ppl"] = perplexity(nll_M, tokens.words_N[:count])
-            metrics["iw_sentences"] = count
-            metrics["iw_samples"] = None if plain else settings.iw_samples
+            values["iw_nll"] = rec_N[:count] if plain else work.importance_weighted(posterior, count)
+        sentences = {name: part.cpu().numpy() for name, part in values.items()}
+        metrics = _extent(tokens) | _likelihood(tokens, sentences) | _iw(tokens, sentences, settings)
+        metrics |= work.latent(posterior) | work.information(posterior, train if full else None)
+        metrics |= _beside_yardstick(sentences, yardstick_N)
     found = verdict(metrics, beta)
-    metrics |= {"verdict": found and found.word, "verdict_reason": found and found.reason}
-    return metrics
+    metrics |= {"verdict": found and found.word, "verdict_reason": found and found.reason, "cost": cost(metrics)}
+    return Evaluation(metrics, sentences)
 
 
 def log_weights(rec_P: torch.Tensor, z_PL: torch.Tensor, mu_PL: torch.Tensor, logvar_PL: torch.Tensor) -> torch.Tensor:
@@ -139,8 +158,8 @@ class _Work:
         rec_N, mu_NL, logvar_NL, z_NL = self._over_split(rows, "Encoding and decoding")
         return rec_N, Posterior(mu_NL, logvar_NL, z_NL)
 
-    def z_gain(self, rec_N: torch.Tensor, posterior: Posterior) -> float:
-        """Mean rec with the z of another sentence, minus mean rec with the right z."""
+    def swapped(self, posterior: Posterior) -> torch.Tensor:
+        """rec_N with the z of another sentence."""
         mate_N = derangement(len(self.tokens), self.seed)
 
         def rows(index_B: np.ndarray) -> tuple[torch.Tensor, ...]:
@@ -148,7 +167,37 @@ class _Work:
             return (self.model.reconstruction(z_BL.float(), self._collate(index_B).labels_BT),)
 
         (swapped_N,) = self._over_split(rows, "Decoding the z of other sentences")
-        return float(swapped_N.mean() - rec_N.mean())
+        return swapped_N
+
+    def latent(self, posterior: Posterior) -> Metrics:
+        """KL of each unit and active units, over the whole split."""
+        if self.model.bottleneck is None:
+            return {"kl_per_dim": None, "au": None}
+        kl_L = gaussian.kl_per_dim(posterior.mu_NL, posterior.logvar_NL).mean(dim=0)
+        return {"kl_per_dim": kl_L.tolist(), "au": gaussian.active_units(posterior.mu_NL)}
+
+    def information(self, posterior: Posterior, train: Training | None) -> Metrics:
+        """The estimates of the mutual information, with their errors and the numbers that they depend on."""
+        keys = ("mi", "mi_se", "mi_ceiling", "mi_sentences", "mi_train", "mi_train_se", "mi_train_sentences")
+        metrics: Metrics = dict.fromkeys(keys)
+        if self.model.bottleneck is None:
+            return metrics
+        count, ranks = len(self.tokens), self.ranks
+        index_S = information.chosen(count, self.settings.mi_sentences, self.seed)
+        own = len(index_S[ranks.rank :: ranks.world])
+        metrics |= {"mi_ceiling": math.log(count), "mi_sentences": len(index_S)}
+        with _progress("Mutual information", own, self.is_shown) as add:
+            within_S = information.within_split(posterior, index_S, ranks, add)
+        metrics |= with_errors(mi=within_S.cpu().numpy())
+        if train is None or not len(train.tokens):
+            return metrics
+        component_N = None if train.rows is None else np.isin(np.arange(count), train.rows)
+        share = -(-len(train.tokens) // ranks.world)
+        with _progress("Encoding training sentences", share, self.is_shown) as add:
+            pair = information.encode_all(self.model, train.tokens, ranks, self.settings.batch, self.pad_id, add)
+        with _progress("Mutual information against them", own, self.is_shown) as add:
+            train_S = information.against_training(posterior, index_S, pair, ranks, add, component_N)
+        return metrics | with_errors(mi_train=train_S.cpu().numpy()) | {"mi_train_sentences": len(train.tokens)}
 
     def importance_weighted(self, posterior: Posterior, count: int) -> torch.Tensor:
         """The importance-weighted estimate of -log p(x), nll_M, of the first `count` sentences.
@@ -233,12 +282,8 @@ def _in_order(index_S: np.ndarray, weight_S: np.ndarray, rows_SX: torch.Tensor, 
     return rows_NX[order_N]
 
 
-def _likelihood(tokens: TokenSet, rec_N: torch.Tensor, posterior: Posterior) -> Metrics:
-    """Sizes of the split, and the bound on its likelihood. Without a latent code, the KL is None, not 0."""
-    has_latent = posterior.mu_NL.shape[1] > 0
-    kl_NL = gaussian.kl_per_dim(posterior.mu_NL, posterior.logvar_NL)
-    nelbo_N = rec_N + kl_NL.sum(dim=1)
-    rec, kl = float(rec_N.mean()), float(kl_NL.sum(dim=1).mean())
+def _extent(tokens: TokenSet) -> Metrics:
+    """Sizes of the split."""
     subwords = int(np.sum(tokens.lengths_N))
     return {
         "sentences": len(tokens),
@@ -246,38 +291,45 @@ def _likelihood(tokens: TokenSet, rec_N: torch.Tensor, posterior: Posterior) -> 
         "words": int(np.sum(tokens.words_N)),
         "truncated": float(np.mean(tokens.truncated_N)),
         "unk": float(np.sum(tokens.unknown_N)) / subwords,
-        "rec": rec,
-        "kl": kl if has_latent else None,
-        "nelbo": float(nelbo_N.mean()),
-        "paper_nelbo": rec - kl if has_latent else None,
-        "ppl": perplexity(nelbo_N, tokens.words_N),
-        "ppl_subword": perplexity(nelbo_N, tokens.lengths_N),
-        "kl_per_dim": kl_NL.mean(dim=0).tolist() if has_latent else None,
     }
 
 
-def _latent(posterior: Posterior, ranks: Ranks, is_shown: bool) -> Metrics:
-    """Mutual information, its ceiling, active units. Each rank compares every world-th sentence with all sentences."""
-    mine = slice(ranks.rank, None, ranks.world)
-    mu, logvar, z = (part.double() for part in posterior)
-    joint_n = gaussian.log_density(z[mine], mu[mine], logvar[mine])
-    parts = []
-    with _progress("Mutual information", len(joint_n), is_shown) as add:
-        for z_CL in z[mine].split(AGGREGATED):
-            parts.append(gaussian.log_aggregate(z_CL, mu, logvar))
-            add(len(z_CL))
-    marginal_n = torch.cat(parts)
-    ceiling = math.log(len(mu))
-    # A term exceeds the ceiling only by rounding. The same in `gaussian.mutual_information`, which runs on one rank.
-    information = all_sum((joint_n - marginal_n).clamp(max=ceiling).sum())
-    return {
-        "mi": float(information) / len(mu),
-        "mi_ceiling": ceiling,
-        "au": int(gaussian.active_units(mu)),
-    }
+def _likelihood(tokens: TokenSet, sentences: Mapping[str, np.ndarray]) -> Metrics:
+    """rec, KL and the bound on the likelihood. Without a latent code, the KL is None, not 0."""
+    rec_N, kl_N, swapped_N = sentences["rec"], sentences.get("kl"), sentences.get("rec_swapped")
+    nelbo_N = rec_N if kl_N is None else rec_N + kl_N
+    return (
+        with_errors(
+            rec=rec_N,
+            kl=kl_N,
+            nelbo=nelbo_N,
+            paper_nelbo=None if kl_N is None else rec_N - kl_N,
+            z_gain=None if swapped_N is None else swapped_N - rec_N,
+        )
+        | perplexity("ppl", nelbo_N, tokens.words_N)
+        | perplexity("ppl_subword", nelbo_N, tokens.lengths_N)
+    )
 
 
-def perplexity(nll_N: torch.Tensor, units_N: np.ndarray) -> float:
-    """exp(total nats / total units) of N sentences; infinite if a float cannot represent it."""
-    nats_a_unit = float(nll_N.sum()) / float(np.sum(units_N))
-    return math.exp(nats_a_unit) if nats_a_unit < math.log(sys.float_info.max) else math.inf
+def _iw(tokens: TokenSet, sentences: Mapping[str, np.ndarray], settings: EvaluationConfig) -> Metrics:
+    """The importance-weighted bound, with the numbers of sentences and samples that it depends on."""
+    nll_M = sentences.get("iw_nll")
+    count = None if nll_M is None else len(nll_M)
+    samples = None if nll_M is None or "kl" not in sentences else settings.iw_samples
+    return (
+        with_errors(iw_nll=nll_M)
+        | perplexity("iw_ppl", nll_M, tokens.words_N[:count])
+        | {"iw_sentences": count, "iw_samples": samples}
+    )
+
+
+def _beside_yardstick(sentences: Mapping[str, np.ndarray], yardstick_N: np.ndarray | None) -> Metrics:
+    """Differences to a plain language model, paired by sentence. A language model itself has none."""
+    if yardstick_N is None or "kl" not in sentences:
+        return with_errors(lm_gain=None, above_yardstick=None, nelbo_above_yardstick=None)
+    rec_N, iw_M = sentences["rec"], sentences.get("iw_nll")
+    return with_errors(
+        lm_gain=yardstick_N - rec_N,
+        above_yardstick=None if iw_M is None else iw_M - yardstick_N[: len(iw_M)],
+        nelbo_above_yardstick=rec_N + sentences["kl"] - yardstick_N,
+    )

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from vae_ds import latents
 from vae_ds.config import EvaluationConfig
 from vae_ds.data import Progress, TokenSet, collate, from_texts
 from vae_ds.distributed import Ranks, gather_objects, stream
-from vae_ds.evaluation.metrics import Metrics, perplexity
+from vae_ds.evaluation.estimates import perplexity, with_errors
+from vae_ds.evaluation.metrics import Metrics
 from vae_ds.model import T5VAE
 
 Value = TypeVar("Value")
@@ -27,6 +27,8 @@ LanguageModel = tuple[T5VAE, Any]
 
 GROUP = 16
 ORDERS = (1, 2, 3, 4)  # n-gram orders of BLEU
+RESAMPLES = 1000  # of the bootstrap of BLEU
+NORMAL_95 = 1.96  # half of the width of a 95 % interval, in standard errors
 
 
 def text_metrics(
@@ -51,11 +53,15 @@ def text_metrics(
       `reverse_ppl`: perplexity per word of all of `tokens` under a trigram model of the texts (`Trigram`).
       These metrics depend on the number of samples, which is in the result: compare only equal numbers.
 
+    `<metric>_se` is the standard error of `bleu` (bootstrap over the sentences), `self_bleu` and the perplexities. It
+    covers the sentences or samples of this evaluation. That of `reverse_ppl` holds for the given samples.
+
     If not stated otherwise, words are those of `ppl`: whitespace words and one for the end of the sentence. Metrics
     that are turned off, or do not exist for the model, are None. This is a collective operation.
     """
-    found: Metrics = dict.fromkeys(("bleu", "bleu_sentences", "bleu_signature", "samples", "sample_temperature"))
-    found |= dict.fromkeys(["self_bleu", *(f"distinct_{n}" for n in ORDERS), "forward_ppl", "reverse_ppl"])
+    found: Metrics = dict.fromkeys(("bleu", "bleu_se", "bleu_sentences", "bleu_signature"))
+    found |= dict.fromkeys(("samples", "sample_temperature", *(f"distinct_{n}" for n in ORDERS)))
+    found |= {key: None for name in ("self_bleu", "forward_ppl", "reverse_ppl") for key in (name, f"{name}_se")}
     sentences = min(settings.bleu_sentences or 0, len(tokens))
     if sentences and model.bottleneck is not None:
         kept = [_kept(tokens, tokenizer, index) for index in range(sentences)]
@@ -65,10 +71,10 @@ def text_metrics(
         grams = [ngrams(text) for text in texts]
         found |= {"samples": len(texts), "sample_temperature": settings.sample_temperature}
         found |= {f"distinct_{n}": distinct(grams, n) for n in ORDERS}
-        found["self_bleu"] = self_bleu(grams, ranks)
-        found["reverse_ppl"] = _reverse(from_texts(texts, tokenizer, max_tokens), tokens, len(tokenizer), ranks)
+        found |= self_bleu(grams, ranks)
+        found |= _reverse(from_texts(texts, tokenizer, max_tokens), tokens, len(tokenizer), ranks)
         if yardstick is not None:
-            found["forward_ppl"] = _forward(texts, yardstick, ranks, max_tokens)
+            found |= _forward(texts, yardstick, ranks, max_tokens)
     return found
 
 
@@ -118,16 +124,17 @@ def distinct(grams: Sequence[Ngrams], order: int) -> float | None:
     return len(total) / total.total() if total else None
 
 
-def self_bleu(grams: Sequence[Ngrams], ranks: Ranks) -> float | None:
-    """Mean BLEU of each text against all others (Zhu et al. 2018), 0 to 100; None for fewer than two texts.
+def self_bleu(grams: Sequence[Ngrams], ranks: Ranks) -> Metrics:
+    """`self_bleu`: mean BLEU of each text against all others (Zhu et al. 2018), 0 to 100, with its standard error.
 
-    Each value equals `sacrebleu.sentence_bleu(text, others)`, but the n-grams are counted once per text instead of once
-    per pair. This is a collective operation.
+    None for fewer than two texts. The error treats the values of the texts as independent. Each value equals
+    `sacrebleu.sentence_bleu(text, others)`, but the n-grams are counted once per text instead of once per pair. This is
+    a collective operation.
     """
     from sacrebleu.metrics.bleu import BLEU
 
     if len(grams) < 2:
-        return None
+        return {"self_bleu": None, "self_bleu_se": None}
     sizes = [sum(count for gram, count in counts.items() if len(gram) == 1) for counts in grams]
     # The largest count in a reference clips a match. Keep the two largest, to be able to exclude the text itself.
     largest: dict[tuple[str, ...], tuple[int, int, int]] = {}
@@ -146,7 +153,8 @@ def self_bleu(grams: Sequence[Ngrams], ranks: Ranks) -> float | None:
         closest = min(others, key=lambda size: (abs(size - sizes[row]), size))
         return float(BLEU.compute_bleu(correct, total, sizes[row], closest, "exp", effective_order=True).score)
 
-    return float(np.mean(_in_groups(len(grams), ranks, lambda rows: [score(row) for row in rows], "Self-BLEU")))
+    scores = _in_groups(len(grams), ranks, lambda rows: [score(row) for row in rows], "Self-BLEU")
+    return with_errors(self_bleu=np.array(scores))
 
 
 def ngrams(text: str) -> Ngrams:
@@ -177,8 +185,15 @@ def _bleu(made: Sequence[str], sources: Sequence[str]) -> Metrics:
 
     # `force` suppresses the warning about tokenised text; some corpora are already tokenised.
     metric = BLEU(force=True)
-    score = metric.corpus_score(list(made), [list(sources)]).score
-    return {"bleu": float(score), "bleu_sentences": len(made), "bleu_signature": str(metric.get_signature())}
+    found = metric.corpus_score(list(made), [list(sources)], n_bootstrap=RESAMPLES if len(made) > 1 else 1)
+    # sacrebleu gives half of the width of the 95 % interval, only in this attribute and in its printed form.
+    half = float(found._ci)
+    return {
+        "bleu": float(found.score),
+        "bleu_se": half / NORMAL_95 if half >= 0 else None,
+        "bleu_sentences": len(made),
+        "bleu_signature": str(metric.get_signature()),
+    }
 
 
 def _samples(
@@ -193,7 +208,7 @@ def _samples(
     return _in_groups(settings.samples or 0, ranks, work, "Sampling")
 
 
-def _forward(texts: Sequence[str], yardstick: LanguageModel, ranks: Ranks, max_tokens: int) -> float:
+def _forward(texts: Sequence[str], yardstick: LanguageModel, ranks: Ranks, max_tokens: int) -> Metrics:
     model, tokenizer = yardstick
     tokens = from_texts(texts, tokenizer, max_tokens)
 
@@ -204,10 +219,11 @@ def _forward(texts: Sequence[str], yardstick: LanguageModel, ranks: Ranks, max_t
             ).to(ranks.device)  # fmt: skip
             return [float(nll) for nll in model.reconstruction(None, batch.labels_BT)]
 
-    return perplexity(_column(_in_groups(len(texts), ranks, work, "Perplexity under the yardstick")), tokens.words_N)
+    nll = _in_groups(len(texts), ranks, work, "Perplexity under the yardstick")
+    return perplexity("forward_ppl", np.array(nll), tokens.words_N)
 
 
-def _reverse(samples: TokenSet, tokens: TokenSet, vocabulary: int, ranks: Ranks) -> float:
+def _reverse(samples: TokenSet, tokens: TokenSet, vocabulary: int, ranks: Ranks) -> Metrics:
     model = Trigram((samples[row].tolist() for row in range(len(samples))), vocabulary)
     nll = _in_groups(
         len(tokens),
@@ -215,11 +231,7 @@ def _reverse(samples: TokenSet, tokens: TokenSet, vocabulary: int, ranks: Ranks)
         lambda rows: [model.nll(tokens[row].tolist()) for row in rows],
         "Perplexity under a trigram model",
     )
-    return perplexity(_column(nll), tokens.words_N)
-
-
-def _column(values: Sequence[float]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    return perplexity("reverse_ppl", np.array(nll), tokens.words_N)
 
 
 def _in_groups(count: int, ranks: Ranks, work: Callable[[range], list[Value]], task: str) -> list[Value]:

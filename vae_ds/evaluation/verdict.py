@@ -1,4 +1,7 @@
-"""Decide whether a model uses its latent code, from the metrics of a validation or an evaluation.
+"""Two statements about a model, from the metrics of a validation or an evaluation (docs/metrics.md, Verdict).
+
+`verdict` says whether the model uses its latent code, `cost` what the code costs in likelihood. Neither implies the
+other: a model may use its code well and predict the text badly.
 
 This file contains all thresholds. In nats per sentence:
 
@@ -9,9 +12,10 @@ This file contains all thresholds. In nats per sentence:
   the second case `z_gain` is below NATS, or below SHARE of the weighted KL, beta * KL. With an exact posterior and
   decoder, `z_gain` would be at least the mutual information, which would be nearly the KL. SHARE is a tolerance for
   inexact models.
-- `healthy`: none of these.
+- `uses z`: none of these.
 - `language model`: injection `none`, without a latent code.
 
+`mi` is only compared with NATS here. How near it is to its ceiling describes the size of the split, not the code.
 Active units (`au`) are reported but not used: their threshold 0.01 is in units of the prior's variance, and a few units
 can contain all of the information.
 """
@@ -19,11 +23,14 @@ can contain all of the information.
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from vae_ds.runtime import evaluations
+
 NATS = 1.0
 SHARE = 0.5
 FEW_SENTENCES = 0.5  # share of the ceiling of `mi`, ln(sentences), if it is below 2 NATS: for 7 sentences or fewer
+ERRORS = 2.0  # a difference of fewer standard errors is not stated as a difference
 
-Word = Literal["collapsed", "unused KL", "healthy", "language model"]
+Word = Literal["collapsed", "unused KL", "uses z", "language model"]
 
 
 class Verdict(NamedTuple):
@@ -61,4 +68,25 @@ def verdict(metrics: Mapping[str, Any], beta: float | None = None) -> Verdict | 
     gain = f"with the z of another sentence, rec is {z_gain:.2f} nats higher (z_gain)"
     if not z_gain >= needed:
         return Verdict("unused KL", f"{paid}, but the decoder hardly uses it: {gain}, below {limit}; {units}")
-    return Verdict("healthy", f"the decoder uses the code: {gain}, at least {limit}; {paid}; {units}")
+    return Verdict("uses z", f"the decoder uses the code: {gain}, at least {limit}; {paid}; {units}")
+
+
+def cost(metrics: Mapping[str, Any]) -> str | None:
+    """What the code costs in likelihood, in words; None for a plain language model.
+
+    The cost is `above_yardstick`: `iw_nll` minus the yardstick's loss on the same sentences. A validation has no
+    `iw_nll`. There, `nelbo` bounds the cost from above (`nelbo_above_yardstick`).
+    """
+    if "kl" in metrics and metrics["kl"] is None:
+        return None
+    if (above := metrics.get("above_yardstick")) is not None:
+        se = metrics["above_yardstick_se"]
+        where = f"the yardstick on {metrics['iw_sentences']:,} sentences (iw_nll)"
+        size = evaluations.with_error(abs(above), se)
+        if se is not None and abs(above) < ERRORS * se:
+            return f"not distinguishable: {evaluations.with_error(above, se)} nats per sentence above {where}"
+        return f"{size} nats per sentence {'worse' if above > 0 else 'better'} than {where}"
+    if (bound := metrics.get("nelbo_above_yardstick")) is not None:
+        size = evaluations.with_error(bound, metrics["nelbo_above_yardstick_se"])
+        return f"at most {size} nats per sentence above the yardstick (nelbo)"
+    return "unknown without a yardstick"

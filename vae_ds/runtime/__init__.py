@@ -3,7 +3,7 @@
 Depends on `errors`.
 """
 
-from vae_ds.runtime import records, run_dirs, slurm
+from vae_ds.runtime import evaluations, records, run_dirs, slurm
 from vae_ds.runtime.exits import (
     EXIT_FAULT,
     EXIT_LOST,
@@ -25,6 +25,7 @@ __all__ = [
     "EXIT_USER",
     "StopFlag",
     "cores",
+    "evaluations",
     "free_port",
     "heeded",
     "is_alive",

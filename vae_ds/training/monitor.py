@@ -127,8 +127,8 @@ class Monitor:
         `metrics` has the keys of docs/metrics.md (nats per sentence; null where the model has none). `kl_per_dim` is
         the mean KL of each of the L units in nats, `reconstructions` are pairs (source, reconstruction), and `samples`
         are texts decoded from prior draws. TensorBoard gets curves `<group>/<key>/<split>`, a histogram, and texts
-        `<split>/<name>`. The texts are also written to samples/. A `verdict` with its `verdict_reason` is a text too,
-        and the verdict ends the line of progress.
+        `<split>/<name>`. The texts are also written to samples/. A `verdict` with its `verdict_reason` and the `cost` is
+        a text too. The verdict ends the line of progress, with the cost if there is a yardstick.
         """
         if not self._active:
             return
@@ -138,7 +138,8 @@ class Monitor:
         if self._progress:
             terms = terms_of(values, ("nelbo", "rec", "kl", "mi", "au", "z_gain"))
             verdict = f"  {values['verdict']}" if values.get("verdict") else ""
-            self._progress.say(f"{split} at step {step}: {terms}{verdict}")
+            cost = f", {values['cost']}" if values.get("nelbo_above_yardstick") is not None else ""
+            self._progress.say(f"{split} at step {step}: {terms}{verdict}{cost}")
         if pairs or texts:
             path = self._run_dir / "samples" / f"{split}-step-{step:08d}.txt"
             records.replace_file(path, _plain(f"{split}, step {step}", pairs, texts).encode())
@@ -147,8 +148,9 @@ class Monitor:
         self._events.scalars(values, split, step)
         self._events.histogram("kl_per_dim", records.unpacked(kl_per_dim) or (), split, step)
         if values.get("verdict"):
-            reason = escape(values.get("verdict_reason") or "")
-            self._events.text("verdict", f"**{values['verdict']}**: {reason}", split, step)
+            reason, cost = escape(values.get("verdict_reason") or ""), escape(values.get("cost") or "")
+            told = f"**{values['verdict']}**: {reason}" + (f"\n\ncost: {cost}" if cost else "")
+            self._events.text("verdict", told, split, step)
         if pairs:
             self._events.text("reconstructions", table(("source", "reconstruction"), pairs), split, step)
         if texts:

@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vae_ds import config as configuration
 from vae_ds import distributed, engine
 from vae_ds.config import RunConfig, Settings
 from vae_ds.data import Source, Streamed, TokenSet, Whole, cache_dir, corpora, micro_batch, steps_per_epoch, tokenise
 from vae_ds.distributed import Ranks
 from vae_ds.errors import ConfigError
+from vae_ds.evaluation import data_fingerprint, yardstick_values
 from vae_ds.model import check_base, check_base_weights, check_latent_dim, check_start, load_tokenizer, skeleton
 from vae_ds.runtime import records, run_dirs
 from vae_ds.training import phases
@@ -30,6 +33,7 @@ class Setup:
     train: Source
     train_tokens: TokenSet | None  # None: the text is read as a stream
     valid: TokenSet
+    yardstick_N: np.ndarray | None  # nats of each validation sentence under `validation.yardstick`
     plans: list[PhasePlan]
 
     @property
@@ -60,8 +64,21 @@ def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
         train_set = tokens_of("train")
         source = Whole(train_set)
         plans = phases.plan(config.phases, steps_per_epoch(len(train_set), config.batch.global_size))
-    valid_set = tokens_of("valid").first(config.validation.sentences)
-    return Setup(config, run_dir, ranks, precision, ds_config, micro, tokenizer, source, train_set, valid_set, plans)
+    valid_set = tokens_of("valid")
+    yardstick_N = _yardstick(config, valid_set, tokenizer)
+    valid_set = valid_set.first(config.validation.sentences)
+    return Setup(
+        config, run_dir, ranks, precision, ds_config, micro, tokenizer, source, train_set, valid_set, yardstick_N, plans
+    )
+
+
+def _yardstick(config: RunConfig, valid: TokenSet, tokenizer: Any) -> np.ndarray | None:
+    """The values of `validation.yardstick` for the sentences of the validations, after its data was compared."""
+    run = config.validation.yardstick
+    if run is None:
+        return None
+    values_N = yardstick_values(Path(run), "valid", data_fingerprint(valid, tokenizer), config.name)
+    return values_N[: config.validation.sentences]
 
 
 def check_model(config: RunConfig) -> None:

@@ -10,7 +10,7 @@ from vae_ds.training.phases import PhasePlan
 from vae_ds.training.state import TrainState
 
 # Metrics of the last validation that a status repeats.
-SHOWN_METRICS = ("nelbo", "rec", "kl", "mi", "au", "z_gain", "verdict")
+SHOWN_METRICS = ("nelbo", "rec", "kl", "mi", "au", "z_gain", "verdict", "cost")
 
 
 class Status:

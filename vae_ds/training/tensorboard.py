@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 GROUPS = {
     "1_objective": ("nelbo", "loss"),
     "2_terms": ("rec", "kl", "kl_weighted"),
-    "3_latent": ("mi", "mi_ceiling", "mi_train", "au", "z_gain", "lm_gain", "kl_per_dim"),
+    "3_latent": ("mi", "mi_ceiling", "mi_train", "au", "z_gain", "lm_gain", "kl_per_dim", "nelbo_above_yardstick"),
     "4_optimizer": ("beta", "lr", "grad_norm", "epoch", "skipped_steps", "aggressive"),
     "5_speed": ("tokens_per_s", "texts_per_s", "padding"),
     "6_other": (),
@@ -44,8 +44,11 @@ GROUPS = {
 """The groups of curves in the order of TensorBoard's page, with their keys. Losses of a pretraining (`*_per_token`,
 `*_per_sentence`) are in `1_objective`, other keys in `6_other`. `7_evaluation` has the metrics of eval-<split>.json."""
 
-EXTENT = {"sentences", "tokens", "words", "iw_sentences", "iw_samples"}
+EXTENT = {"sentences", "tokens", "words", "iw_sentences", "iw_samples", "mi_sentences", "mi_train_sentences"}
 """The keys that describe the extent of an evaluation. They are constant, so they get no curve."""
+
+ERROR = "_se"
+"""The end of the key of a standard error. Standard errors get no curve: they are in evaluations.jsonl."""
 
 NOT_HPARAMS = re.compile(
     r"(schema_version|name|deepspeed|export|max_skipped_steps"
@@ -77,7 +80,7 @@ def layout_of(keys: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
         "Objective: nelbo = rec + kl (nats per sentence)": ("nelbo", "rec", "kl"),
         "KL and weighted KL (nats per sentence)": ("kl", "kl_weighted"),
         "beta, the weight of the KL": ("beta",),
-        "Mutual information and its ceiling (nats)": ("mi", "mi_ceiling"),
+        "Mutual information within the validation sentences, and its limit (nats)": ("mi", "mi_ceiling"),
         "Active units": ("au",),
         "z_gain (nats per sentence)": ("z_gain",),
     }
@@ -244,7 +247,8 @@ def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """The values that become curves."""
-    return {key: value for key, value in values.items() if is_number(value) and key not in EXTENT | {"step"}}
+    left_out = EXTENT | {"step"}
+    return {k: v for k, v in values.items() if is_number(v) and k not in left_out and not k.endswith(ERROR)}
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, int | float | str]]:

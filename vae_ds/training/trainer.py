@@ -243,7 +243,8 @@ class Trainer:
                 full=False,
                 beta=plan.beta.at(state.step, state.beta),
                 pad_id=setup.tokenizer.pad_token_id,
-            )
+                yardstick_N=setup.yardstick_N,
+            ).metrics
         sources = [setup.valid.text(i) for i in range(min(SHOWN_TEXTS, len(setup.valid)))]
         pairs, samples = latents.shown(model, setup.tokenizer, sources, setup.config.seed, setup.config.data.max_tokens)
         step = plan.first_step + state.step
