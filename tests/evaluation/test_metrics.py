@@ -20,7 +20,7 @@ from vae_ds.config.settings import EvaluationConfig, ModelConfig, OptimizerConfi
 from vae_ds.data.batches import collate, from_texts
 from vae_ds.errors import DataError
 from vae_ds.evaluation import metrics as evaluation
-from vae_ds.evaluation.metrics import derangement, evaluate, importance_nll, log_weights
+from vae_ds.evaluation.metrics import Training, derangement, evaluate, importance_nll, log_weights
 from vae_ds.evaluation.verdict import verdict
 from vae_ds.model.t5vae import T5VAE, load_tokenizer
 from vae_ds.studies.metric_tables import print_metrics
@@ -35,8 +35,12 @@ SETTINGS = EvaluationConfig(iw_samples=7, iw_sentences=5, batch=4)
 KEYS = {
     *("sentences", "tokens", "words", "truncated", "unk", "rec", "kl", "nelbo", "paper_nelbo", "ppl", "ppl_subword"),
     *("kl_per_dim", "mi", "mi_ceiling", "au", "z_gain", "lm_gain", "iw_nll", "iw_ppl", "iw_sentences", "iw_samples"),
-    *("verdict", "verdict_reason"),
+    *("mi_sentences", "mi_train", "mi_train_sentences", "above_yardstick", "nelbo_above_yardstick"),
+    *("verdict", "verdict_reason", "cost"),
 }
+MEANS = {"rec", "kl", "nelbo", "paper_nelbo", "ppl", "ppl_subword", "mi", "mi_train", "z_gain", "iw_nll", "iw_ppl"}
+BESIDE = {"lm_gain", "above_yardstick", "nelbo_above_yardstick"}
+KEYS |= {f"{key}_se" for key in MEANS | BESIDE}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,12 @@ def build(base, **settings):
 
 
 def measure(model, tokens, settings=SETTINGS, **options):
-    return evaluate(model, tokens, ALONE, settings, seed=SEED, pad_id=0, **options)
+    return evaluate(model, tokens, ALONE, settings, seed=SEED, pad_id=0, **options).metrics
+
+
+def yardstick_of(tokens):
+    """Nats of each sentence under a language model that does not exist."""
+    return 90.0 + np.arange(len(tokens)) ** 1.5
 
 
 # The estimators
@@ -175,7 +184,7 @@ def test_a_derangement_uses_each_sentence_once_and_none_for_itself(count):
 # The metrics
 
 
-def loop(model, tokens, settings):
+def loop(model, tokens, settings, training):
     """Every metric, a sentence at a time, by torch.distributions and the stock loss; no batching, nothing shared."""
     posteriors, z_L_of, labels_of, rec_of = [], [], [], []
 
@@ -201,6 +210,17 @@ def loop(model, tokens, settings):
             + math.log(len(tokens))
             for i, z in enumerate(z_L_of)
         ]
+        trained = []
+        for i in range(len(training)):
+            ids = torch.as_tensor(training[i])
+            mu_1L, logvar_1L = model.encode(ids[None], torch.ones_like(ids)[None])
+            trained.append(Independent(Normal(mu_1L[0].double(), torch.exp(logvar_1L[0].double() / 2)), 1))
+        against = [
+            float(posteriors[i].log_prob(z))
+            - float(torch.logsumexp(torch.stack([q.log_prob(z) for q in (posteriors[i], *trained)]), 0))
+            + math.log(len(trained) + 1)
+            for i, z in enumerate(z_L_of)
+        ]
         mates = derangement(len(tokens), SEED)
         swapped = [nll(z_L_of[mates[i]], labels_of[i]) for i in range(len(tokens))]
         iw = []
@@ -212,24 +232,36 @@ def loop(model, tokens, settings):
             iw.append(-float(torch.logsumexp(torch.tensor(logs).double(), 0)) + math.log(settings.iw_samples))
     mu_NL = torch.stack([q.mean for q in posteriors])
     words = [len(tokens.text(i).split()) + 1 for i in range(len(tokens))]
+    rec_N, kl_N, count = np.array(rec_of), kl.sum(1), settings.iw_sentences
+    yardstick_N = yardstick_of(tokens)
+    of_sentences = {
+        "rec": rec_N,
+        "kl": kl_N,
+        "nelbo": rec_N + kl_N,
+        "paper_nelbo": rec_N - kl_N,
+        "z_gain": np.array(swapped) - rec_N,
+        "mi": np.array(ratios),
+        "mi_train": np.array(against),
+        "iw_nll": np.array(iw),
+        "lm_gain": yardstick_N - rec_N,
+        "above_yardstick": np.array(iw) - yardstick_N[:count],
+        "nelbo_above_yardstick": rec_N + kl_N - yardstick_N,
+    }
     return {
-        "rec": np.mean(rec_of),
-        "kl": kl.sum(1).mean(),
+        **{key: values.mean() for key, values in of_sentences.items()},
+        **{f"{key}_se": values.std(ddof=1) / len(values) ** 0.5 for key, values in of_sentences.items()},
         "kl_per_dim": list(kl.mean(0)),
-        "nelbo": np.mean(rec_of) + kl.sum(1).mean(),
-        "paper_nelbo": np.mean(rec_of) - kl.sum(1).mean(),
         "ppl": math.exp((sum(rec_of) + kl.sum()) / sum(words)),
         "ppl_subword": math.exp((sum(rec_of) + kl.sum()) / sum(map(len, labels_of))),
-        "mi": np.mean(ratios),
         "mi_ceiling": math.log(len(tokens)),
+        "mi_sentences": len(tokens),
+        "mi_train_sentences": len(training),
         "au": sum(float(mu_NL[:, unit].var(correction=0)) > 0.01 for unit in range(LATENT)),
-        "z_gain": np.mean(swapped) - np.mean(rec_of),
-        "iw_nll": np.mean(iw),
-        "iw_ppl": math.exp(sum(iw) / sum(words[: settings.iw_sentences])),
+        "iw_ppl": math.exp(sum(iw) / sum(words[:count])),
         "sentences": len(tokens),
         "tokens": sum(map(len, labels_of)),
         "words": sum(words),
-        "iw_sentences": settings.iw_sentences,
+        "iw_sentences": count,
         "iw_samples": settings.iw_samples,
     }
 
@@ -241,18 +273,20 @@ def test_metrics_equal_a_plain_loop(base):
     model.t5.decoder.eval()
     modes = [module.training for module in model.modules()]
     state = torch.random.get_rng_state()
-    found = measure(model, whole, yardstick=100.0)
+    training = from_texts(tiny.ENGLISH[20:43], load_tokenizer(base), 64)
+    beside = {"yardstick_N": yardstick_of(whole), "train": Training(training)}
+    found = measure(model, whole, **beside)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
-    assert found == measure(model, whole, yardstick=100.0)
+    assert found == measure(model, whole, **beside)
     first = slice(0, SETTINGS.iw_sentences)
     assert whole.words_N[first].sum() != whole.lengths_N[first].sum(), "else iw_ppl could count subwords"
-    expected = loop(model.eval(), whole, SETTINGS)
+    expected = loop(model.eval(), whole, SETTINGS, training)
     assert 0 < expected["au"] < LATENT  # else the threshold is not tested
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-4), key
-    assert found["lm_gain"] == pytest.approx(100.0 - expected["rec"], abs=1e-3)
     assert found["mi"] <= found["mi_ceiling"]
+    assert found["mi_train"] <= math.log(len(training) + 1)
     assert set(found) == KEYS
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
@@ -304,15 +338,17 @@ def test_the_first_sentences_are_the_subset(base, tokens):
 def test_during_training_there_is_no_importance_sampling(base, tokens):
     model = build(base)
     full, quick = measure(model, tokens), measure(model, tokens, full=False)
-    left_out = {"iw_nll", "iw_ppl", "iw_sentences", "iw_samples"}
-    assert {key for key, value in quick.items() if value is None} == left_out | {"lm_gain"}
+    left_out = {"iw_nll", "iw_ppl", "iw_sentences", "iw_samples", "iw_nll_se", "iw_ppl_se"}
+    others = {"mi_train", "mi_train_sentences", *BESIDE}
+    others |= {f"{key}_se" for key in others - {"mi_train_sentences"}}
+    assert {key for key, value in quick.items() if value is None} == left_out | others
     assert {key: full[key] for key in KEYS - left_out} == {key: quick[key] for key in KEYS - left_out}
 
 
 def test_the_seed_decides_the_samples(base, tokens):
     model = build(base)
     first = measure(model, tokens)
-    other = evaluate(model, tokens, ALONE, SETTINGS, seed=SEED + 1, pad_id=0)
+    other = evaluate(model, tokens, ALONE, SETTINGS, seed=SEED + 1, pad_id=0).metrics
     for key in ("rec", "mi", "z_gain", "iw_nll"):
         assert first[key] != other[key]
     assert first["kl"] == other["kl"]
@@ -344,7 +380,7 @@ def test_a_decoder_that_uses_z_gains(base, tokens):
     assert after["rec"] < before["rec"] / 2
     assert after["z_gain"] > 5
     assert before["verdict"] == "unused KL"
-    assert after["verdict"] == "healthy"
+    assert after["verdict"] == "uses z"
     assert f"{after['kl']:.2f}" in after["verdict_reason"]
     assert f"{after['z_gain']:.2f}" in after["verdict_reason"]
 
@@ -354,18 +390,18 @@ def test_what_a_verdict_looks_at(base, tokens):
     own = measure(build(base), tokens, full=False) | {"kl": 12.0, "mi": 2.0, "z_gain": 8.0}
     assert own["mi_ceiling"] > 2
     for changes, beta, word in (
-        ({}, None, "healthy"),
+        ({}, None, "uses z"),
         ({"kl": 0.99}, None, "collapsed"),
         ({"kl": math.nan}, None, "collapsed"),
         ({"mi": 0.99}, None, "unused KL"),
         ({"z_gain": 5.9}, None, "unused KL"),
         ({"z_gain": math.nan}, None, "unused KL"),
-        ({"z_gain": 5.9}, 0.9, "healthy"),  # half of what is paid for is 5.4
+        ({"z_gain": 5.9}, 0.9, "uses z"),  # half of what is paid for is 5.4
         ({"z_gain": 5.9}, 7.0, "unused KL"),
-        ({"z_gain": 1.1}, 0.0, "healthy"),
+        ({"z_gain": 1.1}, 0.0, "uses z"),
         ({"z_gain": 0.9}, 0.0, "unused KL"),
         ({"kl": 1.2, "z_gain": 0.9}, None, "unused KL"),
-        ({"kl": 1.2, "z_gain": 1.1, "mi": 0.4, "mi_ceiling": math.log(2)}, None, "healthy"),
+        ({"kl": 1.2, "z_gain": 1.1, "mi": 0.4, "mi_ceiling": math.log(2)}, None, "uses z"),
         ({"kl": 1.2, "z_gain": 1.1, "mi": 0.3, "mi_ceiling": math.log(2)}, None, "unused KL"),
         ({"kl": None}, None, "language model"),
     ):
@@ -388,8 +424,10 @@ def test_a_collapsed_posterior(base, tokens):
 
 def test_a_plain_language_model_has_an_exact_likelihood_and_nulls(base, tokens):
     model = T5VAE.from_base(ModelConfig(base=base, injection="none"))
-    found = measure(model, tokens, yardstick=1.0)
-    null = {"kl", "paper_nelbo", "kl_per_dim", "mi", "mi_ceiling", "au", "z_gain", "lm_gain", "iw_samples"}
+    found = measure(model, tokens, yardstick_N=yardstick_of(tokens), train=Training(tokens))
+    null = {"kl", "paper_nelbo", "mi", "z_gain", "mi_train", *BESIDE}
+    null |= {f"{key}_se" for key in null}
+    null |= {"kl_per_dim", "mi_ceiling", "mi_sentences", "mi_train_sentences", "au", "iw_samples", "cost"}
     assert {key for key, value in found.items() if value is None} == null
     assert set(found) == KEYS
     with torch.no_grad():
@@ -406,6 +444,7 @@ def test_a_plain_language_model_has_an_exact_likelihood_and_nulls(base, tokens):
 def test_one_sentence_has_no_mate_and_none_at_all_is_an_error(base, tokens):
     found = measure(build(base), tokens.first(1))
     assert (found["z_gain"], found["au"], found["mi_ceiling"], found["verdict"]) == (None, 0, 0.0, None)
+    assert (found["rec_se"], found["ppl_se"], found["z_gain_se"], found["mi_se"]) == (None, None, None, None)
     assert found["mi"] == pytest.approx(0.0, abs=1e-12)
     with pytest.raises(DataError, match="no sentences"):
         measure(build(base), tokens.first(0))
@@ -518,6 +557,12 @@ def logs(metrics):
     return [(key, math.log(value) if value and "ppl" in key else value) for key, value in metrics.items()]
 
 
+def beside(base, tokens):
+    """19 training sentences in batches of 4: two ranks need a filler, which must not become a component."""
+    training = Training(from_texts(tiny.ENGLISH[20:39], load_tokenizer(base), 24))
+    return {"yardstick_N": yardstick_of(tokens), "train": training}
+
+
 def report(base, ranks):
     """Metrics and forward calls of a model with and of one without a latent."""
     tokens = from_texts(TEXTS, load_tokenizer(base), 24)
@@ -528,7 +573,7 @@ def report(base, ranks):
         model.t5.decoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         if model.bottleneck is not None:
             model.bottleneck.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        metrics = evaluate(model, tokens, ranks, SETTINGS, seed=SEED, pad_id=0, yardstick=100.0)
+        metrics = evaluate(model, tokens, ranks, SETTINGS, seed=SEED, pad_id=0, **beside(base, tokens)).metrics
         found[injection] = {"metrics": metrics, "calls": len(calls)}
     return found
 
@@ -549,7 +594,7 @@ def inside_engine(base, ranks):
     )
 
     def measured():
-        return evaluate(engine.module, tokens, ranks, SETTINGS, seed=SEED, pad_id=0, yardstick=100.0)
+        return evaluate(engine.module, tokens, ranks, SETTINGS, seed=SEED, pad_id=0, **beside(base, tokens)).metrics
 
     before = measured()
     batch = collate(tokens, np.arange(4), pad_id=0, latent_dim=LATENT, seed=0, keys=())

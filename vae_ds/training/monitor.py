@@ -127,8 +127,8 @@ class Monitor:
         `metrics` has the keys of docs/metrics.md (nats per sentence; null where the model has none). `kl_per_dim` is
         the mean KL of each of the L units in nats, `reconstructions` are pairs (source, reconstruction), and `samples`
         are texts decoded from prior draws. TensorBoard gets curves `<group>/<key>/<split>`, a histogram, and texts
-        `<split>/<name>`. The texts are also written to samples/. A `verdict` with its `verdict_reason` and the `cost` is
-        a text too. The verdict ends the line of progress, with the cost if there is a yardstick.
+        `<split>/<name>`. The texts are also written to samples/. A `verdict` with its `verdict_reason` and the `cost`
+        is a text too. The verdict ends the line of progress, with the cost if there is a yardstick.
         """
         if not self._active:
             return

@@ -1,0 +1,121 @@
+"""Mutual information estimates against Gaussian codes whose information is known, and standard errors against draws."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from vae_ds import distributed
+from vae_ds.evaluation import information
+from vae_ds.evaluation.estimates import perplexity, with_errors
+from vae_ds.evaluation.information import Posterior
+from vae_ds.model import gaussian
+
+ALONE = distributed.Ranks(0, 0, 1, torch.device("cpu"))
+UNITS = 32
+
+
+def nothing(count):
+    return None
+
+
+def code(sentences, nats, seed):
+    """Posteriors whose aggregate is N(0, I) and whose mutual information is `nats`, the same in each unit."""
+    variance = math.exp(-2 * nats / UNITS)  # information of a unit: -1/2 ln of the posterior's variance
+    generator = torch.Generator().manual_seed(seed)
+    mu_NL = torch.randn(sentences, UNITS, generator=generator, dtype=torch.float64) * math.sqrt(1 - variance)
+    eps_NL = torch.randn(sentences, UNITS, generator=generator, dtype=torch.float64)
+    return Posterior(mu_NL, torch.full_like(mu_NL, math.log(variance)), mu_NL + math.sqrt(variance) * eps_NL)
+
+
+def estimate_of(posterior, train=None, **options):
+    every = np.arange(len(posterior.mu_NL))
+    if train is None:
+        gains_S = information.within_split(posterior, every, ALONE, nothing)
+    else:
+        gains_S = information.against_training(posterior, every, train[:2], ALONE, nothing, **options)
+    found = with_errors(mi=gains_S.numpy())
+    return found["mi"], found["mi_se"]
+
+
+def test_the_mixture_over_a_split_measures_its_size_and_a_larger_one_of_training_sentences_less_so():
+    """A code of 12.48 nats: about 7.6 against the 2,325 sentences of a split, 8.4 against 6,000."""
+    nats, split = 12.48, code(2325, 12.48, seed=0)
+    within, _ = estimate_of(split)
+    assert within == pytest.approx(7.58, abs=0.1)
+    of_more, _ = estimate_of(code(6000, nats, seed=1))
+    assert of_more == pytest.approx(8.40, abs=0.1)
+    against, _ = estimate_of(split, code(20_000, nats, seed=2))
+    assert within + 1.5 < against < math.log(20_001)
+    assert against < nats
+
+
+@pytest.mark.parametrize("nats", [0.5, 3.0])
+def test_an_information_far_below_the_limit_is_found(nats):
+    split = code(2000, nats, seed=0)
+    against, se = estimate_of(split, code(10_000, nats, seed=1))
+    assert against == pytest.approx(nats, abs=0.02 + 3 * se)
+
+
+def test_without_the_own_posterior_the_estimate_would_exceed_the_information():
+    nats, split, train = 4.0, code(500, 4.0, seed=0), code(20, 4.0, seed=1)
+    with_own, _ = estimate_of(split, train)
+    assert with_own < math.log(21) < nats
+    own_N = gaussian.log_density(split.z_NL, split.mu_NL, split.logvar_NL)
+    without = with_errors(mi=(own_N - gaussian.log_aggregate(split.z_NL, *train[:2])).numpy())
+    assert without["mi"] > nats + 5 * without["mi_se"]
+
+
+def test_a_sentence_that_is_a_training_sentence_is_counted_once():
+    split = code(50, 20.0, seed=0)  # so precise that each z is far from every other posterior
+    component_N = np.arange(50) < 25
+    gains = information.against_training(
+        split, np.arange(50), (split.mu_NL[:25], split.logvar_NL[:25]), ALONE, nothing, component_N
+    )
+    torch.testing.assert_close(gains[:25], torch.full((25,), math.log(25), dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(gains[25:], torch.full((25,), math.log(26), dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_a_part_of_the_sentences_estimates_the_whole_within_its_error():
+    split = code(3000, 5.0, seed=0)
+    whole, _ = estimate_of(split)
+    index_S = information.chosen(3000, 400, seed=7)
+    assert len(np.unique(index_S)) == 400
+    assert (np.diff(index_S) > 0).all()
+    assert index_S[0] < 100 < 2900 < index_S[-1], "drawn from the whole split, which may be sorted"
+    part = with_errors(mi=information.within_split(split, index_S, ALONE, nothing).numpy())
+    assert abs(part["mi"] - whole) < 4 * part["mi_se"] < 0.5
+    assert np.array_equal(information.chosen(10, None, 0), np.arange(10))
+    assert np.array_equal(information.chosen(10, 10, 0), np.arange(10))
+
+
+def test_chunks_change_nothing(monkeypatch):
+    split, train = code(100, 5.0, seed=0), code(70, 5.0, seed=1)
+    whole = information.against_training(split, np.arange(100), train[:2], ALONE, nothing)
+    monkeypatch.setattr(information, "CHUNK", 7)
+    torch.testing.assert_close(
+        information.against_training(split, np.arange(100), train[:2], ALONE, nothing), whole, rtol=1e-12, atol=1e-12
+    )
+
+
+# Standard errors
+
+
+def test_the_error_of_a_perplexity_is_what_repeated_splits_show():
+    random = np.random.default_rng(0)
+
+    def split():
+        words_N = random.integers(2, 30, size=400)
+        return words_N * 4.0 + random.normal(0, 8, size=400), words_N
+
+    drawn = [perplexity("ppl", *split()) for _ in range(500)]
+    spread = np.std([one["ppl"] for one in drawn], ddof=1)
+    assert np.mean([one["ppl_se"] for one in drawn]) == pytest.approx(spread, rel=0.1)
+
+
+def test_the_error_of_a_mean_is_what_repeated_splits_show():
+    random = np.random.default_rng(0)
+    drawn = [with_errors(rec=random.gamma(3.0, 20.0, size=200)) for _ in range(500)]
+    assert np.mean([one["rec_se"] for one in drawn]) == pytest.approx(np.std([one["rec"] for one in drawn]), rel=0.1)
+    assert with_errors(rec=None) == {"rec": None, "rec_se": None}

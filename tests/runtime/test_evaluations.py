@@ -1,0 +1,105 @@
+"""The files of an evaluation: what is refused, and how differences are paired."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vae_ds.errors import CheckpointError, DataError
+from vae_ds.runtime import evaluations
+
+FINGERPRINT = {"tokenizer": "t", "texts": "x", "lengths": "l"}
+
+
+def write(run, rec_N, fingerprint=FINGERPRINT, **further):
+    sentences = {"rec": np.asarray(rec_N, dtype=np.float64)} | further
+    metrics = {"data_fingerprint": fingerprint, "sentences": len(rec_N), "rec": float(np.mean(rec_N))}
+    run.mkdir(exist_ok=True)
+    evaluations.write(run, "test", metrics, sentences)
+    return run
+
+
+def test_values_come_back(tmp_path):
+    run = write(tmp_path / "run", [1.5, 2.5, 4.0], kl=np.array([0.5, 0.5, 1.0]), iw_nll=np.array([2.0]))
+    found = evaluations.read_values(run, "test")
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "rec": [1.5, 2.5, 4.0],
+        "kl": [0.5, 0.5, 1.0],
+        "iw_nll": [2.0],
+    }
+    assert found["rec"].dtype == np.float64
+    assert evaluations.nll_of(found, "nelbo").tolist() == [2.0, 3.0, 5.0]
+    assert evaluations.nll_of(found, "iw_nll").tolist() == [2.0]
+
+
+def test_a_difference_is_paired_by_sentence_over_those_that_both_have():
+    one_N = np.array([10.0, 21.0, 29.0, 77.0])
+    found = evaluations.paired(one_N, np.array([9.0, 19.0, 28.0]))
+    assert found.mean == pytest.approx(4 / 3)
+    assert found.se == pytest.approx(np.std([1, 2, 1], ddof=1) / 3**0.5)  # that of two unpaired means is about 8
+
+
+def test_the_values_of_a_language_model_are_exact_likelihoods():
+    values = {"rec": np.array([3.0, 4.0])}
+    assert all(evaluations.nll_of(values, name) is values["rec"] for name in ("rec", "nelbo", "iw_nll"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: evaluations.values_file(run, "test").unlink(), "no such file; write it with `vae-ds evaluate"),
+        (lambda run: evaluations.values_file(run, "test").write_bytes(b"\x05nonsense"), "not the values of an evalu"),
+        (lambda run: evaluations.metrics_file(run, "test").write_text("{"), "not an evaluation"),
+        (lambda run: evaluations.metrics_file(run, "test").write_text("[]"), "not an evaluation: a list"),
+        (lambda run: evaluations.metrics_file(run, "test").unlink(), "no such file; write it with `vae-ds evaluate"),
+        (lambda run: evaluations.metrics_file(run, "test").write_text('{"rec": 2.0}'), "has no data_fingerprint, so"),
+    ],
+)
+def test_a_missing_broken_or_old_file_is_one_line(tmp_path, spoil, message):
+    run = write(tmp_path / "run", [1.0, 2.0])
+    spoil(run)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        evaluations.read_values(run, "test")
+    assert "\n" not in str(caught.value)
+    assert str(run) in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"sentences": 3}, {"rec": 1.6}, {"data_fingerprint": FINGERPRINT | {"texts": "y"}}])
+def test_values_of_another_evaluation_are_refused(tmp_path, change):
+    run = write(tmp_path / "run", [1.0, 2.0])
+    path = evaluations.metrics_file(run, "test")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match="belongs to another evaluation than eval-test.json"):
+        evaluations.read_values(run, "test")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"texts": "y"}, "it has other sentences"),
+        ({"lengths": "y"}, "it has other lengths of the kept text"),
+        ({"tokenizer": "y", "lengths": "y"}, "it has another tokenizer, other lengths"),
+    ],
+)
+def test_other_data_is_named(change, words):
+    with pytest.raises(DataError, match=f"a cannot be compared with b: {words}"):
+        evaluations.require_same_data(FINGERPRINT | change, FINGERPRINT, "a", "b")
+    evaluations.require_same_data(FINGERPRINT, dict(FINGERPRINT), "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("value", "se", "shown"),
+    [
+        (63.883, 0.42, "63.9 ± 0.4"),
+        (63.883, 0.14, "63.88 ± 0.14"),
+        (63.883, 0.096, "63.88 ± 0.10"),
+        (63.883, 0.0004, "63.88 ± 0.00"),
+        (63.883, 1.4, "63.9 ± 1.4"),
+        (163.883, 1.96, "164 ± 2"),
+        (163.883, 23.0, "164 ± 23"),
+        (63.883, 0.0, "63.88 ± 0.00"),
+        (63.883, None, "63.88"),
+    ],
+)
+def test_a_value_is_rounded_by_its_error(value, se, shown):
+    assert evaluations.with_error(value, se) == shown
