@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from vae_ds.data.batches import collate, from_texts
 from vae_ds.errors import DataError
 from vae_ds.evaluation import metrics as evaluation
 from vae_ds.evaluation.metrics import Training, derangement, evaluate, importance_nll, log_weights
-from vae_ds.evaluation.verdict import verdict
+from vae_ds.evaluation.verdict import cost, verdict
 from vae_ds.model.t5vae import T5VAE, load_tokenizer
 from vae_ds.studies.metric_tables import print_metrics
 
@@ -407,6 +408,42 @@ def test_what_a_verdict_looks_at(base, tokens):
     ):
         assert verdict(own | changes, beta).word == word, changes
     assert verdict(own | {"z_gain": None}) is None
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        (
+            {"above_yardstick": 1.7312, "above_yardstick_se": 0.12, "iw_sentences": 2000},
+            "1.73 ± 0.12 nats per sentence worse than the yardstick on 2,000 sentences (iw_nll)",
+        ),
+        (
+            {"above_yardstick": -0.5, "above_yardstick_se": 0.1, "iw_sentences": 200},
+            "0.50 ± 0.10 nats per sentence better than the yardstick on 200 sentences (iw_nll)",
+        ),
+        (
+            {"above_yardstick": 0.1, "above_yardstick_se": 0.06, "iw_sentences": 200},
+            "not distinguishable: 0.10 ± 0.06 nats per sentence above the yardstick on 200 sentences (iw_nll)",
+        ),
+        (
+            {"nelbo_above_yardstick": 3.2, "nelbo_above_yardstick_se": 0.3},
+            "at most 3.2 ± 0.3 nats per sentence above the yardstick (nelbo)",
+        ),
+        ({}, "unknown without a yardstick"),
+        ({"kl": None}, None),
+    ],
+)
+def test_the_cost_of_a_code_in_words(metrics, words):
+    assert cost(metrics) == words
+
+
+def test_a_model_may_use_its_code_and_predict_badly(base, tokens):
+    """Two statements: `aggressive` on the grammar used its code and was 52 nats worse than the language model."""
+    model = build(base)
+    found = measure(model, tokens, yardstick_N=np.full(len(tokens), 5.0)) | {"kl": 3.4, "mi": 1.8, "z_gain": 4.6}
+    assert verdict(found).word == "uses z"
+    assert found["above_yardstick"] > 50
+    assert re.fullmatch(r"\d+(\.\d)? ± \d+(\.\d)? nats per sentence worse than the yardstick .*", found["cost"])
 
 
 def test_a_collapsed_posterior(base, tokens):

@@ -12,15 +12,19 @@ import torch
 
 from support import tiny
 from support.launch import launch
+from vae_ds import config as configuration
 from vae_ds import distributed
 from vae_ds.cli import run as command
+from vae_ds.config import DataConfig
 from vae_ds.config.settings import EvaluationConfig, ModelConfig
+from vae_ds.data import corpora, tokenise
 from vae_ds.data.batches import collate, from_texts
+from vae_ds.evaluation import data_fingerprint
 from vae_ds.evaluation.metrics import evaluate
 from vae_ds.evaluation.text_metrics import Trigram, distinct, ngrams, self_bleu, text_metrics
 from vae_ds.latents import generate
 from vae_ds.model.t5vae import T5VAE, load_tokenizer
-from vae_ds.runtime.records import write_json
+from vae_ds.runtime import evaluations
 
 ALONE = distributed.Ranks(0, 0, 1, torch.device("cpu"))
 TEXTS = list(dict.fromkeys(tiny.ENGLISH))[:20]
@@ -58,10 +62,12 @@ def test_self_bleu_is_sacrebleus_sentence_bleu_against_all_others() -> None:
     expected = [
         sacrebleu.sentence_bleu(text, [*texts[:row], *texts[row + 1 :]]).score for row, text in enumerate(texts)
     ]
-    assert self_bleu([ngrams(text) for text in texts], ALONE) == pytest.approx(np.mean(expected), rel=1e-12)
+    found = self_bleu([ngrams(text) for text in texts], ALONE)
+    assert found["self_bleu"] == pytest.approx(np.mean(expected), rel=1e-12)
+    assert found["self_bleu_se"] == pytest.approx(np.std(expected, ddof=1) / len(texts) ** 0.5, rel=1e-12)
     assert 5 < np.mean(expected) < 95
-    assert self_bleu([ngrams(text) for text in ["the same words here"] * 2], ALONE) == pytest.approx(100)
-    assert self_bleu([ngrams("alone")], ALONE) is None
+    assert self_bleu([ngrams(text) for text in ["the same words here"] * 2], ALONE)["self_bleu"] == pytest.approx(100)
+    assert self_bleu([ngrams("alone")], ALONE)["self_bleu"] is None
 
 
 def test_distinct_counts_different_ngrams() -> None:
@@ -118,7 +124,9 @@ def test_each_metric_is_what_it_says(base: str, trained: T5VAE) -> None:
     assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(again, [TEXTS[:18]]).score, abs=1e-6)
     assert 20 < found["bleu"] <= 100
     assert (found["bleu_sentences"], found["samples"], found["sample_temperature"]) == (18, 35, 1.0)
-    assert found["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    assert found["bleu_signature"].startswith(
+        "nrefs:1|bs:1000|seed:12345|case:mixed|eff:no|tok:13a|smooth:exp|version:"
+    )
 
     groups = [(0, 16), (16, 16), (32, 3)]
     seeds = [int(distributed.stream(3, "text-metrics", start).integers(2**31)) for start, _ in groups]
@@ -136,7 +144,7 @@ def test_each_metric_is_what_it_says(base: str, trained: T5VAE) -> None:
     words = sum(len(text.split()) + 1 for text in TEXTS)
     total = sum(trigram.nll(tokenizer(text)["input_ids"]) for text in TEXTS)
     assert found["reverse_ppl"] == pytest.approx(math.exp(total / words), rel=1e-9)
-    assert found["self_bleu"] == self_bleu([ngrams(text) for text in texts], ALONE)
+    assert found["self_bleu"] == self_bleu([ngrams(text) for text in texts], ALONE)["self_bleu"]
     assert found["distinct_2"] == distinct([ngrams(text) for text in texts], 2)
 
 
@@ -155,7 +163,7 @@ def test_what_is_turned_off_is_null(base: str, trained: T5VAE) -> None:
 def test_a_plain_language_model_has_samples_and_no_reconstructions(base: str) -> None:
     found = measure(T5VAE.from_base(ModelConfig(base=base, injection="none")), base)
     assert {key for key, value in found.items() if value is None} == {
-        "bleu", "bleu_sentences", "bleu_signature", "forward_ppl"
+        "bleu", "bleu_se", "bleu_sentences", "bleu_signature", "forward_ppl", "forward_ppl_se"
     }  # fmt: skip
     assert found["self_bleu"] < 90  # drawn tokens: not the same text again and again
 
@@ -179,8 +187,11 @@ def exports(base: str, trained: T5VAE, tmp_path_factory: pytest.TempPathFactory)
     trained.save_pretrained(folder / "vae", tokenizer)
     plain = T5VAE.from_base(ModelConfig(base=base, injection="none"))
     plain.save_pretrained(folder / "plain", tokenizer)
-    metrics = evaluate(plain, from_texts(TEXTS, tokenizer, 24), ALONE, SETTINGS, seed=0, pad_id=0)
-    write_json(folder / "plain" / "eval-test.json", metrics)
+    tokens = from_texts(TEXTS, tokenizer, 24)
+    metrics, sentences = evaluate(plain, tokens, ALONE, SETTINGS, seed=0, pad_id=0)
+    evaluations.write(
+        folder / "plain", "test", metrics | {"data_fingerprint": data_fingerprint(tokens, tokenizer)}, sentences
+    )
     text = tiny.write_splits(folder / "text", TEXTS, TEXTS, TEXTS)
     (folder / "recipe.yaml").write_text(
         f"data: {{corpus: text, path: {text}, max_tokens: 24, cache_dir: {folder / 'cache'}}}\n"
@@ -201,10 +212,10 @@ def test_two_ranks_write_what_one_writes(exports: Path) -> None:
         assert "vae: KL of each unit, the largest first:" in output
         found[world] = json.loads((exports / "vae" / "eval-test.json").read_text(encoding="utf-8"))
     assert found[1]["samples"] == 35
-    assert found[1]["verdict"] == "healthy"
+    assert found[1]["verdict"] == "uses z"
     assert {key for key, value in found[1].items() if value is None} == set()
     for key, value in found[1].items():
-        same = value if isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-5)
+        same = value if isinstance(value, str | dict) else pytest.approx(value, rel=1e-5, abs=1e-5)
         assert found[2][key] == same, key
 
 
@@ -212,3 +223,60 @@ def test_a_yardstick_with_a_latent_is_refused(exports: Path, capsys: pytest.Capt
     words = ["evaluate", exports / "vae", "--recipe", exports / "recipe.yaml", "--yardstick", exports / "vae"]
     assert command([str(word) for word in words]) == 2
     assert "has injection `cross_attention`; a yardstick must be a run with `none`" in capsys.readouterr().err
+
+
+def test_the_values_of_the_sentences_explain_the_means_and_the_difference_to_the_yardstick(exports: Path) -> None:
+    words = ["evaluate", exports / "vae", "--recipe", exports / "recipe.yaml", "--yardstick", exports / "plain"]
+    assert command([*map(str, words), "--samples", "0", "--bleu-sentences", "0"]) == 0
+    found = evaluations.read(exports / "vae", "test")
+    own, plain = (evaluations.read_values(exports / name, "test") for name in ("vae", "plain"))
+    for name in ("rec", "kl"):
+        assert found[name] == pytest.approx(own[name].mean(), rel=1e-6)
+    assert found["z_gain"] == pytest.approx((own["rec_swapped"] - own["rec"]).mean(), rel=1e-5)
+    assert len(own["iw_nll"]) == found["iw_sentences"] == 3
+    difference_3 = own["iw_nll"] - plain["rec"][:3]
+    assert found["above_yardstick"] == pytest.approx(difference_3.mean(), rel=1e-5)
+    assert found["above_yardstick_se"] == pytest.approx(difference_3.std(ddof=1) / 3**0.5, rel=1e-4)
+    assert found["lm_gain"] == pytest.approx((plain["rec"] - own["rec"]).mean(), rel=1e-5)
+    assert found["yardstick"] == str(exports / "plain")
+    # Twenty training sentences, which are those of the test split.
+    assert found["mi_train_sentences"] == 20
+    assert 0 < found["mi_train"] <= math.log(21)
+
+
+@pytest.mark.parametrize(
+    ("texts", "max_tokens", "differs"),
+    [
+        (TEXTS[:7], 6, "other sentences, other lengths"),
+        (TEXTS, 6, "it has other lengths of the kept text"),
+        ([*TEXTS[:-1], TEXTS[-1] + "!"], 24, "other sentences"),
+    ],
+)
+def test_a_yardstick_of_other_data_is_refused(
+    exports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], texts: list[str], max_tokens: int, differs: str
+) -> None:
+    """Version 0.1 subtracted them: 7 sentences cut to 6 tokens against 24 whole ones gave a gain of 6.51."""
+    text = tiny.write_splits(tmp_path / "text", TEXTS, TEXTS, texts)
+    other = tmp_path / "other.yaml"
+    recipe = (exports / "recipe.yaml").read_text(encoding="utf-8")
+    other.write_text(
+        recipe.replace(str(exports / "text"), str(text)).replace("max_tokens: 24", f"max_tokens: {max_tokens}"),
+        encoding="utf-8",
+    )
+    words = ["evaluate", exports / "vae", "--recipe", other, "--yardstick", exports / "plain"]
+    assert command([str(word) for word in words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert f"the yardstick {exports / 'plain'} cannot be compared with {exports / 'vae'}" in line
+    assert differs in line
+
+
+def test_the_fingerprint_is_of_the_sentences_and_not_of_their_files(base: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(base)
+    found = data_fingerprint(from_texts(TEXTS, tokenizer, 24), tokenizer)
+    text = tiny.write_splits(tmp_path / "text", TEXTS[:2], TEXTS[2:4], TEXTS)
+    data = configuration.build(DataConfig, {"corpus": "text", "path": str(text), "cache_dir": str(tmp_path)}, "test")
+    from_file = tokenise(corpora.load(data), "test", tokenizer, 24, tmp_path)
+    assert data_fingerprint(from_file, tokenizer) == found
+    moved = data_fingerprint(from_texts([TEXTS[0] + TEXTS[1][:3], TEXTS[1][3:], *TEXTS[2:]], tokenizer, 24), tokenizer)
+    assert moved["texts"] != found["texts"]
+    assert moved["tokenizer"] == found["tokenizer"]

@@ -69,7 +69,7 @@ def test_values_of_another_evaluation_are_refused(tmp_path, change):
     run = write(tmp_path / "run", [1.0, 2.0])
     path = evaluations.metrics_file(run, "test")
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(CheckpointError, match="belongs to another evaluation than eval-test.json"):
+    with pytest.raises(CheckpointError, match=r"belongs to another evaluation than eval-test\.json"):
         evaluations.read_values(run, "test")
 
 

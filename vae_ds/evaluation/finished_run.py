@@ -12,10 +12,10 @@ from vae_ds import distributed
 from vae_ds.config import EvaluationConfig, RunConfig
 from vae_ds.data import cache_dir, corpora, from_texts, tokenise
 from vae_ds.errors import ConfigError, DataError
-from vae_ds.evaluation.identity import data_fingerprint, yardstick_values
+from vae_ds.evaluation.identity import data_fingerprint, require_language_model, yardstick_values
 from vae_ds.evaluation.metrics import Training, evaluate
 from vae_ds.evaluation.text_metrics import text_metrics
-from vae_ds.model import T5VAE, load_tokenizer, read_export
+from vae_ds.model import T5VAE, load_tokenizer
 from vae_ds.runtime import evaluations, run_dirs
 
 
@@ -66,7 +66,7 @@ def evaluate_run(
     place, config = locate(run), _config_of(run, recipe)
     distributed.rank0_first(lambda: corpora.check(config.data))
     if yardstick is not None:
-        _require_language_model(Path(yardstick))
+        require_language_model(Path(yardstick))
         evaluations.read_values(Path(yardstick), split)  # a missing or broken file is found before the data is read
     chosen = EvaluationConfig(
         **{**config.evaluation.model_dump(), **{k: v for k, v in settings.items() if v is not None}}
@@ -155,11 +155,3 @@ def _streamed(config: RunConfig, limit: int) -> list[str]:
         if len(texts) >= limit:
             break
     return texts[:limit]
-
-
-def _require_language_model(run: Path) -> None:
-    injection = read_export(locate(run).model_dir).get("model", {}).get("injection")
-    if injection != "none":
-        raise ConfigError(
-            f"{run} has injection `{injection}`; a yardstick must be a run with `none`, a plain language model"
-        )

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from vae_ds.data import Progress, TokenSet, tokenizer_fingerprint
-from vae_ds.runtime import evaluations
+from vae_ds.errors import ConfigError
+from vae_ds.model import read_export
+from vae_ds.runtime import evaluations, run_dirs
 
 DIGITS = 16
 PART = 10_000  # sentences between two lines of progress
@@ -33,13 +35,23 @@ def data_fingerprint(tokens: TokenSet, tokenizer: Any) -> dict[str, str]:
 def yardstick_values(run: Path, split: str, fingerprint: dict[str, str], label: str) -> np.ndarray:
     """The negative log-likelihood of each sentence of the split under an evaluated plain language model, nats, (N,).
 
-    Raises CheckpointError if the evaluation of `run` is missing, broken or of an older version, and DataError if it is
-    of other data than `label`, whose fingerprint is given.
+    Raises CheckpointError if the evaluation of `run` is missing, broken or of an older version, ConfigError if `run`
+    has a latent code, and DataError if it was evaluated on other data than `label`, whose fingerprint is given.
     """
+    require_language_model(run)
     values = evaluations.read_values(run, split)
     found = evaluations.fingerprint_of(run, split, evaluations.read(run, split))
     evaluations.require_same_data(found, fingerprint, f"the yardstick {run}", label)
     return values["rec"]
+
+
+def require_language_model(run: Path) -> None:
+    """Raise ConfigError unless `run` is a plain language model, by its exported model."""
+    injection = read_export(run_dirs.model_of(run)).get("model", {}).get("injection")
+    if injection != "none":
+        raise ConfigError(
+            f"{run} has injection `{injection}`; a yardstick must be a run with `none`, a plain language model"
+        )
 
 
 def _texts(tokens: TokenSet) -> Iterable[str]:
