@@ -239,7 +239,7 @@ def _likelihood(tokens: TokenSet, rec_N: torch.Tensor, posterior: Posterior) -> 
     kl_NL = gaussian.kl_per_dim(posterior.mu_NL, posterior.logvar_NL)
     nelbo_N = rec_N + kl_NL.sum(dim=1)
     rec, kl = float(rec_N.mean()), float(kl_NL.sum(dim=1).mean())
-    subwords = int(np.sum(tokens.lengths_N))
+    subwords = tokens.target_tokens
     return {
         "sentences": len(tokens),
         "tokens": subwords,
@@ -251,7 +251,7 @@ def _likelihood(tokens: TokenSet, rec_N: torch.Tensor, posterior: Posterior) -> 
         "nelbo": float(nelbo_N.mean()),
         "paper_nelbo": rec - kl if has_latent else None,
         "ppl": perplexity(nelbo_N, tokens.words_N),
-        "ppl_subword": perplexity(nelbo_N, tokens.lengths_N),
+        "ppl_subword": perplexity(nelbo_N, tokens.target_lengths_N),
         "kl_per_dim": kl_NL.mean(dim=0).tolist() if has_latent else None,
     }
 
@@ -278,6 +278,7 @@ def _latent(posterior: Posterior, ranks: Ranks, is_shown: bool) -> Metrics:
 
 
 def perplexity(nll_N: torch.Tensor, units_N: np.ndarray) -> float:
-    """exp(total nats / total units) of N sentences; infinite if a float cannot represent it."""
-    nats_a_unit = float(nll_N.sum()) / float(np.sum(units_N))
+    """exp(total nats / total units) of N sentences; infinite if a float cannot represent it, or there are no units."""
+    units = float(np.sum(units_N))  # 0 if every sentence was cut within its first word
+    nats_a_unit = float(nll_N.sum()) / units if units else math.inf
     return math.exp(nats_a_unit) if nats_a_unit < math.log(sys.float_info.max) else math.inf
