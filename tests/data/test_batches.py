@@ -139,14 +139,26 @@ def test_a_cut_sentence_counts_the_words_it_keeps_whole(tokenizer) -> None:
         kept = tokenizer.decode(rows[0][:-1])
         assert text.startswith(kept)
         through_a_word = text[len(kept) :][:1].strip() != "" and kept != "" and not kept.endswith(" ")
-        assert rows.words_N[0] == 1 + len(kept.split()) - through_a_word
+        ends = max_tokens >= whole.lengths_N[0]
+        assert rows.words_N[0] == len(kept.split()) - through_a_word + ends
+        assert rows.target(0).tolist() == whole[0][: rows.lengths_N[0] - (not ends)].tolist()
+        assert rows.target_lengths_N[0] == rows.target_tokens == len(rows.target(0)) == rows.lengths_N[0] - (not ends)
 
 
 def test_a_word_cut_within_a_character_is_not_kept(byt5: ByT5Tokenizer) -> None:
     # e with acute accent is two bytes: with 5 tokens the cut falls between them.
     rows = from_texts(["abc é"], byt5, max_tokens=6)
     assert rows.truncated_N.tolist() == [True]
-    assert rows.words_N.tolist() == [2]
+    assert rows.words_N.tolist() == [1]
+
+
+def test_a_text_that_came_here_incomplete_has_no_end(t5: T5Tokenizer) -> None:
+    texts = ["the value", "the value", "", "the value of the list"]
+    rows = from_texts(texts, t5, 6, complete=[True, False, False, True])
+    assert rows.truncated_N.tolist() == [False, True, False, len(t5(texts[3])["input_ids"]) > 6]
+    assert rows.words_N.tolist()[:3] == [3, 2, 1]
+    assert [*rows.target(1), t5.eos_token_id] == rows.target(0).tolist()
+    assert rows.fingerprint != from_texts(texts, t5, 6).fingerprint == from_texts(texts, t5, 6, [True] * 4).fingerprint
 
 
 def test_unknown_subwords_are_counted_among_the_kept(t5: T5Tokenizer, byt5: ByT5Tokenizer) -> None:
@@ -170,6 +182,9 @@ def test_the_cache_equals_tokenising_in_memory(tmp_path: Path, tokenizer, monkey
     cached = tokenise(corpus(texts), "train", tokenizer, 16, tmp_path)
     direct = from_texts(texts, tokenizer, 16)
     assert len(cached) == 100
+    assert cached.truncated_N.any()
+    assert cached.target_tokens == cached.target_lengths_N.sum() == cached.lengths_N.sum() - cached.truncated_N.sum()
+    assert cached.cut(np.array([99, 31, 32, 0])).tolist() == direct.truncated_N[[99, 31, 32, 0]].tolist()
     for field in ("lengths_N", "words_N", "unknown_N", "truncated_N"):
         assert np.array_equal(getattr(cached, field), getattr(direct, field)), field
     assert all(np.array_equal(cached[i], direct[i]) for i in range(100))
@@ -402,7 +417,7 @@ def rows(byt5: ByT5Tokenizer):
 
 
 def test_a_batch_without_noise(rows) -> None:
-    index_B = np.array([3, 200, 17])
+    index_B = np.array([200, *np.flatnonzero((rows.lengths_N > 9) & (rows.lengths_N < 64))[:2]])
     batch = collate(rows, index_B, pad_id=0, latent_dim=5, seed=0, keys=(0,))
     longest = int(rows.lengths_N[index_B].max())
     assert batch.input_ids_BT.shape == batch.labels_BT.shape == batch.attention_mask_BT.shape == (3, longest)
@@ -422,6 +437,27 @@ def test_a_batch_without_noise(rows) -> None:
     moved = batch.to("meta")
     assert moved.labels_BT.device.type == "meta"
     assert moved.tokens == batch.tokens
+
+
+@pytest.mark.parametrize("denoise", [0.0, 0.4])
+def test_a_cut_sentence_is_read_to_an_end_and_not_taught_one(rows, byt5: ByT5Tokenizer, denoise: float) -> None:
+    """By the tokenizer itself: which texts are too long, and which tokens of them are left."""
+    ids = [byt5(rows.text(index))["input_ids"] for index in range(len(rows))]
+    cut, fits = ([index for index in range(len(ids)) if (len(ids[index]) > 64) == long] for long in (True, False))
+    for chosen in (cut[:3], [cut[0], *fits[:2]], fits[:3]):
+        batch = collate(rows, np.array(chosen), pad_id=0, latent_dim=1, seed=0, keys=(0,), denoise=denoise)
+        targets = [ids[index][:63] if index in cut else ids[index] for index in chosen]
+        kept = [labels_T[labels_T != -100].tolist() for labels_T in batch.labels_BT]
+        assert kept == targets
+        assert batch.labels_BT.shape == (3, max(map(len, targets)))  # 63 if all are cut
+        assert batch.tokens == sum(map(len, targets))
+        assert batch.positions == batch.labels_BT.numel()
+        for row in range(3):
+            read = batch.input_ids_BT[row][batch.attention_mask_BT[row].bool()].tolist()
+            assert read[-1] == byt5.eos_token_id
+            assert denoise or read[:-1] == [token for token in targets[row] if token != byt5.eos_token_id]
+    weights = np.array([1, 0, 0], np.float32)
+    assert collate(rows, np.array(cut[:3]), pad_id=0, latent_dim=1, seed=0, keys=(), weight_B=weights).tokens == 63
 
 
 def test_eps_belongs_to_the_sentence(rows) -> None:
@@ -484,7 +520,7 @@ def test_deletion_keeps_order_end_and_mask(rows) -> None:
         assert (batch.input_ids_BT[row, length:] == 0).all()
         remaining = iter(rows[index].tolist())
         assert all(token in remaining for token in kept)  # a subsequence
-        assert batch.labels_BT[row][batch.labels_BT[row] != -100].tolist() == rows[index].tolist()
+        assert batch.labels_BT[row][batch.labels_BT[row] != -100].tolist() == rows.target(int(index)).tolist()
 
 
 def test_one_token_stays_and_it_is_any(byt5: ByT5Tokenizer) -> None:
@@ -542,7 +578,7 @@ def test_fillers_count_no_tokens(rows) -> None:
         weight_B=np.array([1, 0], np.float32),
     )
     assert batch.weight_B.tolist() == [1, 0]
-    assert batch.tokens == rows.lengths_N[3]
+    assert batch.tokens == rows.target_lengths_N[3]
 
 
 def test_the_numbers_drawn_stay_what_they_are(byt5: ByT5Tokenizer) -> None:

@@ -185,7 +185,13 @@ def test_a_derangement_uses_each_sentence_once_and_none_for_itself(count):
 # The metrics
 
 
-def loop(model, tokens, settings, training):
+def targets_of(base, longest):
+    """The ids to predict: those of the whole text with its end or, if they are too many, as many as are kept."""
+    found = [load_tokenizer(base)(text)["input_ids"] for text in TEXTS]
+    return [ids if len(ids) <= longest else ids[: longest - 1] for ids in found]
+
+
+def loop(model, tokens, settings, training, targets, words):
     """Every metric, a sentence at a time, by torch.distributions and the stock loss; no batching, nothing shared."""
     posteriors, z_L_of, labels_of, rec_of = [], [], [], []
 
@@ -201,8 +207,8 @@ def loop(model, tokens, settings, training):
             eps = collate(tokens, np.array([i]), pad_id=0, latent_dim=LATENT, seed=SEED, keys=(), eval=True).eps_BL[0]
             posteriors.append(q)
             z_L_of.append(q.mean + q.stddev * eps)
-            labels_of.append(ids)
-            rec_of.append(nll(z_L_of[i], ids))
+            labels_of.append(torch.as_tensor(targets[i]))
+            rec_of.append(nll(z_L_of[i], labels_of[i]))
         prior = Independent(Normal(torch.zeros(LATENT).double(), torch.ones(LATENT).double()), 1)
         kl = np.stack([torch.distributions.kl_divergence(q.base_dist, prior.base_dist).numpy() for q in posteriors])
         ratios = [
@@ -232,7 +238,6 @@ def loop(model, tokens, settings, training):
             logs = [-nll(z, labels_of[i]) + float(prior.log_prob(z) - q.log_prob(z)) for z in zs]
             iw.append(-float(torch.logsumexp(torch.tensor(logs).double(), 0)) + math.log(settings.iw_samples))
     mu_NL = torch.stack([q.mean for q in posteriors])
-    words = [len(tokens.text(i).split()) + 1 for i in range(len(tokens))]
     rec_N, kl_N, count = np.array(rec_of), kl.sum(1), settings.iw_sentences
     yardstick_N = yardstick_of(tokens)
     of_sentences = {
@@ -267,8 +272,12 @@ def loop(model, tokens, settings, training):
     }
 
 
-def test_metrics_equal_a_plain_loop(base):
-    whole = from_texts(TEXTS, load_tokenizer(base), 64)  # nothing is cut, so words are those of the texts
+@pytest.mark.parametrize("longest", [64, 24])
+def test_metrics_equal_a_plain_loop(base, longest):
+    """Nothing is cut at 64 tokens. At 24, the loss of a cut sentence is that of its kept tokens, without an end."""
+    whole = from_texts(TEXTS, load_tokenizer(base), longest)
+    words = [len(text.split()) + 1 for text in TEXTS] if longest == 64 else whole.words_N.tolist()
+    assert 0 < whole.truncated_N[:5].sum() < 5 or longest == 64, "else iw_nll has no cut sentence"
     model = build(base)
     model.train()  # dropout 0.1: evaluation must not see it
     model.t5.decoder.eval()
@@ -282,7 +291,7 @@ def test_metrics_equal_a_plain_loop(base):
     assert found == measure(model, whole, **beside)
     first = slice(0, SETTINGS.iw_sentences)
     assert whole.words_N[first].sum() != whole.lengths_N[first].sum(), "else iw_ppl could count subwords"
-    expected = loop(model.eval(), whole, SETTINGS, training)
+    expected = loop(model.eval(), whole, SETTINGS, training, targets_of(base, longest), words)
     assert 0 < expected["au"] < LATENT  # else the threshold is not tested
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-4), key
@@ -298,7 +307,8 @@ def test_cut_sentences_and_unknown_subwords_are_shares(base, tokens):
     ids = [tokenizer(text)["input_ids"] for text in TEXTS]
     assert found["truncated"] == pytest.approx(np.mean([len(row) > 24 for row in ids]))
     assert 0 < found["truncated"] < 1
-    kept = [[*row[:-1][:23], row[-1]] for row in ids]
+    kept = targets_of(base, 24)
+    assert sum(map(len, kept)) == sum(min(len(row), 24) for row in ids) - sum(len(row) > 24 for row in ids)
     unknown = sum(row.count(tokenizer.unk_token_id) for row in kept)
     assert unknown > 0
     assert found["unk"] == pytest.approx(unknown / sum(map(len, kept)))
@@ -468,10 +478,11 @@ def test_a_plain_language_model_has_an_exact_likelihood_and_nulls(base, tokens):
     assert {key for key, value in found.items() if value is None} == null
     assert set(found) == KEYS
     with torch.no_grad():
-        nll = [float(model.reconstruction(None, torch.as_tensor(tokens[i])[None])) for i in range(len(tokens))]
+        nll = [float(model.reconstruction(None, torch.as_tensor(ids)[None])) for ids in targets_of(base, 24)]
     assert found["rec"] == pytest.approx(np.mean(nll), rel=1e-6)
     assert found["nelbo"] == found["rec"]
     assert found["ppl"] == pytest.approx(math.exp(sum(nll) / tokens.words_N.sum()), rel=1e-5)
+    assert found["ppl_subword"] == pytest.approx(math.exp(sum(nll) / sum(map(len, targets_of(base, 24)))), rel=1e-5)
     assert found["iw_nll"] == pytest.approx(np.mean(nll[:5]), rel=1e-6)
     assert found["iw_ppl"] == pytest.approx(math.exp(sum(nll[:5]) / tokens.words_N[:5].sum()), rel=1e-5)
     assert found["iw_sentences"] == 5
@@ -485,6 +496,15 @@ def test_one_sentence_has_no_mate_and_none_at_all_is_an_error(base, tokens):
     assert found["mi"] == pytest.approx(0.0, abs=1e-12)
     with pytest.raises(DataError, match="no sentences"):
         measure(build(base), tokens.first(0))
+
+
+def test_sentences_without_a_whole_word_have_no_perplexity_per_word(base):
+    """Text without spaces, all of it cut: no word is kept, and no end."""
+    cut = from_texts(["ab" * 60] * 3, load_tokenizer(base), 16)
+    found = measure(build(base), cut)
+    assert (found["words"], found["ppl"], found["iw_ppl"]) == (0, math.inf, math.inf)
+    assert found["tokens"] == 3 * 15
+    assert math.isfinite(found["ppl_subword"])
 
 
 def test_a_perplexity_past_the_largest_float_is_infinite(base):

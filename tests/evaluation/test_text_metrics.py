@@ -57,6 +57,17 @@ def measure(model: T5VAE, base: str, settings: EvaluationConfig = SETTINGS, **op
     return text_metrics(model, tokenizer, tokens, ALONE, settings, seed=3, max_tokens=24, **options)
 
 
+def drawn_ids(model: T5VAE, tokenizer: Any, size: int, seed: int) -> list[tuple[str, list[int]]]:
+    """The samples of one batch, at most 24 tokens each, and the ids that the stock `generate` gave."""
+    z_BL = torch.stack(
+        [torch.as_tensor(distributed.stream(seed, "prior", row).standard_normal(6)).float() for row in range(size)]
+    )
+    with torch.random.fork_rng(), generate.inference(model):
+        torch.manual_seed(int(distributed.stream(seed, "tokens", 0).integers(2**62)))
+        ids_BT = model.generate(z_BL, 24, do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
+    return list(zip(tokenizer.batch_decode(ids_BT, skip_special_tokens=True), ids_BT.tolist(), strict=True))
+
+
 def test_self_bleu_is_sacrebleus_sentence_bleu_against_all_others() -> None:
     texts = [*TEXTS[:12], TEXTS[0], *ODD]
     expected = [
@@ -118,7 +129,7 @@ def test_each_metric_is_what_it_says(base: str, trained: T5VAE) -> None:
     assert None not in found.values()
 
     tokenizer = load_tokenizer(base)
-    again = generate.reconstruct(trained, tokenizer, TEXTS[:18], max_new_tokens=24)
+    again = generate.reconstruct(trained, tokenizer, TEXTS[:18], max_new_tokens=23, max_tokens=24)
     kept = from_texts(TEXTS, tokenizer, 24)
     assert not kept.truncated_N.any()
     assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(again, [TEXTS[:18]]).score, abs=1e-6)
@@ -130,17 +141,23 @@ def test_each_metric_is_what_it_says(base: str, trained: T5VAE) -> None:
 
     groups = [(0, 16), (16, 16), (32, 3)]
     seeds = [int(distributed.stream(3, "text-metrics", start).integers(2**31)) for start, _ in groups]
-    texts = [
-        text
+    written = [
+        pair
         for seed, (_, size) in zip(seeds, groups, strict=True)
-        for text in generate.sample(trained, tokenizer, size, seed, temperature=1.0, max_new_tokens=24)
+        for pair in drawn_ids(trained, tokenizer, size, seed)
     ]
+    texts = [text for text, _ in written]
     assert len(set(texts)) > 5
-    drawn = from_texts(texts, tokenizer, 24)
+    has_end = [tokenizer.eos_token_id in row for _, row in written]
+    assert 0 < sum(has_end) < len(texts)
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    drawn = [row if end else row[:-1][:23] for row, end in zip(ids, has_end, strict=True)]
+    words = int(from_texts(texts, tokenizer, 24, has_end).words_N.sum())
+    assert 0 <= sum(len(text.split()) for text in texts) + sum(has_end) - words <= len(texts) - sum(has_end)
     with torch.no_grad():
-        nll = [float(yardstick[0].reconstruction(None, torch.as_tensor(drawn[i])[None])) for i in range(len(texts))]
-    assert found["forward_ppl"] == pytest.approx(math.exp(sum(nll) / drawn.words_N.sum()), rel=1e-4)
-    trigram = Trigram([drawn[i].tolist() for i in range(len(texts))], len(tokenizer))
+        nll = [float(yardstick[0].reconstruction(None, torch.as_tensor(row)[None])) for row in drawn]
+    assert found["forward_ppl"] == pytest.approx(math.exp(sum(nll) / words), rel=1e-4)
+    trigram = Trigram(drawn, len(tokenizer))
     words = sum(len(text.split()) + 1 for text in TEXTS)
     total = sum(trigram.nll(tokenizer(text)["input_ids"]) for text in TEXTS)
     assert found["reverse_ppl"] == pytest.approx(math.exp(total / words), rel=1e-9)
@@ -175,8 +192,26 @@ def test_a_cut_sentence_is_compared_as_far_as_it_was_kept(base: str, trained: T5
     assert short.truncated_N.all()
     found = text_metrics(trained, tokenizer, short, ALONE, settings, seed=0, max_tokens=5)
     kept = [tokenizer.decode(tokenizer(text)["input_ids"][:4]) for text in TEXTS]
-    again = generate.reconstruct(trained, tokenizer, kept, max_new_tokens=5)
+    again = generate.reconstruct(trained, tokenizer, kept, max_new_tokens=4, max_tokens=5)
     assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(again, [kept]).score, abs=1e-6)
+
+
+def test_a_cut_sentence_has_no_end_for_the_trigram_model(base: str, trained: T5VAE) -> None:
+    """`reverse_ppl` of cut sentences: their kept tokens and kept words, as for `ppl`."""
+    tokenizer = load_tokenizer(base)
+    settings = EvaluationConfig(bleu_sentences=0, samples=16, sample_temperature=None)
+    short = from_texts(TEXTS, tokenizer, 9)
+    assert 0 < short.truncated_N.sum() < len(TEXTS)
+    found = text_metrics(trained, tokenizer, short, ALONE, settings, seed=0, max_tokens=40)
+    seed = int(distributed.stream(0, "text-metrics", 0).integers(2**31))
+    samples = generate.sample_with_ends(trained, tokenizer, 16, seed, max_new_tokens=40)
+    drawn = [
+        row if end else row[:-1][:39] for row, end in ((tokenizer(text)["input_ids"], end) for text, end in samples)
+    ]
+    trigram = Trigram(drawn, len(tokenizer))
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    total = sum(trigram.nll(row if len(row) <= 9 else row[:8]) for row in ids)
+    assert found["reverse_ppl"] == pytest.approx(math.exp(total / short.words_N.sum()), rel=1e-9)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """Convert token ids into batches: bucket by length, divide among ranks, delete tokens, draw eps, collate.
 
 Shapes: N sentences of a split, S steps of an epoch, G sentences of a global batch, B sentences of a micro batch,
-T padded tokens, L latent units. Lengths are in subword tokens and include the end-of-sentence token.
+T padded tokens, L latent units. Lengths are in subword tokens and include the end-of-sentence token. The target of a
+cut sentence has no such token, so it is one token shorter than the input.
 
 The results do not depend on the cluster. Global batches are functions of (seed, phase, epoch). The random numbers of a
 sentence are a function of (seed, purpose, keys, sentence). Ranks and micro batches only divide a global batch.
@@ -174,7 +175,8 @@ def collate(
 ) -> Batch:
     """Pad sentences into a batch: noisy encoder input, clean labels, eps ~ N(0, I) for each sentence.
 
-    Noise and eps are functions of (seed, keys, sentence).
+    Noise and eps are functions of (seed, keys, sentence). The input of each sentence ends with the end-of-sentence
+    token; the labels have it only for sentences that were not cut.
 
     denoise: probability of deleting a token of the encoder's input, except the end-of-sentence token
         (docs/method.md, Denoising). Evaluation (`eval`) deletes nothing and draws other eps than training.
@@ -186,7 +188,9 @@ def collate(
     lengths_B = tokens.lengths_N[rows_B].astype(np.int64)
     flat = tokens.flat(rows_B)
     weights_B = np.ones(len(rows_B), np.float32) if weight_B is None else np.array(weight_B, np.float32)
-    labels_BT = _padded(flat, lengths_B, IGNORED)
+    cut_B = tokens.cut(rows_B)
+    target_lengths_B = lengths_B - cut_B
+    labels_BT = _padded(np.delete(flat, np.cumsum(lengths_B)[cut_B] - 1), target_lengths_B, IGNORED)
     kept, kept_B = flat, lengths_B
     if denoise > 0 and not eval:
         keep = _keep_mask(lengths_B, rows_B, denoise, stream(seed, "delete", *stream_keys))
@@ -206,7 +210,7 @@ def collate(
         labels_BT=torch.from_numpy(labels_BT),
         eps_BL=torch.from_numpy(eps_BL),
         weight_B=torch.from_numpy(weights_B),
-        tokens=int(lengths_B[weights_B > 0].sum()),
+        tokens=int(target_lengths_B[weights_B > 0].sum()),
         positions=labels_BT.size,
     )
 

@@ -4,7 +4,9 @@ An interrupted tokenisation continues after the last complete shard. Memory does
 lengths: 4 bytes per sentence.
 
 Shapes: N sentences of a split, B sentences of a subset, T tokens of one sentence. Lengths are in subword tokens and
-include the end-of-sentence token. Each sentence ends with exactly one such token.
+include the end-of-sentence token. The ids of each sentence, which the encoder reads, end with exactly one such token.
+The target, which the decoder predicts, has it only if the text ends there: the target of a cut sentence is one token
+shorter. Otherwise the decoder would learn to end a sentence anywhere.
 """
 
 import hashlib
@@ -32,7 +34,7 @@ from vae_ds.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE_FORMAT = 1  # part of the cache key: increase it when the meaning of a row changes
+CACHE_FORMAT = 2  # part of the cache key: increase it when the meaning of a row changes
 ROWS_AT_ONCE = 10_000  # rows of a chunk in the cache; 10 million sentences are a thousand chunks
 SHARD_ROWS = 200_000  # rows of a file in the cache; an interruption loses at most one file
 
@@ -61,8 +63,8 @@ class TextCorpus(Protocol):
 class TokenSet:
     """The token ids of N sentences, memory-mapped if they come from the cache. `tokens[i]` is int64 (T,).
 
-    lengths_N: number of kept tokens, with the end-of-sentence token. `fingerprint` changes with the texts, the
-    tokenizer and the maximum length.
+    lengths_N: number of ids that the encoder reads, with the end-of-sentence token. `fingerprint` changes with the
+    texts, the tokenizer and the maximum length.
     """
 
     def __init__(self, rows: pa.Table, text: Callable[[int], str], fingerprint: str) -> None:
@@ -71,6 +73,7 @@ class TokenSet:
             (chunk.offsets.to_numpy(), chunk.values.to_numpy())  # views of Arrow's memory, not copies
             for chunk in rows.column("ids").chunks
         ]
+        self._cut = rows.column("truncated").chunks  # bits of the file; `truncated_N` takes a byte per sentence
         self._first_N = np.cumsum([0] + [len(offsets) - 1 for offsets, _ in self._chunks])
         self._rows = rows
         self._text = text
@@ -79,7 +82,7 @@ class TokenSet:
 
     @cached_property
     def words_N(self) -> NDArray[np.int32]:
-        """Number of complete whitespace words that were kept, plus 1 for the end of the sentence."""
+        """Number of complete whitespace words that were kept, plus 1 for the end of a sentence that was not cut."""
         return self._column("words")
 
     @cached_property
@@ -91,6 +94,16 @@ class TokenSet:
     def truncated_N(self) -> NDArray[np.bool_]:
         """Whether the sentence was cut."""
         return self._column("truncated")
+
+    @cached_property
+    def target_lengths_N(self) -> NDArray[np.int32]:
+        """Number of target tokens: `lengths_N`, less 1 for a cut sentence, which has no end-of-sentence token."""
+        return self.lengths_N - self.truncated_N.astype(np.int32)
+
+    @property
+    def target_tokens(self) -> int:
+        """Number of target tokens of all sentences."""
+        return int(self.lengths_N.sum(dtype=np.int64)) - self.truncated
 
     @property
     def unknown(self) -> int:
@@ -107,6 +120,11 @@ class TokenSet:
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         return self._view(index).astype(np.int64)
+
+    def target(self, index: int) -> NDArray[np.int64]:
+        """The tokens that the decoder predicts: the ids, without the end-of-sentence token of a cut sentence."""
+        ids = self[index]
+        return ids[:-1] if self.cut(np.array([index]))[0] else ids
 
     def text(self, index: int) -> str:
         """The uncut text of sentence `index`. Raises IndexError."""
@@ -127,6 +145,11 @@ class TokenSet:
         views = [self._view(int(index)) for index in index_B]
         return np.concatenate(views).astype(np.int64) if views else np.zeros(0, np.int64)
 
+    def cut(self, index_B: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether sentences were cut: bool (B,). Unlike `truncated_N`, it needs no memory for the whole split."""
+        places = (self._place(int(index)) for index in index_B)
+        return np.array([self._cut[chunk][row].as_py() for chunk, row in places], bool)
+
     def _column(self, name: str) -> Any:
         return self._rows.column(name).to_numpy()
 
@@ -135,11 +158,15 @@ class TokenSet:
             raise IndexError(f"sentence {index} of {len(self)}")
         return index
 
-    def _view(self, index: int) -> NDArray[np.int32]:
+    def _place(self, index: int) -> tuple[int, int]:
+        """The chunk of a sentence, and its row there."""
         index = self._checked(index)
         chunk = int(np.searchsorted(self._first_N, index, side="right")) - 1
+        return chunk, index - int(self._first_N[chunk])
+
+    def _view(self, index: int) -> NDArray[np.int32]:
+        chunk, row = self._place(index)
         offsets, values = self._chunks[chunk]
-        row = index - int(self._first_N[chunk])
         view: NDArray[np.int32] = values[offsets[row] : offsets[row + 1]]
         return view
 
@@ -175,13 +202,24 @@ def tokenise(
     return found
 
 
-def from_texts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> TokenSet:
-    """The token ids of sentences in memory, made as in `tokenise`. Raises ConfigError like `tokenise`."""
+def from_texts(
+    texts: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_tokens: int,
+    complete: Sequence[bool] | None = None,
+) -> TokenSet:
+    """The token ids of sentences in memory, made as in `tokenise`. Raises ConfigError like `tokenise`.
+
+    complete: False for a text that was cut before it came here, so that its target has no end-of-sentence token. All of
+        its words are counted, since a word that was cut cannot be recognised. A text without tokens counts as complete.
+    """
     _require_end(tokenizer)
     kept = list(texts)
-    starts = range(0, max(1, len(kept)), ROWS_AT_ONCE)
-    rows = pa.concat_tables([_rows(kept[start : start + ROWS_AT_ONCE], tokenizer, max_tokens) for start in starts])
-    fingerprint = _digest(CACHE_FORMAT, *kept, tokenizer_fingerprint(tokenizer), max_tokens)
+    ends = [True] * len(kept) if complete is None else [bool(end) for end in complete]
+    parts = [slice(start, start + ROWS_AT_ONCE) for start in range(0, max(1, len(kept)), ROWS_AT_ONCE)]
+    rows = pa.concat_tables([_rows(kept[part], tokenizer, max_tokens, ends[part]) for part in parts])
+    cut = [row for row, end in enumerate(ends) if not end]
+    fingerprint = _digest(CACHE_FORMAT, *kept, tokenizer_fingerprint(tokenizer), max_tokens, *([cut] if cut else []))
     return TokenSet(rows, lambda index: kept[index], fingerprint)
 
 
@@ -280,7 +318,7 @@ def report_truncation(name: str, tokens: TokenSet, max_tokens: int) -> None:
 
 def report_unknown(name: str, tokens: TokenSet) -> bool:
     """Log a warning on rank 0 if many subwords are unknown to the tokenizer. Returns whether they are."""
-    unknown, subwords = tokens.unknown, int(tokens.lengths_N.sum(dtype=np.int64))
+    unknown, subwords = tokens.unknown, tokens.target_tokens
     many = unknown > 0 and unknown >= UNKNOWN_SHARE * subwords
     if many and is_main():
         message = "%s: %.1f %% of the subwords (%d of %d) are unknown to the tokenizer, so the model cannot reproduce"
@@ -303,8 +341,13 @@ def _read(path: Path) -> pa.Table:
         return pa.ipc.open_stream(source).read_all()
 
 
-def _rows(texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> pa.Table:
-    """Rows of ROW_FEATURES for texts. The ids of each row end with the only end-of-sentence token of the row."""
+def _rows(
+    texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int, complete: Sequence[bool] | None = None
+) -> pa.Table:
+    """Rows of ROW_FEATURES for texts. The ids of each row end with the only end-of-sentence token of the row.
+
+    `complete` as in `from_texts`.
+    """
     found = (
         tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False
@@ -315,15 +358,16 @@ def _rows(texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: in
     # Look these up once: each is a search in the tokenizer, too slow to repeat for each sentence.
     end, unknown, pad = tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id
     rows: dict[str, list[Any]] = {name: [] for name in ROW_FEATURES}
-    for text, text_ids in zip(texts, found, strict=True):
+    for text, text_ids, is_complete in zip(texts, found, complete or [True] * len(texts), strict=True):
         ids = _without_controls(text_ids, {end, pad}, unknown)
-        cut = len(ids) > max_tokens - 1
+        is_long = len(ids) > max_tokens - 1
+        is_cut = is_long or (not is_complete and bool(ids))
         kept = ids[: max_tokens - 1]
-        words = _words_kept(ids, kept, tokenizer) if cut else len(text.split())
+        words = _words_kept(ids, kept, tokenizer) if is_long else len(text.split())
         rows["ids"].append([*kept, end])
-        rows["words"].append(words + 1)
+        rows["words"].append(words if is_cut else words + 1)
         rows["unknown"].append(kept.count(unknown))
-        rows["truncated"].append(cut)
+        rows["truncated"].append(is_cut)
     return pa.table(rows, schema=ROW_FEATURES.arrow_schema)
 
 

@@ -26,13 +26,14 @@ def with_errors(**values: np.ndarray | None) -> dict[str, float | None]:
 def perplexity(name: str, nll_N: np.ndarray | None, units_N: np.ndarray) -> dict[str, float | None]:
     """`name`: exp(total nats / total units) of N sentences, and its standard error `name_se`.
 
-    A perplexity is infinite if a float cannot represent it. The error is that of a ratio of two sums over sentences,
-    to first order: exp(r) * sd(nll - r * units) / (sqrt(N) * mean(units)), where r is the ratio.
+    A perplexity is infinite if a float cannot represent it, or if there are no units. The error is that of a ratio of
+    two sums over sentences, to first order: exp(r) * sd(nll - r * units) / (sqrt(N) * mean(units)), with the ratio r.
     """
     if nll_N is None:
         return {name: None, f"{name}_se": None}
     units_N = np.asarray(units_N, dtype=np.float64)
-    ratio = float(nll_N.sum() / units_N.sum())
+    units = float(units_N.sum())  # 0 if every sentence was cut within its first word
+    ratio = float(nll_N.sum()) / units if units else math.inf
     if not ratio < math.log(sys.float_info.max):
         return {name: math.inf, f"{name}_se": None}
     value = math.exp(ratio)

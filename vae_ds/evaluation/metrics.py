@@ -284,7 +284,7 @@ def _in_order(index_S: np.ndarray, weight_S: np.ndarray, rows_SX: torch.Tensor, 
 
 def _extent(tokens: TokenSet) -> Metrics:
     """Sizes of the split."""
-    subwords = int(np.sum(tokens.lengths_N))
+    subwords = tokens.target_tokens
     return {
         "sentences": len(tokens),
         "tokens": subwords,
@@ -307,7 +307,7 @@ def _likelihood(tokens: TokenSet, sentences: Mapping[str, np.ndarray]) -> Metric
             z_gain=None if swapped_N is None else swapped_N - rec_N,
         )
         | perplexity("ppl", nelbo_N, tokens.words_N)
-        | perplexity("ppl_subword", nelbo_N, tokens.lengths_N)
+        | perplexity("ppl_subword", nelbo_N, tokens.target_lengths_N)
     )
 
 

@@ -56,8 +56,10 @@ def text_metrics(
     `<metric>_se` is the standard error of `bleu` (bootstrap over the sentences), `self_bleu` and the perplexities. It
     covers the sentences or samples of this evaluation. That of `reverse_ppl` holds for the given samples.
 
-    If not stated otherwise, words are those of `ppl`: whitespace words and one for the end of the sentence. Metrics
-    that are turned off, or do not exist for the model, are None. This is a collective operation.
+    If not stated otherwise, words are those of `ppl`: whitespace words and one for the end of a sentence that has one.
+    A sample that reached `max_tokens` has no end, neither for the trigram model nor for the yardstick; its last word is
+    counted, although it may be incomplete. Metrics that are turned off, or do not exist for the model, are None. This
+    is a collective operation.
     """
     found: Metrics = dict.fromkeys(("bleu", "bleu_se", "bleu_sentences", "bleu_signature"))
     found |= dict.fromkeys(("samples", "sample_temperature", *(f"distinct_{n}" for n in ORDERS)))
@@ -67,14 +69,15 @@ def text_metrics(
         kept = [_kept(tokens, tokenizer, index) for index in range(sentences)]
         found |= _bleu(_reconstructions(model, tokenizer, kept, ranks, max_tokens), kept)
     if settings.samples:
-        texts = _samples(model, tokenizer, settings, ranks, seed, max_tokens)
+        samples = _samples(model, tokenizer, settings, ranks, seed, max_tokens)
+        texts, complete = [made.text for made in samples], [made.is_complete for made in samples]
         grams = [ngrams(text) for text in texts]
         found |= {"samples": len(texts), "sample_temperature": settings.sample_temperature}
         found |= {f"distinct_{n}": distinct(grams, n) for n in ORDERS}
         found |= self_bleu(grams, ranks)
-        found |= _reverse(from_texts(texts, tokenizer, max_tokens), tokens, len(tokenizer), ranks)
+        found |= _reverse(from_texts(texts, tokenizer, max_tokens, complete), tokens, len(tokenizer), ranks)
         if yardstick is not None:
-            found |= _forward(texts, yardstick, ranks, max_tokens)
+            found |= _forward(samples, yardstick, ranks, max_tokens)
     return found
 
 
@@ -87,7 +90,7 @@ class Trigram:
     """
 
     def __init__(self, sentences: Iterable[Sequence[int]], vocabulary: int) -> None:
-        """`sentences` are ids below `vocabulary`, each with its end-of-sentence token."""
+        """`sentences` are ids below `vocabulary`, each with its end-of-sentence token if it has one."""
         self.vocabulary = vocabulary
         self._after: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
         for ids in sentences:
@@ -174,8 +177,11 @@ def _kept(tokens: TokenSet, tokenizer: Any, index: int) -> str:
 
 
 def _reconstructions(model: T5VAE, tokenizer: Any, texts: Sequence[str], ranks: Ranks, max_tokens: int) -> list[str]:
+    # A reference has at most `max_tokens` - 1 tokens besides its end, and the decoder does not learn to end a cut one.
+    how: dict[str, Any] = {"max_tokens": max_tokens, "max_new_tokens": max_tokens - 1}
+
     def work(rows: range) -> list[str]:
-        return latents.reconstruct(model, tokenizer, [texts[row] for row in rows], max_new_tokens=max_tokens)
+        return latents.reconstruct(model, tokenizer, [texts[row] for row in rows], **how)
 
     return _in_groups(len(texts), ranks, work, "Reconstructing")
 
@@ -198,19 +204,20 @@ def _bleu(made: Sequence[str], sources: Sequence[str]) -> Metrics:
 
 def _samples(
     model: T5VAE, tokenizer: Any, settings: EvaluationConfig, ranks: Ranks, seed: int, max_tokens: int
-) -> list[str]:
+) -> list[latents.Written]:
     how = {"max_new_tokens": max_tokens, "temperature": settings.sample_temperature}
 
-    def work(rows: range) -> list[str]:
+    def work(rows: range) -> list[latents.Written]:
         own = int(stream(seed, "text-metrics", rows.start).integers(2**31))
-        return latents.sample(model, tokenizer, len(rows), own, **how)
+        return latents.sample_with_ends(model, tokenizer, len(rows), own, **how)
 
     return _in_groups(settings.samples or 0, ranks, work, "Sampling")
 
 
-def _forward(texts: Sequence[str], yardstick: LanguageModel, ranks: Ranks, max_tokens: int) -> Metrics:
+def _forward(samples: Sequence[latents.Written], yardstick: LanguageModel, ranks: Ranks, max_tokens: int) -> Metrics:
     model, tokenizer = yardstick
-    tokens = from_texts(texts, tokenizer, max_tokens)
+    texts, complete = zip(*samples, strict=True)
+    tokens = from_texts(texts, tokenizer, max_tokens, complete)
 
     def work(rows: range) -> list[float]:
         with latents.inference(model):
@@ -224,11 +231,11 @@ def _forward(texts: Sequence[str], yardstick: LanguageModel, ranks: Ranks, max_t
 
 
 def _reverse(samples: TokenSet, tokens: TokenSet, vocabulary: int, ranks: Ranks) -> Metrics:
-    model = Trigram((samples[row].tolist() for row in range(len(samples))), vocabulary)
+    model = Trigram((samples.target(row).tolist() for row in range(len(samples))), vocabulary)
     nll = _in_groups(
         len(tokens),
         ranks,
-        lambda rows: [model.nll(tokens[row].tolist()) for row in rows],
+        lambda rows: [model.nll(tokens.target(row).tolist()) for row in rows],
         "Perplexity under a trigram model",
     )
     return perplexity("reverse_ppl", np.array(nll), tokens.words_N)

@@ -4,6 +4,7 @@ Depends on `model`, `data` and `distributed`.
 """
 
 from vae_ds.latents.generate import (
+    Written,
     analogy,
     decode,
     encode,
@@ -11,12 +12,14 @@ from vae_ds.latents.generate import (
     interpolate,
     reconstruct,
     sample,
+    sample_with_ends,
     shown,
     traversal,
     traverse,
 )
 
 __all__ = [
+    "Written",
     "analogy",
     "decode",
     "encode",
@@ -24,6 +27,7 @@ __all__ = [
     "interpolate",
     "reconstruct",
     "sample",
+    "sample_with_ends",
     "shown",
     "traversal",
     "traverse",

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +66,13 @@ class Decoding:
         return {"do_sample": True, "temperature": self.temperature, "top_p": nucleus, "top_k": 0}
 
 
+class Written(NamedTuple):
+    """A text that a model wrote. `is_complete`: the model ended it; otherwise it reached `max_new_tokens`."""
+
+    text: str
+    is_complete: bool
+
+
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """Context manager for eval mode without gradients. It restores the mode of each submodule afterwards.
@@ -115,8 +122,7 @@ def encode(
 
 def decode(model: T5VAE, tokenizer: Any, z_NL: torch.Tensor, **decoding: Any) -> list[str]:
     """Texts of the latents z_NL, without special tokens. The state of torch's random generators does not change."""
-    how = Decoding(**decoding)
-    return _decode(model, tokenizer, list(z_NL.split(how.batch)), how)
+    return [written.text for written in _decode_latents(model, tokenizer, z_NL, Decoding(**decoding))]
 
 
 def reconstruct(
@@ -135,6 +141,11 @@ def sample(model: T5VAE, tokenizer: Any, n: int, seed: int = 0, **decoding: Any)
     A model without a latent code is a plain language model: give a temperature, otherwise all texts are equal.
     Raises ConfigError if n is below 1.
     """
+    return [written.text for written in sample_with_ends(model, tokenizer, n, seed, **decoding)]
+
+
+def sample_with_ends(model: T5VAE, tokenizer: Any, n: int, seed: int = 0, **decoding: Any) -> list[Written]:
+    """The texts of `sample`, each with whether the model ended it. Raises ConfigError like `sample`."""
     if n < 1:
         raise ConfigError(f"the number of samples must be at least 1; found {n}")
     if model.bottleneck is None:
@@ -143,7 +154,7 @@ def sample(model: T5VAE, tokenizer: Any, n: int, seed: int = 0, **decoding: Any)
         return _decode(model, tokenizer, sizes, how)
     eps_NL = np.stack([stream(seed, "prior", row).standard_normal(model.latent_dim) for row in range(n)])
     z_NL = torch.as_tensor(eps_NL, dtype=torch.float32, device=_device(model))
-    return decode(model, tokenizer, z_NL, seed=seed, **decoding)
+    return _decode_latents(model, tokenizer, z_NL, Decoding(seed=seed, **decoding))
 
 
 def interpolate(
@@ -241,10 +252,14 @@ def slerp(a_L: torch.Tensor, b_L: torch.Tensor, share_N: torch.Tensor) -> torch.
     return arc_NL.to(a_L.dtype)
 
 
-def _decode(model: T5VAE, tokenizer: Any, parts: Sequence[torch.Tensor | int], how: Decoding) -> list[str]:
+def _decode_latents(model: T5VAE, tokenizer: Any, z_NL: torch.Tensor, how: Decoding) -> list[Written]:
+    return _decode(model, tokenizer, list(z_NL.split(how.batch)), how)
+
+
+def _decode(model: T5VAE, tokenizer: Any, parts: Sequence[torch.Tensor | int], how: Decoding) -> list[Written]:
     """Decode each part: latents z_BL or, for a model without a latent code, the number B of texts to write."""
     device = _device(model)
-    texts: list[str] = []
+    made: list[Written] = []
     with inference(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for number, part in enumerate(parts):
             torch.manual_seed(int(stream(how.seed, "tokens", number).integers(2**62)))
@@ -253,8 +268,9 @@ def _decode(model: T5VAE, tokenizer: Any, parts: Sequence[torch.Tensor | int], h
                 ids_BT = model.generate(None, how.max_new_tokens, batch_size=part, **extra)
             else:
                 ids_BT = model.generate(part, how.max_new_tokens, **extra)
-            texts += tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
-    return texts
+            texts = tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
+            made += map(Written, texts, (ids_BT == tokenizer.eos_token_id).any(dim=1).tolist())
+    return made
 
 
 def shown(

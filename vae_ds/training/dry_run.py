@@ -71,7 +71,7 @@ def describe(tokens: TokenSet) -> str:
     """One line on a split: sentences, tokens per sentence, the share of sentences cut and of tokens unknown."""
     shown = np.percentile(tokens.lengths_N, PERCENTILES).round().astype(int)
     lengths = ", ".join(f"{percent}%: {length}" for percent, length in zip(PERCENTILES, shown, strict=True))
-    unknown = float(np.sum(tokens.unknown_N)) / float(np.sum(tokens.lengths_N))
+    unknown = tokens.unknown / tokens.target_tokens
     return (
         f"{len(tokens):,} sentences, {np.mean(tokens.lengths_N):.1f} tokens per sentence ({lengths}), "
         f"{np.mean(tokens.truncated_N):.2%} of the sentences cut, {unknown:.2%} of the tokens unknown"
