@@ -344,7 +344,7 @@ def test_a_decoder_that_uses_z_gains(base, tokens):
     assert after["rec"] < before["rec"] / 2
     assert after["z_gain"] > 5
     assert before["verdict"] == "unused KL"
-    assert after["verdict"] == "healthy"
+    assert after["verdict"] == "uses z"
     assert f"{after['kl']:.2f}" in after["verdict_reason"]
     assert f"{after['z_gain']:.2f}" in after["verdict_reason"]
 
@@ -354,18 +354,18 @@ def test_what_a_verdict_looks_at(base, tokens):
     own = measure(build(base), tokens, full=False) | {"kl": 12.0, "mi": 2.0, "z_gain": 8.0}
     assert own["mi_ceiling"] > 2
     for changes, beta, word in (
-        ({}, None, "healthy"),
+        ({}, None, "uses z"),
         ({"kl": 0.99}, None, "collapsed"),
         ({"kl": math.nan}, None, "collapsed"),
         ({"mi": 0.99}, None, "unused KL"),
         ({"z_gain": 5.9}, None, "unused KL"),
         ({"z_gain": math.nan}, None, "unused KL"),
-        ({"z_gain": 5.9}, 0.9, "healthy"),  # half of what is paid for is 5.4
+        ({"z_gain": 5.9}, 0.9, "uses z"),  # half of what is paid for is 5.4
         ({"z_gain": 5.9}, 7.0, "unused KL"),
-        ({"z_gain": 1.1}, 0.0, "healthy"),
+        ({"z_gain": 1.1}, 0.0, "uses z"),
         ({"z_gain": 0.9}, 0.0, "unused KL"),
         ({"kl": 1.2, "z_gain": 0.9}, None, "unused KL"),
-        ({"kl": 1.2, "z_gain": 1.1, "mi": 0.4, "mi_ceiling": math.log(2)}, None, "healthy"),
+        ({"kl": 1.2, "z_gain": 1.1, "mi": 0.4, "mi_ceiling": math.log(2)}, None, "uses z"),
         ({"kl": 1.2, "z_gain": 1.1, "mi": 0.3, "mi_ceiling": math.log(2)}, None, "unused KL"),
         ({"kl": None}, None, "language model"),
     ):

@@ -201,7 +201,7 @@ def test_two_ranks_write_what_one_writes(exports: Path) -> None:
         assert "vae: KL of each unit, the largest first:" in output
         found[world] = json.loads((exports / "vae" / "eval-test.json").read_text(encoding="utf-8"))
     assert found[1]["samples"] == 35
-    assert found[1]["verdict"] == "healthy"
+    assert found[1]["verdict"] == "uses z"
     assert {key for key, value in found[1].items() if value is None} == set()
     for key, value in found[1].items():
         same = value if isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-5)

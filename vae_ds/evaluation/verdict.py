@@ -9,7 +9,7 @@ This file contains all thresholds. In nats per sentence:
   the second case `z_gain` is below NATS, or below SHARE of the weighted KL, beta * KL. With an exact posterior and
   decoder, `z_gain` would be at least the mutual information, which would be nearly the KL. SHARE is a tolerance for
   inexact models.
-- `healthy`: none of these.
+- `uses z`: none of these.
 - `language model`: injection `none`, without a latent code.
 
 Active units (`au`) are reported but not used: their threshold 0.01 is in units of the prior's variance, and a few units
@@ -23,7 +23,7 @@ NATS = 1.0
 SHARE = 0.5
 FEW_SENTENCES = 0.5  # share of the ceiling of `mi`, ln(sentences), if it is below 2 NATS: for 7 sentences or fewer
 
-Word = Literal["collapsed", "unused KL", "healthy", "language model"]
+Word = Literal["collapsed", "unused KL", "uses z", "language model"]
 
 
 class Verdict(NamedTuple):
@@ -61,4 +61,4 @@ def verdict(metrics: Mapping[str, Any], beta: float | None = None) -> Verdict | 
     gain = f"with the z of another sentence, rec is {z_gain:.2f} nats higher (z_gain)"
     if not z_gain >= needed:
         return Verdict("unused KL", f"{paid}, but the decoder hardly uses it: {gain}, below {limit}; {units}")
-    return Verdict("healthy", f"the decoder uses the code: {gain}, at least {limit}; {paid}; {units}")
+    return Verdict("uses z", f"the decoder uses the code: {gain}, at least {limit}; {paid}; {units}")
