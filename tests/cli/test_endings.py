@@ -69,7 +69,7 @@ def test_a_language_model_is_not_asked_to_reconstruct(
 ) -> None:
     """Its last phase gets worse: the first validation there is exported, and its metrics are shown."""
     run = tmp_path / "a run"
-    ruinous = ["phases.1.steps=4", "phases.1.optimizer={lr: 0.5, clip: 0}", "phases.1.learning_rate.warmup_steps=0"]
+    ruinous = ["phases.1.steps=4", "phases.1.optimizer={lr: 1000, clip: 0}", "phases.1.learning_rate.warmup_steps=1000"]
     beta = "phases.1.beta={schedule: constant, value: 1}"
     assert code_of(*words, "model.injection=none", "phases.0.freeze=[]", "export=best", *ruinous, beta) == 0
     lines = capsys.readouterr().out.splitlines()
