@@ -216,10 +216,11 @@ def test_a_run_from_training_to_text(recipe: Path, tmp_path: Path, capsys: pytes
 
 
 def test_the_best_by_valid_nelbo_is_exported(recipe: Path, tmp_path: Path) -> None:
-    """With a learning rate that ruins the model, the export is that of the best validation, and not the last."""
+    """With a rate that ruins a language model, the export is that of the best validation, and not the last."""
     run = tmp_path / "run"
-    ruinous = ["phases.0.steps=6", "phases.0.optimizer.lr=0.5", "validation.every_steps=1", "export=best"]
-    assert code_of("train", recipe, "--run-dir", run, "--set", *ruinous) == 0
+    ruinous = ["phases.0.optimizer.lr=1000", "phases.0.learning_rate.warmup_steps=1000", "model.injection=none"]
+    often = ["phases.0.steps=6", "validation.every_steps=1", "export=best"]
+    assert code_of("train", recipe, "--run-dir", run, "--set", *often, *ruinous) == 0
     rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     nelbos = [row["nelbo"] for row in rows]
     assert len(nelbos) == 6

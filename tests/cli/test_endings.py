@@ -45,15 +45,11 @@ def test_a_training_ends_with_what_was_reached(
     assert code_of(*words) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [json.loads(row) for row in (run / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()]
-    best = min(rows, key=lambda row: row["nelbo"])
     assert lines[0].startswith(f"last validation: step 4: nelbo {rows[-1]['nelbo']:.2f}, rec ")
     assert "nats per sentence, " in lines[0]
     assert lines[0].endswith(f" {rows[-1]['verdict']}")
-    if best["step"] == 4:
-        assert lines[1] == "best validation: the last"
-    else:
-        assert lines[1].startswith(f"best validation: step {best['step']}: nelbo {best['nelbo']:.2f}, ")
-    assert lines[2] == f"model of the last step: {run / 'model'}"
+    assert lines[1] == "model/ has the last weights, as `export: last` asks"
+    assert lines[2] == f"model: {run / 'model'}"
     assert lines[3] == "next:"
     commands = [shlex.split(line) for line in lines[4:]]
     assert [command[:3] for command in commands] == [
@@ -71,11 +67,22 @@ def test_a_training_ends_with_what_was_reached(
 def test_a_language_model_is_not_asked_to_reconstruct(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert code_of(*words, "model.injection=none", "phases.0.freeze=[]", "export=best") == 0
+    """Its last phase gets worse: the first validation there is exported, and its metrics are shown."""
+    run = tmp_path / "a run"
+    ruinous = ["phases.1.steps=4", "phases.1.optimizer={lr: 1000, clip: 0}", "phases.1.learning_rate.warmup_steps=1000"]
+    beta = "phases.1.beta={schedule: constant, value: 1}"
+    assert code_of(*words, "model.injection=none", "phases.0.freeze=[]", "export=best", *ruinous, beta) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == f"model of the best validation: {tmp_path / 'a run' / 'model'}"
+    rows = [json.loads(row) for row in (run / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()]
+    nelbo = {row["step"]: f"{row['nelbo']:.2f}" for row in rows}
+    assert lines[0].startswith("last validation: step 6: ")
+    assert lines[1].startswith(f"exported validation: step 4: nelbo {nelbo[4]}, ")
+    assert lines[2] == f"model/ is the validation of step 4 (nelbo {nelbo[4]}, the best of 2)"
+    assert lines[3] == f"model: {run / 'model'}"
     assert "reconstruct" not in "\n".join(lines)
     assert code_of(*shlex.split(lines[-1])[1:]) == 0
+    assert code_of("status", run) == 0
+    assert lines[2] in capsys.readouterr().out
 
 
 def test_the_recipe_may_follow_the_settings(words: list[str], tmp_path: Path) -> None:

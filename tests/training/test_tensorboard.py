@@ -131,7 +131,7 @@ def _of_version_0_1(run_dir: Path) -> None:
         writer.add_scalar("train/rec", 100.0 + step, step)
         writer.add_scalar("valid/nelbo", 200.0 + step, step)
         writer.add_scalar("checkpoint/stall_s", 0.5, step)
-        writer.add_text("valid/verdict", "healthy", step)
+        writer.add_text("valid/verdict", "uses z", step)
     writer.close()
     time.sleep(1.1)
     monitor = Monitor(run_dir, MAIN, progress=False)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vae_ds.runtime import records
+
 if TYPE_CHECKING:
     from vae_ds.config import RunConfig
 
@@ -17,13 +19,15 @@ def lines(run_dir: Path, config: "RunConfig", was_done: bool) -> list[str]:
     """The lines about a run that is done. `was_done`: it was done before this command."""
     found = [f"{run_dir} was done already; nothing is trained"] if was_done else []
     rows = _validations(run_dir)
-    best = min(rows, key=lambda row: row["nelbo"], default=None)
-    if best is not None:
+    if rows:
         found.append(f"last validation: {_validation(rows[-1])}")
-        is_last = best["step"] == rows[-1]["step"]
-        found.append(f"best validation: {'the last' if is_last else _validation(best)}")
-    which = "the best validation" if config.export == "best" else "the last step"
-    found.append(f"model of {which}: {run_dir / 'model'}")
+    # A run of version 0.2 does not say what it exported.
+    exported = (records.read_status(run_dir) or {}).get("export")
+    if exported is not None:
+        of_export = [row for row in rows[:-1] if row["step"] == exported["step"]]
+        found += [f"exported validation: {_validation(row)}" for row in of_export]
+        found.append(exported["reason"])
+    found.append(f"model: {run_dir / 'model'}")
     run = shlex.quote(str(run_dir))
     if config.model.injection == "none":
         commands = [f"evaluate {run}", f"sample {run} --temperature 1"]

@@ -90,6 +90,7 @@ def facts(status: Status) -> list[tuple[str, str]]:
         "epoch": None if epoch is None else f"{epoch:.2f}",
         "time left": None if left is None else str(timedelta(seconds=round(left))),
         "validation": validation and f"step {validation['step']:,}: {validation_terms(validation)}",
+        "export": (status.get("export") or {}).get("reason"),
         "checkpoint": status.get("checkpoint"),
         "reason": status.get("reason"),
         "updated": f"{when}{writer}",

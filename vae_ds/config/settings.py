@@ -223,7 +223,9 @@ class RunConfig(Settings):
     logging: LoggingConfig = LoggingConfig()
     timeouts: TimeoutConfig = TimeoutConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    export: Literal["best", "last"] = Field("best", description="weights in model/ (best: lowest validation nelbo)")
+    export: Literal["best", "last"] = Field(
+        "best", description="weights in model/ (best: lowest nelbo of the last phase at its final beta, if z is used)"
+    )
     max_skipped_steps: int = Field(50, ge=1, description="the run fails after this many skipped steps in a row")
 
     @model_validator(mode="after")

@@ -219,17 +219,18 @@ class PhaseEngine:
         """Evaluation mode, as in torch."""
         self._engine.eval()
 
-    def tensors(self) -> Iterator[tuple[int, str, str, torch.Tensor]]:
+    def tensors(self, *, moments: bool = True) -> Iterator[tuple[int, str, str, torch.Tensor]]:
         """Yield each whole tensor, float32 on the CPU, as (parameter index, name, `weights` or the moment, tensor).
 
         Gathers one parameter at a time. Each item is a collective, so every rank must read the iterator to its end.
+        Without `moments` only the weights, a third of the work.
         """
         for index, name in enumerate(self._names):
             if name in self._frozen:
                 yield index, name, "weights", self._frozen[name].clone()
                 continue
             yield index, name, "weights", self._masters.read(name)
-            for moment in MOMENTS:
+            for moment in MOMENTS if moments else ():
                 yield index, name, moment, self._masters.read(name, moment)
 
     def state(self, *, share: bool = False) -> PhaseState:

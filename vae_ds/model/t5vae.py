@@ -146,11 +146,13 @@ class T5VAE(nn.Module):
         path: str | Path,
         tokenizer: PreTrainedTokenizerBase | None = None,
         weights: Mapping[str, Tensor] | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         """Write an export: `config.json`, `model.safetensors` in float32, and the files of the tokenizer if given.
 
         `weights` replaces the weights of this module. For a partitioned module, pass whole parameters by name. Tied
-        weights are stored once. The export is written to a temporary directory and renamed, so `path` never contains an
+        weights are stored once. `notes` are further entries of `config.json`, plain data that loading ignores.
+        The export is written to a temporary directory and renamed, so `path` never contains an
         incomplete export. An older export is replaced.
         Raises CheckpointError if `path` exists and is not an export or an empty directory.
         """
@@ -169,7 +171,7 @@ class T5VAE(nn.Module):
                 save_tokenizer(tokenizer, fresh)
             stored = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
             save_file(stored, fresh / "model.safetensors", metadata={"format": "pt"})
-            text = json.dumps(self._description(), indent=2, ensure_ascii=False)
+            text = json.dumps(self._description() | dict(notes or {}), indent=2, ensure_ascii=False)
             (fresh / "config.json").write_text(text + "\n", encoding="utf-8")
             if path.exists():
                 path.rename(Path(folder) / "old")

@@ -82,7 +82,7 @@ def _beta(phase: PhaseConfig, steps: int, steps_per_epoch: int | None) -> schedu
             length = beta.over_steps
         elif beta.over_epochs is not None:
             length = beta.over_epochs * (steps_per_epoch or 0)
-        return schedules.Linear(beta.max, length, beta.start)
+        return schedules.Linear(beta.max, length, steps, beta.start)
     return schedules.Target(beta.kl, beta.start, beta.rate, beta.max)
 
 

@@ -1,8 +1,10 @@
 """What changes during a run: the one record that every checkpoint carries beside weights and moments."""
 
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 from vae_ds.training.aggressive import Aggressive
+from vae_ds.training.choice import Choice
 
 
 @dataclass
@@ -17,7 +19,7 @@ class TrainState:
     beta: float | None = None  # the state of the schedule `target`
     aggressive: Aggressive | None = None  # the alternation of a phase with `aggressive`
     held_kl: list[float] | None = None  # global mean KL of each unit at the last step
-    best: float | None = None  # lowest valid nelbo so far
+    choice: Choice | None = None  # in the last phase with `export: best`: the validation that model/ contains
     best_kept: float | None = None  # best score of a validation by `checkpoint.keep_best`
     window: dict[str, float] = field(default_factory=dict)  # sums since the last logged row
 
@@ -26,7 +28,19 @@ class TrainState:
         self.phase, self.place = index, [0, 0, 0]
         self.step, self.skipped_in_row = 0, 0
         self.beta, self.held_kl, self.aggressive, self.window = None, None, None, {}
+        self.choice = None
 
     def __post_init__(self) -> None:
         if isinstance(self.aggressive, dict):  # read from a checkpoint's JSON
             self.aggressive = Aggressive(**self.aggressive)
+        if isinstance(self.choice, dict):
+            self.choice = Choice(**self.choice)
+
+    @classmethod
+    def read(cls, stored: dict[str, Any]) -> Self:
+        """The state in a checkpoint's JSON.
+
+        Version 0.2 stored the lowest nelbo of all phases as `best` and no `choice`. It does not say which model that
+        was, so the choice begins anew.
+        """
+        return cls(**{key: value for key, value in stored.items() if key != "best"})

@@ -17,13 +17,14 @@ class Status:
     """Writes `status.json` on rank 0; on other ranks it does nothing.
 
     The file has the phase by name and number, the step of the phase and of the run, the epoch, the seconds left, the
-    last validation and the newest checkpoint.
+    last validation, what model/ contains, and the newest checkpoint.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, plans: list[PhasePlan]) -> None:
         self._run_dir, self._ranks, self._plans = run_dir, ranks, plans
         self._epoch: float | None = None
         self._validation: dict[str, Any] | None = None
+        self._export: dict[str, Any] | None = None
         self._began_s, self._began_step = time.monotonic(), 0
 
     def begin_phase(self, state: TrainState) -> None:
@@ -33,6 +34,10 @@ class Status:
     def validated(self, step: int, metrics: dict[str, Any]) -> None:
         """Remember the metrics of a validation at `step` of the run."""
         self._validation = {"step": step} | {key: metrics.get(key) for key in SHOWN_METRICS}
+
+    def exported(self, facts: dict[str, Any]) -> None:
+        """Remember what model/ contains and why: `choice.facts`."""
+        self._export = facts
 
     def write(
         self,
@@ -62,6 +67,7 @@ class Status:
             epoch=self._epoch,
             seconds_left=self._seconds_left(state) if word == "running" else None,
             validation=self._validation,
+            export=self._export,
             checkpoint=checkpoint,
         )
 

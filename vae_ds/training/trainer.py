@@ -26,6 +26,7 @@ from vae_ds.runtime import StopFlag, heeded
 from vae_ds.training import checkpoint, phases, resumption, window
 from vae_ds.training.aggressive import Aggressive
 from vae_ds.training.build import Weights, build_engine, build_model
+from vae_ds.training.export import Exporter
 from vae_ds.training.memory import STEP_ADVICE, explain_out_of_memory
 from vae_ds.training.monitor import Monitor
 from vae_ds.training.phases import PhasePlan
@@ -98,6 +99,7 @@ class Trainer:
         self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress)
         self.saver = Saver(setup.run_dir, setup.ranks, setup.config.checkpoint, self.monitor)
         self.status = Status(setup.run_dir, setup.ranks, setup.plans)
+        self.exporter = Exporter(setup, self.status)
         self.watch = Watch(setup.ranks, stop, setup.config.timeouts, partial(self._write_status, "failed"))
 
     # A run
@@ -116,8 +118,7 @@ class Trainer:
             weights = self._run_phases(resumed, last_phase)
             self.saver.finish(must=True)
             if self._is_last(last_phase):
-                has_best = self.setup.config.export == "best" and self.state.best is not None
-                self.export(weights, replace=not has_best)
+                self.exporter.finish(weights, self.state)
                 self.monitor.end_run()
         self.monitor.close()
         if self._is_last(last_phase):
@@ -138,13 +139,17 @@ class Trainer:
         return weights
 
     def run_phase(self, plan: PhasePlan, weights: Weights | None, resumed: PhaseState | None) -> Weights:
-        """Train one phase on an engine of its own. Returns the float32 weights that the next phase starts from."""
+        """Train one phase on an engine of its own. Returns the float32 weights that the next phase starts from.
+
+        After the last phase they are those to export, if model/ is not chosen already: on rank 0 alone.
+        """
         if self.state.step >= plan.steps and weights is not None:
             return weights
         is_start = resumed is None and not any(self.state.place)
         engine = build_engine(self.setup, plan, build_model(self.setup, plan, weights, is_start))
         if plan.settings.aggressive and self.state.aggressive is None:
             self.state.aggressive = Aggressive()
+        self.state.choice = self.state.choice or self.exporter.begin(plan)
         # After the engine: building one draws random numbers, too.
         distributed.seed_everything(self.setup.config.seed, self.setup.ranks.rank, plan.index)
         if resumed is not None:
@@ -154,7 +159,8 @@ class Trainer:
         phases.train_mode(engine.module)
         try:
             self.steps(plan, engine)
-            return engine.state().weights
+            is_last = self._is_last(plan.index)
+            return self.exporter.last(engine, self.state) if is_last else engine.state().weights
         finally:
             engine.close()
 
@@ -230,7 +236,7 @@ class Trainer:
         return totals, self.saver.agreed(totals["requests"].tolist())
 
     def validate(self, plan: PhasePlan, engine: PhaseEngine) -> dict[str, Any]:
-        """Measure the first sentences of the valid split; the best nelbo so far becomes model/. Returns the metrics."""
+        """Measure the first sentences of the valid split; the best becomes model/ (export.py). Returns the metrics."""
         setup, state = self.setup, self.state
         model = _model_of(engine)
         with explain_out_of_memory("a validation", f"lower evaluation.batch (now {setup.config.evaluation.batch})"):
@@ -252,10 +258,7 @@ class Trainer:
         self.status.validated(step, metrics)
         if state.aggressive:
             state.aggressive.after_validation(metrics.get("mi"))
-        if state.best is None or metrics["nelbo"] < state.best:
-            state.best = metrics["nelbo"]
-            if setup.config.export == "best":
-                self.export(engine.state().weights)
+        self.exporter.validated(plan, engine, state, metrics)
         return metrics
 
     # What is kept
@@ -278,20 +281,13 @@ class Trainer:
             self.monitor.resume_from(0)
             return None
         saved, progress = found
-        self.state = TrainState(**progress["state"])
-        resumption.check_length(setup.plans[self.state.phase], self.state.step)
+        self.state = TrainState.read(progress["state"])
+        plan = setup.plans[self.state.phase]
+        resumption.check_length(plan, self.state.step)
+        self.state.choice = self.exporter.resume(plan, self.state.choice)
         self.monitor.resume_from(progress["global_step"])
         self.saver.newest = checkpoint.name_of(progress["global_step"])
         return saved
-
-    def export(self, weights: Weights, replace: bool = True) -> None:
-        """Write model/; without `replace`, only if there is none. A collective; rank 0 writes."""
-        setup = self.setup
-        target = setup.run_dir / "model"
-        if setup.ranks.is_main and (replace or not target.exists()):
-            model = T5VAE.from_base(setup.config.model, setup.config.seed)
-            model.save_pretrained(target, setup.tokenizer, weights=weights)
-        distributed.barrier()
 
     def log(self, plan: PhasePlan, epoch: float, duration_s: float) -> None:
         """Report the means over the steps since the last row."""
