@@ -29,5 +29,9 @@ class StorageError(Failed):
     """A required file could not be written to the disk."""
 
 
+class Lost(Exception):  # noqa: N818 - the name describes an outcome
+    """Another rank or its machine is gone. The same command resumes the run. Exit code 69."""
+
+
 class OutOfMemory(Failed):
     """The memory of a device or of the host was not sufficient. Every rank that meets this reports it. Exit code 1."""

@@ -92,9 +92,10 @@ def facts(status: Status) -> list[tuple[str, str]]:
         "validation": validation and f"step {validation['step']:,}: {validation_terms(validation)}",
         "checkpoint": status.get("checkpoint"),
         "reason": status.get("reason"),
+        "exit code": status.get("exit_code"),
         "updated": f"{when}{writer}",
     }
-    return [(name, str(words)) for name, words in found.items() if words]
+    return [(name, str(words)) for name, words in found.items() if words not in (None, "")]
 
 
 def line(status: Status) -> str:

@@ -3,6 +3,7 @@
 Depends on `runtime` and `errors`.
 """
 
+from vae_ds.distributed.agent_store import note_end
 from vae_ds.distributed.collectives import (
     NamedSums,
     all_sum,
@@ -37,6 +38,7 @@ __all__ = [
     "interface_to",
     "open_store",
     "part",
+    "note_end",
     "rank0_first",
     "restore",
     "seed_everything",

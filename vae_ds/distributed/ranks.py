@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from vae_ds.errors import ConfigError
+from vae_ds.distributed import agent_store
 from vae_ds.runtime import cores, free_port, slurm
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -38,7 +39,7 @@ class Ranks:
 
 
 _ranks: Ranks | None = None
-_store: dist.TCPStore | None = None
+_store: dist.Store | None = None
 _before: dict[str, str | None] = {}
 
 
@@ -65,7 +66,7 @@ def start() -> Ranks:
         interface = interface_to(os.environ["MASTER_ADDR"])
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        _store = open_store(int(os.environ["MASTER_PORT"]), rank == 0, COLLECTIVE_TIMEOUT)
+        _store = _rendezvous(rank, world)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", store=_store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
         )
@@ -74,6 +75,13 @@ def start() -> Ranks:
 
 
 def open_store(port: int, serve: bool, timeout: timedelta) -> dist.TCPStore:
+def _rendezvous(rank: int, world: int) -> dist.Store:
+    """The store in which the ranks find each other: that of torchrun's agent, else one that rank 0 serves."""
+    if not agent_store.is_used(os.environ):
+        return open_store(int(os.environ["MASTER_PORT"]), rank == 0, COLLECTIVE_TIMEOUT)
+    return agent_store.open_attempt(rank, world, COLLECTIVE_TIMEOUT)
+
+
     """Open a TCPStore at MASTER_ADDR: as its server (port 0: any free port), or as a client.
 
     The server listens only at this address. Torch's own server listens at every address of the machine.

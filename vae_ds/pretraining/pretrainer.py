@@ -6,6 +6,7 @@ The loss is the mean over the target tokens of the global batch, in nats.
 
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Pretrainer:
         logging = setup.config.logging
         self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress)
         self.saver = Saver(setup.run_dir, setup.ranks, setup.config.checkpoint, self.monitor)
-        self.watch = Watch(setup.ranks, self.stop, setup.config.timeouts, lambda reason: self._status("failed", reason))
+        self.watch = Watch(setup.ranks, self.stop, setup.config.timeouts, partial(self._status, "failed"))
         rate = setup.config.learning_rate
         self.learning_rate = LearningRate(
             rate.schedule, setup.config.optimizer.lr, rate.warmup_steps, setup.config.steps, rate.final
@@ -275,10 +276,10 @@ class Pretrainer:
     def _data(self) -> dict[str, Any]:
         return {"fingerprint": self.setup.train.fingerprint, "texts": len(self.setup.train)}
 
-    def _status(self, state: str, reason: str | None = None) -> None:
+    def _status(self, state: str, reason: str | None = None, code: int | None = None) -> None:
         if self.setup.ranks.is_main:
             facts = {"step": self.state.step, "total_steps": self.setup.config.steps}
-            records.write_status(self.setup.run_dir, state, reason=reason, **facts)
+            records.write_status(self.setup.run_dir, state, reason=reason, exit_code=code, **facts)
 
 
 @torch.no_grad()

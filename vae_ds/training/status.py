@@ -42,8 +42,12 @@ class Status:
         reason: str | None = None,
         epoch: float | None = None,
         checkpoint: str | None = None,
+        code: int | None = None,
     ) -> None:
-        """Write the file. `word` is running, stopped, failed or done; `checkpoint` the name of the newest one."""
+        """Write the file. `word` is running, stopped, failed or done; `checkpoint` the name of the newest one.
+
+        `code` is the exit code, None for the usual one of the state.
+        """
         if not self._ranks.is_main:
             return
         self._epoch = self._epoch if epoch is None else epoch
@@ -63,6 +67,7 @@ class Status:
             seconds_left=self._seconds_left(state) if word == "running" else None,
             validation=self._validation,
             checkpoint=checkpoint,
+            exit_code=code,
         )
 
     @property

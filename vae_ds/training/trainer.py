@@ -123,7 +123,7 @@ class Trainer:
         if self._is_last(last_phase):
             self._write_status("done")
         else:
-            self._write_status("stopped", f"after phase {self.setup.plans[last_phase].name}, as requested")
+            self._write_status("stopped", f"after phase {self.setup.plans[last_phase].name}, as requested", code=0)
 
     def _run_phases(self, resumed: PhaseState | None, last_phase: int) -> Weights:
         weights = None if resumed is None else resumed.weights
@@ -374,7 +374,7 @@ class Trainer:
 
     def _end_stopped(self, plan: PhasePlan) -> None:
         self.saver.finish(must=True)
-        self._write_status("stopped", self.stop.raised)
+        self._write_status("stopped", self.stop.raised or "a signal to another rank")
         self.monitor.close()
         raise Stopped(
             f"stopped in phase {plan.name} at step {self.state.step} of {plan.steps}; run the same command to resume"
@@ -383,8 +383,10 @@ class Trainer:
     def _is_last(self, phase: int) -> bool:
         return phase == len(self.setup.plans) - 1
 
-    def _write_status(self, word: str, reason: str | None = None, epoch: float | None = None) -> None:
-        self.status.write(word, self.state, reason=reason, epoch=epoch, checkpoint=self.saver.newest)
+    def _write_status(
+        self, word: str, reason: str | None = None, code: int | None = None, epoch: float | None = None
+    ) -> None:
+        self.status.write(word, self.state, reason=reason, code=code, epoch=epoch, checkpoint=self.saver.newest)
 
 
 def _model_of(engine: PhaseEngine) -> T5VAE:

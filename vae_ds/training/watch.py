@@ -33,9 +33,9 @@ class Watch:
     """The watchdog of this rank, as a context manager. Every rank enters and leaves it; entering is a collective."""
 
     def __init__(
-        self, ranks: Ranks, stop: StopFlag, timeouts: TimeoutConfig, on_end: Callable[[str], None] | None = None
+        self, ranks: Ranks, stop: StopFlag, timeouts: TimeoutConfig, on_end: Callable[[str, int], None] | None = None
     ) -> None:
-        """`stop` is raised when a launcher is lost. `on_end` gets the reason before the watchdog ends this process."""
+        """`stop` is raised when a launcher is lost. `on_end` gets reason and exit code before the watchdog exits."""
         self._ranks, self._stop, self._timeouts, self._on_end = ranks, stop, timeouts, on_end
         self._launchers = launchers_of(psutil.Process())
         self._advanced = 0
