@@ -9,6 +9,10 @@ class ConfigError(UserError):
     """A recipe, a setting, a DeepSpeed configuration or a command-line argument is wrong."""
 
 
+class InUseError(ConfigError):
+    """Another process trains in the run directory."""
+
+
 class DataError(UserError):
     """A text file, a data set or a corpus is missing or unusable."""
 

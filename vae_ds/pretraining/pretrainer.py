@@ -24,7 +24,18 @@ from vae_ds.pretraining.inputs import Setup, prepare
 from vae_ds.pretraining.modelcard import base_card
 from vae_ds.pretraining.span_corruption import Plan, cut_texts, plan_epoch, whole_texts
 from vae_ds.runtime import StopFlag, heeded, records
-from vae_ds.training import LearningRate, Monitor, Requests, Saver, Watch, checkpoint, resumption, write_headers
+from vae_ds.training import (
+    LearningRate,
+    Monitor,
+    Requests,
+    Saver,
+    Watch,
+    check_free,
+    checkpoint,
+    hold,
+    resumption,
+    write_headers,
+)
 
 # Settings that may change when a run resumes: logging, storage, and (ENDS) the end of the run.
 FREE_ON_RESUME = ("name", "logging.", "timeouts.", "checkpoint.", "validation.", "deepspeed", "batch.micro")
@@ -62,8 +73,9 @@ def pretrain(
     ranks = distributed.start()
     if resumption.is_done(directory, config, FREE_ON_RESUME, ENDS, resume, tell=ranks.is_main):
         return directory
+    check_free(directory, ranks)
     setup = prepare(config, directory, ranks)
-    with heeded(stop) as flag:
+    with heeded(stop) as flag, hold(directory, ranks):
         Pretrainer(setup, changed_data, flag).run()
     return directory
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vae_ds.errors import CheckpointError
-from vae_ds.runtime import machine
+from vae_ds.runtime import machine, run_lock
 from vae_ds.runtime.exits import EXIT_FAULT, EXIT_STOPPED
 
 # What `write_status` says of itself.
@@ -51,8 +51,13 @@ def write_status(run_dir: str | Path, state: str, **facts: Any) -> None:
     write_json(Path(run_dir) / "status.json", {"state": state, "reason": None} | facts | process)
 
 
-def write_end(run_dir: str | Path, state: str, reason: str) -> None:
-    """Write that a run has failed or stopped. What the last status says of the run's progress is kept."""
+def write_end(run_dir: str | Path, state: str, reason: str, code: int | None = None) -> None:
+    """Write that a run has failed or stopped. What the last status says of the run's progress is kept.
+
+    Does nothing while another process trains the run.
+    """
+    if run_lock.is_held_by_another(run_dir):
+        return
     try:
         before = read_status(run_dir) or {}
     except CheckpointError:

@@ -26,6 +26,7 @@ from vae_ds.runtime import StopFlag, heeded
 from vae_ds.training import checkpoint, phases, resumption, window
 from vae_ds.training.aggressive import Aggressive
 from vae_ds.training.build import Weights, build_engine, build_model
+from vae_ds.training.holding import check_free, hold
 from vae_ds.training.memory import STEP_ADVICE, explain_out_of_memory
 from vae_ds.training.monitor import Monitor
 from vae_ds.training.phases import PhasePlan
@@ -71,8 +72,9 @@ def train(
     last = resumption.last_phase(config, until)
     if resumption.is_done(directory, config, resumption.FREE, resumption.ends(config), resume, tell=ranks.is_main):
         return directory
+    check_free(directory, ranks)
     setup = prepare(config, directory, ranks)
-    with heeded(stop) as flag:
+    with heeded(stop) as flag, hold(directory, ranks):
         Trainer(setup, changed_data, flag).run(last)
     return directory
 

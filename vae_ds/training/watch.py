@@ -23,7 +23,7 @@ import torch.distributed as dist
 from vae_ds import distributed
 from vae_ds.config import TimeoutConfig
 from vae_ds.distributed import Ranks
-from vae_ds.runtime import EXIT_FAULT, EXIT_LOST, StopFlag, is_alive, launchers_of, note_exit
+from vae_ds.runtime import EXIT_FAULT, EXIT_LOST, StopFlag, is_alive, launchers_of, note_exit, run_lock
 
 POLL_S = 1.0
 SAVE_WITHIN_S = 120.0
@@ -136,7 +136,8 @@ class Watch:
     def _end(self, reason: str, code: int) -> None:
         print(f"error: rank {self._ranks.rank} exits: {reason}", file=sys.stderr, flush=True)
         if self._on_end is not None:
-            self._on_end(reason)
+            self._on_end(reason, code)
+        run_lock.release_all()
         note_exit(code)
         os._exit(code)
 
