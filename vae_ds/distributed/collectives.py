@@ -91,6 +91,20 @@ def barrier() -> None:
         dist.barrier()
 
 
+def first_fault(work: Callable[[], object], *kinds: type[Exception]) -> str | None:
+    """Run `work` on this rank. The first fault of these kinds among all ranks, None if there is none. A collective.
+
+    Every rank gets the same line and can decide alike: none waits for one that has failed.
+    """
+    fault = None
+    try:
+        work()
+    except kinds as error:  # gathered below: the other ranks wait for it
+        fault = f"{type(error).__name__}: {error}"
+    told = [f"rank {rank}: {one}" for rank, one in enumerate(gather_objects(fault)) if one is not None]
+    return told[0] if told else None
+
+
 def rank0_first(work: Callable[[], Value]) -> Value:
     """Run `work` on rank 0, then on the other ranks, which find the cache that rank 0 wrote. A collective.
 

@@ -25,8 +25,8 @@ from vae_ds.runtime.exits import EXIT_FAULT, EXIT_STOPPED
 # What `write_status` says of itself.
 OF_THE_WRITER = ("state", "started_at", "updated_at", "pid", "host")
 STATES = ("running", "stopped", "failed", "done")
-PACKAGES = ("vae_ds", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
 EXIT_CODES = {"stopped": EXIT_STOPPED, "failed": EXIT_FAULT, "done": 0}
+PACKAGES = ("vae_ds", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
 
 
 def _now() -> str:

@@ -31,7 +31,7 @@ from vae_ds.training.memory import STEP_ADVICE, explain_out_of_memory
 from vae_ds.training.monitor import Monitor
 from vae_ds.training.phases import PhasePlan
 from vae_ds.training.preparation import Setup, prepare, write_headers
-from vae_ds.training.saver import Requests, Saver
+from vae_ds.training.saver import Requests, Saver, write_on_main
 from vae_ds.training.schedules import Target
 from vae_ds.training.state import TrainState
 from vae_ds.training.status import Status
@@ -254,9 +254,9 @@ class Trainer:
         if state.aggressive:
             state.aggressive.after_validation(metrics.get("mi"))
         if state.best is None or metrics["nelbo"] < state.best:
-            state.best = metrics["nelbo"]
-            if setup.config.export == "best":
-                self.export(engine.state().weights)
+            # What could not be written is not the best in model/: the next one that is better than model/ is tried.
+            if setup.config.export != "best" or self.export(engine.state().weights, must=False):
+                state.best = metrics["nelbo"]
         return metrics
 
     # What is kept
@@ -285,14 +285,17 @@ class Trainer:
         self.saver.newest = checkpoint.name_of(progress["global_step"])
         return saved
 
-    def export(self, weights: Weights, replace: bool = True) -> None:
-        """Write model/; without `replace`, only if there is none. A collective; rank 0 writes."""
+    def export(self, weights: Weights, replace: bool = True, must: bool = True) -> bool:
+        """Write model/; without `replace`, only if there is none. A collective, as `write_on_main`."""
         setup = self.setup
         target = setup.run_dir / "model"
-        if setup.ranks.is_main and (replace or not target.exists()):
-            model = T5VAE.from_base(setup.config.model, setup.config.seed)
-            model.save_pretrained(target, setup.tokenizer, weights=weights)
-        distributed.barrier()
+
+        def write() -> None:
+            if replace or not target.exists():
+                model = T5VAE.from_base(setup.config.model, setup.config.seed)
+                model.save_pretrained(target, setup.tokenizer, weights=weights)
+
+        return write_on_main(target, write, setup.ranks, must)
 
     def log(self, plan: PhasePlan, epoch: float, duration_s: float) -> None:
         """Report the means over the steps since the last row."""
