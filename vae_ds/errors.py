@@ -29,12 +29,12 @@ class Failed(Exception):  # noqa: N818 - the name describes an outcome
     """An operation failed for a reason that fits in one line. No traceback is printed. Exit code 1."""
 
 
-class StorageError(Failed):
-    """A required file could not be written to the disk."""
-
-
 class Lost(Exception):  # noqa: N818 - the name describes an outcome
     """Another rank or its machine is gone. The same command resumes the run. Exit code 69."""
+
+
+class StorageError(Failed):
+    """A required file could not be written to the disk."""
 
 
 class OutOfMemory(Failed):

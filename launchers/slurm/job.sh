@@ -21,8 +21,11 @@ prepare_job() {
   flock "$lock"
   setup ""
   exec {lock}<&-
-  # The lock of a build in a killed job must not block other jobs.
-  export TORCH_EXTENSIONS_DIR=${TMPDIR:-/tmp}/vae_ds-${USER:-$UID}-$SLURM_JOB_ID/torch_extensions
+  # A name that nobody knows before: others could put a library of theirs into a known one, and it would be loaded. A
+  # new one for each start, since the lock of a build in a killed job must not block other jobs.
+  local private
+  private=$(mktemp -d "${TMPDIR:-/tmp}/vae_ds-XXXXXXXXXXXX") || die "cannot write to the temporary directory ${TMPDIR:-/tmp}"
+  export TORCH_EXTENSIONS_DIR=$private/torch_extensions
   export PYTHONUNBUFFERED=1
 }
 

@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,12 +12,12 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from vae_ds.errors import ConfigError
 from vae_ds.distributed import agent_store
+from vae_ds.errors import ConfigError
 from vae_ds.runtime import cores, free_port, slurm
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-# Environment variables that `start` may set for torch and DeepSpeed. `finish` restores them.
+# Environment variables of a rank that `start` may set. `finish` restores them, and OMP_NUM_THREADS.
 VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"),
@@ -52,7 +53,7 @@ def start() -> Ranks:
     global _ranks, _store, _before
     if _ranks is not None:
         return _ranks
-    _before = {name: os.environ.get(name) for name in VARIABLES}
+    _before = {name: os.environ.get(name) for name in (*VARIABLES, "OMP_NUM_THREADS")}
     rank, local_rank, world = _numbers()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -61,7 +62,7 @@ def start() -> Ranks:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        _pin_threads(world)
+    _pin_threads(world)
     if not dist.is_initialized():
         interface = interface_to(os.environ["MASTER_ADDR"])
         if interface is not None:
@@ -74,7 +75,6 @@ def start() -> Ranks:
     return _ranks
 
 
-def open_store(port: int, serve: bool, timeout: timedelta) -> dist.TCPStore:
 def _rendezvous(rank: int, world: int) -> dist.Store:
     """The store in which the ranks find each other: that of torchrun's agent, else one that rank 0 serves."""
     if not agent_store.is_used(os.environ):
@@ -82,6 +82,7 @@ def _rendezvous(rank: int, world: int) -> dist.Store:
     return agent_store.open_attempt(rank, world, COLLECTIVE_TIMEOUT)
 
 
+def open_store(port: int, serve: bool, timeout: timedelta) -> dist.TCPStore:
     """Open a TCPStore at MASTER_ADDR: as its server (port 0: any free port), or as a client.
 
     The server listens only at this address. Torch's own server listens at every address of the machine.
@@ -183,11 +184,31 @@ def _numbers() -> tuple[int, int, int]:
 
 
 def _pin_threads(world: int) -> None:
-    """Divide the cores of this machine among its ranks. Without this, each rank would use all of them."""
-    if "OMP_NUM_THREADS" in os.environ:
+    """Divide the cores of this machine among its ranks, on GPU nodes too: the CPU updates what is offloaded to it.
+
+    Without this, each rank would use all cores, or with torchrun, which sets OMP_NUM_THREADS=1, a single one. The
+    variable is for libraries that are loaded later and have an OpenMP of their own, such as DeepSpeed's CPU Adam.
+    """
+    env = os.environ
+    if "OMP_NUM_THREADS" in env and not _is_torchruns_default(env):
         return
-    if "SLURM_CPUS_PER_TASK" in os.environ:
-        torch.set_num_threads(int(os.environ["SLURM_CPUS_PER_TASK"]))
-        return
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
-    torch.set_num_threads(max(1, cores() // max(1, here)))
+    by_srun = _before["RANK"] is None and world > 1
+    here = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world)))
+    threads = max(1, cores() // max(1, here))
+    if by_srun and "SLURM_CPUS_PER_TASK" in env:
+        threads = int(env["SLURM_CPUS_PER_TASK"])
+    elif by_srun and cores() < int(env.get("SLURM_CPUS_ON_NODE", "0")):
+        # SLURM has bound this task to cores of its own.
+        threads = cores()
+    torch.set_num_threads(threads)
+    env["OMP_NUM_THREADS"] = str(threads)
+
+
+def _is_torchruns_default(env: Mapping[str, str]) -> bool:
+    """Whether torchrun has set OMP_NUM_THREADS by itself: its agent, the parent, was started without it."""
+    if "TORCHELASTIC_RUN_ID" not in env:
+        return False
+    try:
+        return "OMP_NUM_THREADS" not in psutil.Process(os.getppid()).environ()
+    except (psutil.Error, OSError):
+        return False

@@ -45,9 +45,9 @@ def write_status(run_dir: str | Path, state: str, **facts: Any) -> None:
     """
     if state not in STATES:
         raise ValueError(f"state is `{state}`; it must be one of {', '.join(STATES)}")
-    process = {"started_at": PROCESS_BEGAN, "updated_at": _now(), "pid": os.getpid(), "host": socket.gethostname()}
     if facts.get("exit_code") is None:
         facts["exit_code"] = EXIT_CODES.get(state)
+    process = {"started_at": PROCESS_BEGAN, "updated_at": _now(), "pid": os.getpid(), "host": socket.gethostname()}
     write_json(Path(run_dir) / "status.json", {"state": state, "reason": None} | facts | process)
 
 
