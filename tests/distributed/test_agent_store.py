@@ -45,7 +45,7 @@ def test_a_rank_waits_for_the_others_of_its_own_attempt(agent: dist.TCPStore) ->
     """The names and answers of a whole attempt are there already."""
     join()
     for rank in (0, 1):
-        with pytest.raises(Lost, match="not all of the 3 ranks have started within 0.5 s"):
+        with pytest.raises(Lost, match=r"not all of the 3 ranks have started within 0\.5 s"):
             agent_store.open_attempt(rank, 3, timedelta(seconds=0.5))
 
 

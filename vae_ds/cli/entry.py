@@ -118,6 +118,9 @@ def _run(arguments: argparse.Namespace) -> int:
         return EXIT_FAULT
     except Exception as error:
         traceback.print_exc()
+        if _is_loss(error):
+            _record_end(arguments, "failed", f"{type(error).__name__}: {error}", EXIT_LOST)
+            return EXIT_LOST
         _record_end(arguments, "failed", f"{type(error).__name__}: {error}", EXIT_FAULT)
         return EXIT_FAULT
     _leave_group()
@@ -144,6 +147,14 @@ def _leave_group() -> None:
         from vae_ds import distributed
 
         distributed.part()
+
+
+def _is_loss(error: Exception) -> bool:
+    if not _distributed():
+        return False
+    from vae_ds import distributed
+
+    return distributed.is_loss(error)
 
 
 def _tell_torchrun(code: int) -> None:

@@ -14,6 +14,7 @@ from vae_ds.distributed.collectives import (
     gather_rows,
     rank0_first,
 )
+from vae_ds.distributed.patience import apply_timeout, is_loss, set_timeout
 from vae_ds.distributed.randomness import capture, restore, seed_everything, stream
 from vae_ds.distributed.ranks import (
     VARIABLES,
@@ -30,6 +31,7 @@ __all__ = [
     "NamedSums",
     "Ranks",
     "all_sum",
+    "apply_timeout",
     "barrier",
     "broadcast_object",
     "capture",
@@ -38,12 +40,14 @@ __all__ = [
     "gather_objects",
     "gather_rows",
     "interface_to",
+    "is_loss",
     "note_end",
     "open_store",
     "part",
     "rank0_first",
     "restore",
     "seed_everything",
+    "set_timeout",
     "start",
     "stream",
 ]

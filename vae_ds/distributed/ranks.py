@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from vae_ds.distributed import agent_store
+from vae_ds.distributed.patience import COLLECTIVE_TIMEOUT
 from vae_ds.errors import ConfigError
 from vae_ds.runtime import cores, free_port, slurm
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Environment variables of a rank that `start` may set. `finish` restores them, and OMP_NUM_THREADS.
 VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
@@ -132,6 +132,11 @@ def interface_to(host: str) -> str | None:
     if own.startswith("127."):
         own = "127.0.0.1"
     return next((name for name, found in interfaces if own in [one.address for one in found]), None)
+
+
+def store() -> dist.Store | None:
+    """The store in which the ranks of this group have found each other. None for one process, or before `start`."""
+    return _store if _ranks is not None and _ranks.world > 1 else None
 
 
 def part() -> None:

@@ -253,10 +253,10 @@ class Trainer:
         self.status.validated(step, metrics)
         if state.aggressive:
             state.aggressive.after_validation(metrics.get("mi"))
-        if state.best is None or metrics["nelbo"] < state.best:
-            # What could not be written is not the best in model/: the next one that is better than model/ is tried.
-            if setup.config.export != "best" or self.export(engine.state().weights, must=False):
-                state.best = metrics["nelbo"]
+        is_best = state.best is None or metrics["nelbo"] < state.best
+        # What could not be written is not the best in model/: the next one that is better than model/ is tried.
+        if is_best and (setup.config.export != "best" or self.export(engine.state().weights, must=False)):
+            state.best = metrics["nelbo"]
         return metrics
 
     # What is kept

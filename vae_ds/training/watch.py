@@ -27,6 +27,7 @@ from vae_ds.runtime import EXIT_FAULT, EXIT_LOST, StopFlag, is_alive, launchers_
 
 POLL_S = 1.0
 SAVE_WITHIN_S = 120.0
+MARGIN = timedelta(minutes=5)
 
 
 class Watch:
@@ -70,6 +71,8 @@ class Watch:
         store = distributed.open_store(0, True, patience) if self._ranks.is_main else None
         port = distributed.broadcast_object(store.port if store is not None else 0)
         store = store or distributed.open_store(port, False, patience)
+        # NCCL aborts a process that waits for longer, before anything names the rank that it waits for.
+        distributed.set_timeout(timedelta(seconds=self._timeouts.stalled_s + self._timeouts.silent_s) + MARGIN)
         # Before any training, so that the host of every rank is known if the rank falls silent.
         self._sign(store, 0)
         return store
