@@ -9,6 +9,10 @@ class ConfigError(UserError):
     """A recipe, a setting, a DeepSpeed configuration or a command-line argument is wrong."""
 
 
+class InUseError(ConfigError):
+    """Another process trains in the run directory."""
+
+
 class DataError(UserError):
     """A text file, a data set or a corpus is missing or unusable."""
 
@@ -23,6 +27,10 @@ class Stopped(Exception):  # noqa: N818 - a requested stop is not an error
 
 class Failed(Exception):  # noqa: N818 - the name describes an outcome
     """An operation failed for a reason that fits in one line. No traceback is printed. Exit code 1."""
+
+
+class Lost(Exception):  # noqa: N818 - the name describes an outcome
+    """Another rank or its machine is gone. The same command resumes the run. Exit code 69."""
 
 
 class StorageError(Failed):

@@ -21,8 +21,11 @@ prepare_job() {
   flock "$lock"
   setup ""
   exec {lock}<&-
-  # The lock of a build in a killed job must not block other jobs.
-  export TORCH_EXTENSIONS_DIR=${TMPDIR:-/tmp}/vae_ds-${USER:-$UID}-$SLURM_JOB_ID/torch_extensions
+  # A name that nobody knows before: others could put a library of theirs into a known one, and it would be loaded. A
+  # new one for each start, since the lock of a build in a killed job must not block other jobs.
+  local private
+  private=$(mktemp -d "${TMPDIR:-/tmp}/vae_ds-XXXXXXXXXXXX") || die "cannot write to the directory ${TMPDIR:-/tmp}"
+  export TORCH_EXTENSIONS_DIR=$private/torch_extensions
   export PYTHONUNBUFFERED=1
 }
 
@@ -57,7 +60,7 @@ task_options() {
 
 # run_ranks COMMAND ARGUMENTS...: run a vae-ds command on all tasks of the job. Returns the exit code of rank 0.
 run_ranks() {
-  local words=() word code=0 exit_file logs
+  local words=() word code=0 exit_file errors logs
   for word in "$@"; do words+=("$(fill "$word")"); done
   task_options
   if is_batch; then
@@ -73,15 +76,32 @@ run_ranks() {
     exit_file=$(mktemp)
   fi
   rm -f "$exit_file"
-  VAE_DS_EXIT_FILE=$exit_file wait_for srun "${options[@]}" "${VAE_DS_PYTHON:-$PY}" -m vae_ds "${words[@]}" || code=$?
+  errors=$(mktemp)
+  VAE_DS_EXIT_FILE=$exit_file wait_for srun "${options[@]}" "${VAE_DS_PYTHON:-$PY}" -m vae_ds "${words[@]}" \
+    2> >(tee "$errors" >&2) || code=$?
   # The exit code of srun can differ from that of rank 0: it is 0 after scancel, and another rank's code after a fault.
   if [[ -s $exit_file ]]; then
     code=$(<"$exit_file")
   elif ((code == 0)); then
     code=1
   fi
+  if ((code != 0 && code != STOPPED && code != WRONG_INPUT)) && was_aborted "$errors"; then code=$LOST; fi
+  rm -f "$errors"
   if ((code != 0 && code != STOPPED)) && [[ -n ${logs:-} ]]; then show_failure "$logs"; fi
   return "$code"
+}
+
+# was_aborted ERRORS: whether the first rank that ended was aborted, by what srun has written. NCCL aborts a rank
+# (SIGABRT) if another one, or its machine, is gone or does not answer; such a rank leaves no exit code. The ranks that
+# srun ends after it are killed by other signals.
+was_aborted() {
+  local first _
+  for _ in {1..10}; do
+    first=$(grep -m 1 -E '^srun: error: .*tasks? [-0-9,]+: ' "$1") && break
+    # The copy may still be under way.
+    sleep 0.1
+  done
+  [[ $first == *": Aborted"* ]]
 }
 
 # wait_for SRUN...: run srun and wait for it, whatever signals this shell receives. SLURM does not signal the ranks in

@@ -212,6 +212,23 @@ def test_two_nodes_are_one_and_a_job_comes_back(nodes: Cluster, longer: list[str
 
 
 @on_slurm
+def test_an_aborted_rank_brings_the_job_back(nodes: Cluster, longer: list[str], quiet: Path, tmp_path: Path) -> None:
+    """As NCCL aborts a rank whose peer is gone. Nobody else can read or foresee the name of the job's own libraries."""
+    run = tmp_path / "run"
+    job = train(nodes, run, longer, *TWO_NODES)
+    wait_for(lambda: steps_of(run) > 60, nodes)
+    aborted = nodes.ranks(job)[1]
+    libraries = Path(aborted.environ()["TORCH_EXTENSIONS_DIR"]).parent
+    assert re.fullmatch(r"vae_ds-\w{12}", libraries.name)
+    assert libraries.stat().st_mode & 0o777 == 0o700
+    aborted.send_signal(signal.SIGABRT)
+    assert nodes.wait(job) == "COMPLETED", nodes.logs()
+    assert nodes.field(job, "Restarts") == "1"
+    assert "exit code 69" in job_log(nodes, job)
+    same_weights(run, quiet)
+
+
+@on_slurm
 def test_a_killed_rank_fails_the_job(nodes: Cluster, longer: list[str], tmp_path: Path) -> None:
     """Two jobs at a time, a killed one and one that its user cancels; neither comes back, and nothing is left."""
     killed, cancelled = tmp_path / "killed", tmp_path / "cancelled"

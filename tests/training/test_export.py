@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.launch import job, run_jobs
+from support.launch import WORKER, job, launch, run_jobs
+from support.recipes import small_recipe
 from support.tiny import demo_settings
 from vae_ds.training import train
 
@@ -204,3 +205,33 @@ def test_the_last_step_is_exported(settings: list[str], tmp_path: Path) -> None:
     run = train("demo", tmp_path / "run", [*settings, *short])
     assert model_is_of(run) == [8]
     assert told(run)["reason"] == "model/ has the last weights, as `export: last` asks"
+
+
+@pytest.mark.timeout(600)
+def test_a_best_model_that_cannot_be_written_is_a_warning_on_every_rank(tmp_path: Path) -> None:
+    """Rank 0 alone meets it, and the others must not wait for it.
+
+    At the end of the run it is an error, and the same command writes the last model.
+    """
+    recipe, run = small_recipe(tmp_path / "made"), tmp_path / "run"
+    before = """
+from vae_ds.model import T5VAE
+def full(self, path, *args, **kwargs):
+    raise OSError(28, "No space left on device", str(path))
+T5VAE.save_pretrained = full
+"""
+    # A plain language model, whose validations can all be chosen.
+    plain = ["model.injection=none", "phases.0.freeze=[]", "phases.1.beta={schedule: constant, value: 0}"]
+    short = [*plain, "export=best", "validation.every_steps=1", "phases.0.steps=2", "phases.1.steps=4"]
+    listing = tmp_path / "jobs.json"
+    listing.write_text(json.dumps([job(recipe, run, *short)]), encoding="utf-8")
+    worker = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = launch(["-c", f"{before}\n{worker}", WORKER, listing], timeout_s=200, check=False)
+    assert not done.timed_out, done.report()
+    assert done.output.count("model: cannot be written (rank 0: OSError: [Errno 28] No space left on device") >= 3
+    for said in done.outputs:
+        assert "StorageError" in said, done.report()
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    run_jobs(2, [job(recipe, run, *short)], tmp_path)
+    assert model_is_of(run) == [6]
+    assert told(run)["reason"].startswith("model/ has the last weights")

@@ -194,6 +194,15 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(new_run: Callable[..., Run]
     assert "rank 1" in status["reason"]
 
 
+@pytest.mark.timeout(600)
+def test_an_aborted_rank_means_a_lost_one(new_run: Callable[..., Run]) -> None:
+    """NCCL aborts a rank whose peer is gone, or that has waited for too long: the same command resumes."""
+    run = new_run("aborted")
+    process = run.begin(at_step=3)
+    run.ranks()[0].send_signal(signal.SIGABRT)
+    assert run.end_of(process) == EXIT_LOST, run.output.read_text(encoding="utf-8")
+
+
 # One process is enough for what follows.
 
 

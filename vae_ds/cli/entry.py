@@ -16,8 +16,8 @@ from typing import NoReturn
 
 from vae_ds import __version__
 from vae_ds.cli import bench, cluster, evaluation, latents, recipes, status, studies, train
-from vae_ds.errors import Failed, OutOfMemory, Stopped, UserError
-from vae_ds.runtime import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, note_exit, own_rank
+from vae_ds.errors import Failed, Lost, OutOfMemory, Stopped, UserError
+from vae_ds.runtime import EXIT_FAULT, EXIT_LOST, EXIT_STOPPED, EXIT_USER, note_exit, own_rank
 
 WAIT_FOR_RANK0_S = 10.0
 EPILOG = """\
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Parse the arguments, run the command, and exit with the documented exit code."""
     code = run(list(sys.argv[1:] if argv is None else argv))
     note_exit(code)
+    _tell_torchrun(code)
     sys.stdout.flush()
     sys.stderr.flush()
     if _distributed():
@@ -85,7 +86,7 @@ def _run(arguments: argparse.Namespace) -> int:
         sys.stdout.flush()
     except UserError as error:
         _print_before_exit(f"error: {error}")
-        _record_end(arguments, "failed", str(error), only_if_running=True)
+        _record_end(arguments, "failed", str(error), EXIT_USER, only_if_running=True)
         return EXIT_USER
     except BrokenPipeError:
         # The reader, such as `head`, has closed the pipe of a command that only prints: a command that works goes on
@@ -96,24 +97,31 @@ def _run(arguments: argparse.Namespace) -> int:
         # The libraries' destructors would complain of what they find at exit.
         sys.unraisablehook = lambda _: None
         _print_before_exit("interrupted")
-        _record_end(arguments, "stopped", "interrupted; the steps since the last checkpoint are lost")
+        reason = "interrupted; the steps since the last checkpoint are lost"
+        _record_end(arguments, "stopped", reason, EXIT_STOPPED)
         return EXIT_STOPPED
     except Stopped as stop:
         _print_on_rank0(str(stop))
         _leave_group()
         return EXIT_STOPPED
+    except Lost as error:
+        print(f"error: rank {own_rank()}: {error}", file=sys.stderr, flush=True)
+        return EXIT_LOST
     except OutOfMemory as error:
         # Any rank can be the one that has too little memory.
         print(f"error: rank {own_rank()}: {error}", file=sys.stderr, flush=True)
-        _record_end(arguments, "failed", f"{type(error).__name__}: {error}")
+        _record_end(arguments, "failed", f"{type(error).__name__}: {error}", EXIT_FAULT)
         return EXIT_FAULT
     except Failed as error:
         _print_before_exit(f"error: {error}")
-        _record_end(arguments, "failed", f"{type(error).__name__}: {error}")
+        _record_end(arguments, "failed", f"{type(error).__name__}: {error}", EXIT_FAULT)
         return EXIT_FAULT
     except Exception as error:
         traceback.print_exc()
-        _record_end(arguments, "failed", f"{type(error).__name__}: {error}")
+        if _is_loss(error):
+            _record_end(arguments, "failed", f"{type(error).__name__}: {error}", EXIT_LOST)
+            return EXIT_LOST
+        _record_end(arguments, "failed", f"{type(error).__name__}: {error}", EXIT_FAULT)
         return EXIT_FAULT
     _leave_group()
     return 0
@@ -141,6 +149,25 @@ def _leave_group() -> None:
         distributed.part()
 
 
+def _is_loss(error: Exception) -> bool:
+    if not _distributed():
+        return False
+    from vae_ds import distributed
+
+    return distributed.is_loss(error)
+
+
+def _tell_torchrun(code: int) -> None:
+    """Leave the code for the ranks that torchrun may start next."""
+    # What failed before torch was loaded fails as quickly again.
+    if "torch.distributed" in sys.modules:
+        from vae_ds import distributed
+
+        # The agent may have ended first.
+        with suppress(Lost):
+            distributed.note_end(code)
+
+
 def _print_on_rank0(message: str) -> None:
     """Print to standard error on rank 0."""
     if own_rank() == "0":
@@ -154,7 +181,9 @@ def _print_before_exit(message: str) -> None:
         time.sleep(WAIT_FOR_RANK0_S)
 
 
-def _record_end(arguments: argparse.Namespace, state: str, reason: str, only_if_running: bool = False) -> None:
+def _record_end(
+    arguments: argparse.Namespace, state: str, reason: str, code: int, only_if_running: bool = False
+) -> None:
     """Record how the run ended that the command trained. `only_if_running`: only if this process had started it."""
     run_dir = getattr(arguments, "trained_dir", None)
     if run_dir is None or not (run_dir / "config.yaml").is_file():
@@ -165,4 +194,4 @@ def _record_end(arguments: argparse.Namespace, state: str, reason: str, only_if_
     with suppress(OSError, UserError):
         status = records.read_status(run_dir) if only_if_running else None
         if not only_if_running or (status and (status["state"], status["pid"]) == ("running", os.getpid())):
-            records.write_end(run_dir, state, reason)
+            records.write_end(run_dir, state, reason, code)

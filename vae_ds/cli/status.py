@@ -93,9 +93,10 @@ def facts(status: Status) -> list[tuple[str, str]]:
         "export": (status.get("export") or {}).get("reason"),
         "checkpoint": status.get("checkpoint"),
         "reason": status.get("reason"),
+        "exit code": status.get("exit_code"),
         "updated": f"{when}{writer}",
     }
-    return [(name, str(words)) for name, words in found.items() if words]
+    return [(name, str(words)) for name, words in found.items() if words not in (None, "")]
 
 
 def line(status: Status) -> str:

@@ -3,15 +3,18 @@
 Depends on `runtime` and `errors`.
 """
 
+from vae_ds.distributed.agent_store import note_end
 from vae_ds.distributed.collectives import (
     NamedSums,
     all_sum,
     barrier,
     broadcast_object,
+    first_fault,
     gather_objects,
     gather_rows,
     rank0_first,
 )
+from vae_ds.distributed.patience import apply_timeout, is_loss, set_timeout
 from vae_ds.distributed.randomness import capture, restore, seed_everything, stream
 from vae_ds.distributed.ranks import (
     VARIABLES,
@@ -28,18 +31,23 @@ __all__ = [
     "NamedSums",
     "Ranks",
     "all_sum",
+    "apply_timeout",
     "barrier",
     "broadcast_object",
     "capture",
     "finish",
+    "first_fault",
     "gather_objects",
     "gather_rows",
     "interface_to",
+    "is_loss",
+    "note_end",
     "open_store",
     "part",
     "rank0_first",
     "restore",
     "seed_everything",
+    "set_timeout",
     "start",
     "stream",
 ]

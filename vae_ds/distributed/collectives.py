@@ -4,12 +4,14 @@ Shapes: N is the number of rows of this rank, X stands for any further dimension
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from vae_ds.distributed.ranks import start
+from vae_ds.distributed.patience import await_rank0, working_alone
+from vae_ds.distributed.ranks import start, store
 from vae_ds.errors import UserError
 
 Value = TypeVar("Value")
@@ -91,19 +93,38 @@ def barrier() -> None:
         dist.barrier()
 
 
+def first_fault(work: Callable[[], object], *kinds: type[Exception]) -> str | None:
+    """Run `work` on this rank. The first fault of these kinds among all ranks, None if there is none. A collective.
+
+    Every rank gets the same line and can decide alike: none waits for one that has failed.
+    """
+    fault = None
+    try:
+        work()
+    except kinds as error:  # gathered below: the other ranks wait for it
+        fault = f"{type(error).__name__}: {error}"
+    told = [f"rank {rank}: {one}" for rank, one in enumerate(gather_objects(fault)) if one is not None]
+    return told[0] if told else None
+
+
 def rank0_first(work: Callable[[], Value]) -> Value:
     """Run `work` on rank 0, then on the other ranks, which find the cache that rank 0 wrote. A collective.
 
+    The other ranks wait as long as rank 0 works, also for hours, and raise Lost if it does nothing any more.
     If rank 0 raises a UserError, every rank raises one with the same message.
     """
     ranks = start()
     value: Value | None = None
     fault: BaseException | None = None
+    common = store()
     if ranks.is_main:
-        try:
-            value = work()
-        except Exception as error:  # raised below: the other ranks wait for the broadcast
-            fault = error
+        with nullcontext() if common is None else working_alone(common):
+            try:
+                value = work()
+            except Exception as error:  # raised below: the other ranks wait for the broadcast
+                fault = error
+    elif common is not None:
+        await_rank0(common)
     failure = broadcast_object(
         None if fault is None else (type(fault).__name__, str(fault), isinstance(fault, UserError))
     )

@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,11 +12,12 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from vae_ds.distributed import agent_store
+from vae_ds.distributed.patience import COLLECTIVE_TIMEOUT
 from vae_ds.errors import ConfigError
 from vae_ds.runtime import cores, free_port, slurm
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-# Environment variables that `start` may set for torch and DeepSpeed. `finish` restores them.
+# Environment variables of a rank that `start` may set. `finish` restores them, and OMP_NUM_THREADS.
 VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"),
@@ -38,7 +40,7 @@ class Ranks:
 
 
 _ranks: Ranks | None = None
-_store: dist.TCPStore | None = None
+_store: dist.Store | None = None
 _before: dict[str, str | None] = {}
 
 
@@ -51,7 +53,7 @@ def start() -> Ranks:
     global _ranks, _store, _before
     if _ranks is not None:
         return _ranks
-    _before = {name: os.environ.get(name) for name in VARIABLES}
+    _before = {name: os.environ.get(name) for name in (*VARIABLES, "OMP_NUM_THREADS")}
     rank, local_rank, world = _numbers()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -60,17 +62,24 @@ def start() -> Ranks:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        _pin_threads(world)
+    _pin_threads(world)
     if not dist.is_initialized():
         interface = interface_to(os.environ["MASTER_ADDR"])
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        _store = open_store(int(os.environ["MASTER_PORT"]), rank == 0, COLLECTIVE_TIMEOUT)
+        _store = _rendezvous(rank, world)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", store=_store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
         )
     _ranks = Ranks(rank, local_rank, world, device)
     return _ranks
+
+
+def _rendezvous(rank: int, world: int) -> dist.Store:
+    """The store in which the ranks find each other: that of torchrun's agent, else one that rank 0 serves."""
+    if not agent_store.is_used(os.environ):
+        return open_store(int(os.environ["MASTER_PORT"]), rank == 0, COLLECTIVE_TIMEOUT)
+    return agent_store.open_attempt(rank, world, COLLECTIVE_TIMEOUT)
 
 
 def open_store(port: int, serve: bool, timeout: timedelta) -> dist.TCPStore:
@@ -125,6 +134,11 @@ def interface_to(host: str) -> str | None:
     return next((name for name, found in interfaces if own in [one.address for one in found]), None)
 
 
+def store() -> dist.Store | None:
+    """The store in which the ranks of this group have found each other. None for one process, or before `start`."""
+    return _store if _ranks is not None and _ranks.world > 1 else None
+
+
 def part() -> None:
     """The last barrier: wait until every rank is here. After it, a process can exit at once. A collective.
 
@@ -175,11 +189,31 @@ def _numbers() -> tuple[int, int, int]:
 
 
 def _pin_threads(world: int) -> None:
-    """Divide the cores of this machine among its ranks. Without this, each rank would use all of them."""
-    if "OMP_NUM_THREADS" in os.environ:
+    """Divide the cores of this machine among its ranks, on GPU nodes too: the CPU updates what is offloaded to it.
+
+    Without this, each rank would use all cores, or with torchrun, which sets OMP_NUM_THREADS=1, a single one. The
+    variable is for libraries that are loaded later and have an OpenMP of their own, such as DeepSpeed's CPU Adam.
+    """
+    env = os.environ
+    if "OMP_NUM_THREADS" in env and not _is_torchruns_default(env):
         return
-    if "SLURM_CPUS_PER_TASK" in os.environ:
-        torch.set_num_threads(int(os.environ["SLURM_CPUS_PER_TASK"]))
-        return
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
-    torch.set_num_threads(max(1, cores() // max(1, here)))
+    by_srun = _before["RANK"] is None and world > 1
+    here = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world)))
+    threads = max(1, cores() // max(1, here))
+    if by_srun and "SLURM_CPUS_PER_TASK" in env:
+        threads = int(env["SLURM_CPUS_PER_TASK"])
+    elif by_srun and cores() < int(env.get("SLURM_CPUS_ON_NODE", "0")):
+        # SLURM has bound this task to cores of its own.
+        threads = cores()
+    torch.set_num_threads(threads)
+    env["OMP_NUM_THREADS"] = str(threads)
+
+
+def _is_torchruns_default(env: Mapping[str, str]) -> bool:
+    """Whether torchrun has set OMP_NUM_THREADS by itself: its agent, the parent, was started without it."""
+    if "TORCHELASTIC_RUN_ID" not in env:
+        return False
+    try:
+        return "OMP_NUM_THREADS" not in psutil.Process(os.getppid()).environ()
+    except (psutil.Error, OSError):
+        return False

@@ -161,6 +161,7 @@ class PhaseEngine:
         self._has_scale = precision == "fp16"
         self._library = _library()
         self._engine = self._initialize(module, filled)
+        distributed.apply_timeout()  # to the process groups that DeepSpeed has made
         self._masters = Masters(self._library, self._engine, self._adam, self._trainable, self._stage, ranks)
         # DeepSpeed derives the masters from weights that it has already rounded to 16 bits. At stage 0, it has also
         # taken a step with zero gradients.

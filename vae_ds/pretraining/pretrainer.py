@@ -6,6 +6,7 @@ The loss is the mean over the target tokens of the global batch, in nats.
 
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,18 @@ from vae_ds.pretraining.inputs import Setup, prepare
 from vae_ds.pretraining.modelcard import base_card
 from vae_ds.pretraining.span_corruption import Plan, cut_texts, plan_epoch, whole_texts
 from vae_ds.runtime import StopFlag, heeded, records
-from vae_ds.training import LearningRate, Monitor, Requests, Saver, Watch, checkpoint, resumption, write_headers
+from vae_ds.training import (
+    LearningRate,
+    Monitor,
+    Requests,
+    Saver,
+    Watch,
+    check_free,
+    checkpoint,
+    hold,
+    resumption,
+    write_headers,
+)
 
 # Settings that may change when a run resumes: logging, storage, and (ENDS) the end of the run.
 FREE_ON_RESUME = ("name", "logging.", "timeouts.", "checkpoint.", "validation.", "deepspeed", "batch.micro")
@@ -61,8 +73,9 @@ def pretrain(
     ranks = distributed.start()
     if resumption.is_done(directory, config, FREE_ON_RESUME, ENDS, resume, tell=ranks.is_main):
         return directory
+    check_free(directory, ranks)
     setup = prepare(config, directory, ranks)
-    with heeded(stop) as flag:
+    with heeded(stop) as flag, hold(directory, ranks):
         Pretrainer(setup, changed_data, flag).run()
     return directory
 
@@ -77,7 +90,7 @@ class Pretrainer:
         logging = setup.config.logging
         self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress)
         self.saver = Saver(setup.run_dir, setup.ranks, setup.config.checkpoint, self.monitor)
-        self.watch = Watch(setup.ranks, self.stop, setup.config.timeouts, lambda reason: self._status("failed", reason))
+        self.watch = Watch(setup.ranks, self.stop, setup.config.timeouts, partial(self._status, "failed"))
         rate = setup.config.learning_rate
         self.learning_rate = LearningRate(
             rate.schedule, setup.config.optimizer.lr, rate.warmup_steps, setup.config.steps, rate.final
@@ -275,10 +288,10 @@ class Pretrainer:
     def _data(self) -> dict[str, Any]:
         return {"fingerprint": self.setup.train.fingerprint, "texts": len(self.setup.train)}
 
-    def _status(self, state: str, reason: str | None = None) -> None:
+    def _status(self, state: str, reason: str | None = None, code: int | None = None) -> None:
         if self.setup.ranks.is_main:
             facts = {"step": self.state.step, "total_steps": self.setup.config.steps}
-            records.write_status(self.setup.run_dir, state, reason=reason, **facts)
+            records.write_status(self.setup.run_dir, state, reason=reason, exit_code=code, **facts)
 
 
 @torch.no_grad()

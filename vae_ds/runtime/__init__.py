@@ -3,7 +3,7 @@
 Depends on `errors`.
 """
 
-from vae_ds.runtime import evaluations, records, run_dirs, slurm
+from vae_ds.runtime import evaluations, records, run_dirs, run_lock, slurm
 from vae_ds.runtime.exits import (
     EXIT_FAULT,
     EXIT_LOST,
@@ -36,5 +36,6 @@ __all__ = [
     "own_rank",
     "records",
     "run_dirs",
+    "run_lock",
     "slurm",
 ]

@@ -46,6 +46,20 @@ def ran_at(pid: int, time_s: float) -> bool:
         return False
 
 
+def birth_of(pid: int) -> str:
+    """The time at which process `pid` began, in the notation of this system; empty if there is no such process."""
+    try:
+        process = psutil.Process(pid)
+        if not is_alive(process):
+            return ""
+        # Ticks since the boot, exact whatever the clock does: field 22, after the name, which can contain spaces.
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+    except psutil.Error:
+        return ""
+    except OSError:
+        return f"{process.create_time():.0f}"
+
+
 def launchers_of(process: psutil.Process) -> list[psutil.Process]:
     """The launchers among the parents of a process, nearest first, up to the first parent that is not a launcher."""
     found: list[psutil.Process] = []

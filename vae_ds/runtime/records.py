@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from vae_ds.errors import CheckpointError
-from vae_ds.runtime import machine
+from vae_ds.runtime import machine, run_lock
+from vae_ds.runtime.exits import EXIT_FAULT, EXIT_STOPPED
 
 # What `write_status` says of itself.
 OF_THE_WRITER = ("state", "started_at", "updated_at", "pid", "host")
 STATES = ("running", "stopped", "failed", "done")
+EXIT_CODES = {"stopped": EXIT_STOPPED, "failed": EXIT_FAULT, "done": 0}
 PACKAGES = ("vae_ds", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
 
 
@@ -37,23 +39,31 @@ PROCESS_BEGAN = _now()
 def write_status(run_dir: str | Path, state: str, **facts: Any) -> None:
     """Write `status.json` atomically: state, times, process, and `facts` (`reason`, `exit_code`, `step`, ...).
 
-    `started_at` is the start of this process, `updated_at` is now; both are ISO 8601 in UTC. Call it on rank 0 only.
+    `started_at` is the start of this process, `updated_at` is now; both are ISO 8601 in UTC. `exit_code` is null while
+    the run is running, and if not given, it is the usual one of the state. Call it on rank 0 only.
     Raises ValueError if the state is not one of running, stopped, failed, done.
     """
     if state not in STATES:
         raise ValueError(f"state is `{state}`; it must be one of {', '.join(STATES)}")
+    if facts.get("exit_code") is None:
+        facts["exit_code"] = EXIT_CODES.get(state)
     process = {"started_at": PROCESS_BEGAN, "updated_at": _now(), "pid": os.getpid(), "host": socket.gethostname()}
     write_json(Path(run_dir) / "status.json", {"state": state, "reason": None} | facts | process)
 
 
-def write_end(run_dir: str | Path, state: str, reason: str) -> None:
-    """Write that a run has failed or stopped. What the last status says of the run's progress is kept."""
+def write_end(run_dir: str | Path, state: str, reason: str, code: int | None = None) -> None:
+    """Write that a run has failed or stopped. What the last status says of the run's progress is kept.
+
+    Does nothing while another process trains the run.
+    """
+    if run_lock.is_held_by_another(run_dir):
+        return
     try:
         before = read_status(run_dir) or {}
     except CheckpointError:
         before = {}
     facts = {key: value for key, value in before.items() if key not in OF_THE_WRITER}
-    write_status(run_dir, state, **facts | {"reason": reason})
+    write_status(run_dir, state, **facts | {"reason": reason, "exit_code": code})
 
 
 def read_status(run_dir: str | Path) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ Stands on `evaluation`, `latents`, `model`, `engine`, `data`, `distributed`, `ru
 
 from vae_ds.training import checkpoint, resumption, tensorboard
 from vae_ds.training.dry_run import describe, dry_run
+from vae_ds.training.holding import check_free, hold
 from vae_ds.training.monitor import Monitor
 from vae_ds.training.phases import learning_rate
 from vae_ds.training.preparation import write_headers
@@ -19,9 +20,11 @@ __all__ = [
     "Requests",
     "Saver",
     "Watch",
+    "check_free",
     "checkpoint",
     "describe",
     "dry_run",
+    "hold",
     "learning_rate",
     "resumption",
     "tensorboard",

@@ -16,6 +16,7 @@ from vae_ds.training.build import Weights
 from vae_ds.training.choice import Choice
 from vae_ds.training.phases import PhasePlan
 from vae_ds.training.preparation import Setup
+from vae_ds.training.saver import write_on_main
 from vae_ds.training.state import TrainState
 from vae_ds.training.status import Status
 
@@ -57,8 +58,11 @@ class Exporter:
         """Export the weights if this validation is the best so far. A collective."""
         if state.choice is None:
             return
-        if state.choice.takes(plan, state.step, metrics):
-            self._write(self._gather(engine), state.choice)
+        before = state.choice.step, state.choice.nelbo
+        is_best = state.choice.takes(plan, state.step, metrics)
+        if is_best and not self._write(self._gather(engine), state.choice, must=False):
+            # What could not be written is not chosen: the next one that is better than model/ is tried.
+            state.choice.step, state.choice.nelbo = before
         if state.choice.step is not None:
             self._tell(state.choice)
 
@@ -69,7 +73,7 @@ class Exporter:
     def finish(self, weights: Weights, state: TrainState) -> None:
         """Export the last weights, which rank 0 has, unless a validation is chosen. A collective."""
         if not _is_chosen(state):
-            self._write(weights, state.choice)
+            self._write(weights, state.choice, must=True)
         self._tell(state.choice)
 
     def _gather(self, engine: PhaseEngine) -> Weights:
@@ -80,12 +84,16 @@ class Exporter:
                 gathered[name] = tensor
         return gathered
 
-    def _write(self, weights: Weights, chosen: Choice | None) -> None:
+    def _write(self, weights: Weights, chosen: Choice | None, must: bool) -> bool:
+        """Write model/ on rank 0. Returns on every rank whether it was written (`write_on_main`). A collective."""
         setup = self._setup
-        if setup.ranks.is_main:
+        target = setup.run_dir / "model"
+
+        def write() -> None:
             model = T5VAE.from_base(setup.config.model, setup.config.seed)
-            model.save_pretrained(setup.run_dir / "model", setup.tokenizer, weights, {ORIGIN: self._facts(chosen)})
-        distributed.barrier()
+            model.save_pretrained(target, setup.tokenizer, weights, {ORIGIN: self._facts(chosen)})
+
+        return write_on_main(target, write, setup.ranks, must)
 
     def _tell(self, chosen: Choice | None) -> None:
         self._status.exported(self._facts(chosen))

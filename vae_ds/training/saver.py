@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
+
+from vae_ds import distributed
 from vae_ds.config import CheckpointConfig
 from vae_ds.distributed import Ranks
 from vae_ds.engine import PhaseState
@@ -112,6 +115,19 @@ class Saver:
             raise StorageError(str(error)) from None
         if self._ranks.is_main:
             _log.warning("%s", error)
+
+
+def write_on_main(target: Path, write: Callable[[], object], ranks: Ranks, must: bool) -> bool:
+    """Let rank 0 write `target` by `write`. Returns on every rank whether that was possible. A collective.
+
+    A disk that does not take it is a warning. With `must`, raises StorageError on every rank.
+    """
+    fault = distributed.first_fault(lambda: write() if ranks.is_main else None, OSError, SafetensorError)
+    if fault is not None and must:
+        raise StorageError(f"{target}: cannot be written ({fault}); run the same command again to write it")
+    if fault is not None and ranks.is_main:
+        _log.warning("%s: cannot be written (%s); the training continues", target, fault)
+    return fault is None
 
 
 class _Writer(threading.Thread):

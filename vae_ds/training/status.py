@@ -47,8 +47,12 @@ class Status:
         reason: str | None = None,
         epoch: float | None = None,
         checkpoint: str | None = None,
+        code: int | None = None,
     ) -> None:
-        """Write the file. `word` is running, stopped, failed or done; `checkpoint` the name of the newest one."""
+        """Write the file. `word` is running, stopped, failed or done; `checkpoint` the name of the newest one.
+
+        `code` is the exit code, None for the usual one of the state.
+        """
         if not self._ranks.is_main:
             return
         self._epoch = self._epoch if epoch is None else epoch
@@ -69,6 +73,7 @@ class Status:
             validation=self._validation,
             export=self._export,
             checkpoint=checkpoint,
+            exit_code=code,
         )
 
     @property

@@ -27,6 +27,7 @@ from vae_ds.training import checkpoint, phases, resumption, window
 from vae_ds.training.aggressive import Aggressive
 from vae_ds.training.build import Weights, build_engine, build_model
 from vae_ds.training.export import Exporter
+from vae_ds.training.holding import check_free, hold
 from vae_ds.training.memory import STEP_ADVICE, explain_out_of_memory
 from vae_ds.training.monitor import Monitor
 from vae_ds.training.phases import PhasePlan
@@ -72,8 +73,9 @@ def train(
     last = resumption.last_phase(config, until)
     if resumption.is_done(directory, config, resumption.FREE, resumption.ends(config), resume, tell=ranks.is_main):
         return directory
+    check_free(directory, ranks)
     setup = prepare(config, directory, ranks)
-    with heeded(stop) as flag:
+    with heeded(stop) as flag, hold(directory, ranks):
         Trainer(setup, changed_data, flag).run(last)
     return directory
 
@@ -124,7 +126,7 @@ class Trainer:
         if self._is_last(last_phase):
             self._write_status("done")
         else:
-            self._write_status("stopped", f"after phase {self.setup.plans[last_phase].name}, as requested")
+            self._write_status("stopped", f"after phase {self.setup.plans[last_phase].name}, as requested", code=0)
 
     def _run_phases(self, resumed: PhaseState | None, last_phase: int) -> Weights:
         weights = None if resumed is None else resumed.weights
@@ -371,7 +373,7 @@ class Trainer:
 
     def _end_stopped(self, plan: PhasePlan) -> None:
         self.saver.finish(must=True)
-        self._write_status("stopped", self.stop.raised)
+        self._write_status("stopped", self.stop.raised or "a signal to another rank")
         self.monitor.close()
         raise Stopped(
             f"stopped in phase {plan.name} at step {self.state.step} of {plan.steps}; run the same command to resume"
@@ -380,8 +382,10 @@ class Trainer:
     def _is_last(self, phase: int) -> bool:
         return phase == len(self.setup.plans) - 1
 
-    def _write_status(self, word: str, reason: str | None = None, epoch: float | None = None) -> None:
-        self.status.write(word, self.state, reason=reason, epoch=epoch, checkpoint=self.saver.newest)
+    def _write_status(
+        self, word: str, reason: str | None = None, code: int | None = None, epoch: float | None = None
+    ) -> None:
+        self.status.write(word, self.state, reason=reason, code=code, epoch=epoch, checkpoint=self.saver.newest)
 
 
 def _model_of(engine: PhaseEngine) -> T5VAE:

@@ -23,19 +23,20 @@ import torch.distributed as dist
 from vae_ds import distributed
 from vae_ds.config import TimeoutConfig
 from vae_ds.distributed import Ranks
-from vae_ds.runtime import EXIT_FAULT, EXIT_LOST, StopFlag, is_alive, launchers_of, note_exit
+from vae_ds.runtime import EXIT_FAULT, EXIT_LOST, StopFlag, is_alive, launchers_of, note_exit, run_lock
 
 POLL_S = 1.0
 SAVE_WITHIN_S = 120.0
+MARGIN = timedelta(minutes=5)
 
 
 class Watch:
     """The watchdog of this rank, as a context manager. Every rank enters and leaves it; entering is a collective."""
 
     def __init__(
-        self, ranks: Ranks, stop: StopFlag, timeouts: TimeoutConfig, on_end: Callable[[str], None] | None = None
+        self, ranks: Ranks, stop: StopFlag, timeouts: TimeoutConfig, on_end: Callable[[str, int], None] | None = None
     ) -> None:
-        """`stop` is raised when a launcher is lost. `on_end` gets the reason before the watchdog ends this process."""
+        """`stop` is raised when a launcher is lost. `on_end` gets reason and exit code before the watchdog exits."""
         self._ranks, self._stop, self._timeouts, self._on_end = ranks, stop, timeouts, on_end
         self._launchers = launchers_of(psutil.Process())
         self._advanced = 0
@@ -70,6 +71,8 @@ class Watch:
         store = distributed.open_store(0, True, patience) if self._ranks.is_main else None
         port = distributed.broadcast_object(store.port if store is not None else 0)
         store = store or distributed.open_store(port, False, patience)
+        # NCCL aborts a process that waits for longer, before anything names the rank that it waits for.
+        distributed.set_timeout(timedelta(seconds=self._timeouts.stalled_s + self._timeouts.silent_s) + MARGIN)
         # Before any training, so that the host of every rank is known if the rank falls silent.
         self._sign(store, 0)
         return store
@@ -136,7 +139,8 @@ class Watch:
     def _end(self, reason: str, code: int) -> None:
         print(f"error: rank {self._ranks.rank} exits: {reason}", file=sys.stderr, flush=True)
         if self._on_end is not None:
-            self._on_end(reason)
+            self._on_end(reason, code)
+        run_lock.release_all()
         note_exit(code)
         os._exit(code)
 

@@ -1,0 +1,116 @@
+"""How long ranks wait for each other: in collectives, and while rank 0 prepares something alone."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import psutil
+import torch.distributed as dist
+
+from vae_ds.errors import Lost
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# Rank 0 may work alone for hours. It is lost if it does nothing at all for this time: it uses no processor and no disk.
+IDLE_S = 1800.0
+BEAT_S = 2.0
+POLL_S = 0.2
+
+_timeout = COLLECTIVE_TIMEOUT
+_works = 0
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """Let a collective of any process group wait this long, also of groups that are made before `apply_timeout`.
+
+    NCCL aborts the process after this time, so a diagnosis that names the rank must come before.
+    """
+    global _timeout
+    _timeout = timeout
+    apply_timeout()
+
+
+def apply_timeout() -> None:
+    """Set the time-out for all process groups. Those that DeepSpeed makes have 10 minutes by default under NCCL."""
+    if not dist.is_initialized():
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(_timeout, group)
+
+
+@contextmanager
+def working_alone(store: dist.Store) -> Iterator[None]:
+    """Rank 0 works inside this, and the other ranks call `await_rank0` at the same time. A collective."""
+    key, over = _next_key(), threading.Event()
+
+    def beat() -> None:
+        while not over.is_set():
+            # Without the other ranks, the work itself still has a result or an error to tell.
+            with suppress(RuntimeError, dist.DistError):
+                store.set(key, _activity())
+            over.wait(BEAT_S)
+
+    thread = threading.Thread(target=beat, name="rank 0 works", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        store.set(f"{key}/over", "")
+
+
+def await_rank0(store: dist.Store) -> None:
+    """Wait until rank 0 has left `working_alone`, however long it works. Raises Lost if it does nothing any more."""
+    key, before, changed_s = _next_key(), b"", time.monotonic()
+    try:
+        while not store.check([f"{key}/over"]):
+            now = store.get(key) if store.check([key]) else b""
+            if now != before:
+                before, changed_s = now, time.monotonic()
+            if time.monotonic() - changed_s > IDLE_S:
+                raise Lost(f"rank 0 has done nothing for {IDLE_S:g} s, while the other ranks wait for what it prepares")
+            time.sleep(POLL_S)
+    except (RuntimeError, dist.DistError) as error:
+        raise Lost(f"rank 0 has ended, while the other ranks wait for what it prepares ({_line(error)})") from None
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error of a collective says that another rank or its machine is gone, as NCCL tells it."""
+    told = (
+        "ncclRemoteError",
+        "remote process exit",
+        "communicator was aborted",
+        "Watchdog caught collective operation",
+    )
+    return isinstance(error, dist.DistError) and any(words in str(error) for words in told)
+
+
+def _next_key() -> str:
+    global _works
+    _works += 1
+    return f"rank0/{_works}"
+
+
+def _activity() -> str:
+    """Changes when this process or a child of it has computed for a second, or has read or written a megabyte."""
+    seconds, megabytes = 0.0, 0
+    for process in _family():
+        with suppress(psutil.Error, AttributeError):
+            seconds += sum(process.cpu_times()[:2])
+            counted = process.io_counters()
+            megabytes += (counted.read_chars + counted.write_chars) // 2**20
+    return f"{int(seconds)} {megabytes}"
+
+
+def _family() -> list[psutil.Process]:
+    own = psutil.Process(os.getpid())
+    with suppress(psutil.Error):
+        return [own, *own.children(recursive=True)]
+    return [own]
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
