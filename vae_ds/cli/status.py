@@ -91,6 +91,7 @@ def facts(status: Status) -> list[tuple[str, str]]:
         "time left": None if left is None else str(timedelta(seconds=round(left))),
         "validation": validation and f"step {validation['step']:,}: {validation_terms(validation)}",
         "checkpoint": status.get("checkpoint"),
+        "bad lines": f"{bad:,} skipped" if (bad := status.get("bad_lines")) else None,
         "reason": status.get("reason"),
         "updated": f"{when}{writer}",
     }

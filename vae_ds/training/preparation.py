@@ -54,7 +54,7 @@ def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
         return distributed.rank0_first(lambda: tokenise(corpus, split, tokenizer, config.data.max_tokens, cache))
 
     if config.data.streaming:
-        source: Source = Streamed(corpora.open_stream(config.data), tokenizer, config.data.max_tokens)
+        source: Source = Streamed(_stream(config, ranks), tokenizer, config.data.max_tokens)
         train_set, plans = None, phases.plan(config.phases, None)
     else:
         train_set = tokens_of("train")
@@ -62,6 +62,12 @@ def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
         plans = phases.plan(config.phases, steps_per_epoch(len(train_set), config.batch.global_size))
     valid_set = tokens_of("valid").first(config.validation.sentences)
     return Setup(config, run_dir, ranks, precision, ds_config, micro, tokenizer, source, train_set, valid_set, plans)
+
+
+def _stream(config: RunConfig, ranks: Ranks) -> corpora.LineStream:
+    """The training file as a stream. Only rank 0 reads the file for its fingerprint. A collective."""
+    found = distributed.rank0_first(lambda: corpora.open_stream(config.data).fingerprint if ranks.is_main else "")
+    return corpora.open_stream(config.data, distributed.broadcast_object(found))
 
 
 def check_model(config: RunConfig) -> None:

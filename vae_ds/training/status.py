@@ -17,7 +17,7 @@ class Status:
     """Writes `status.json` on rank 0; on other ranks it does nothing.
 
     The file has the phase by name and number, the step of the phase and of the run, the epoch, the seconds left, the
-    last validation and the newest checkpoint.
+    last validation, the newest checkpoint, and the number of bad lines of a stream that the run has skipped.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, plans: list[PhasePlan]) -> None:
@@ -63,6 +63,7 @@ class Status:
             seconds_left=self._seconds_left(state) if word == "running" else None,
             validation=self._validation,
             checkpoint=checkpoint,
+            bad_lines=state.bad_lines,
         )
 
     @property
