@@ -118,7 +118,7 @@ class LineStream:
         """The sentences whose lines begin in the block at byte `start`."""
         file.seek(max(0, start - 1))
         # Skip the rest of a line of the previous block, or only its line break. The line may fill this block, too.
-        if start and not file.readline(self.block_bytes + 1).endswith(b"\n"):
+        if start and not file.readline(self.block_bytes).endswith(b"\n"):
             return
         end = min(start + self.block_bytes, self.size)
 
