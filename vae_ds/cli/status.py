@@ -92,6 +92,7 @@ def facts(status: Status) -> list[tuple[str, str]]:
         "validation": validation and f"step {validation['step']:,}: {validation_terms(validation)}",
         "export": (status.get("export") or {}).get("reason"),
         "checkpoint": status.get("checkpoint"),
+        "bad lines": f"{bad:,} skipped" if (bad := status.get("bad_lines")) else None,
         "reason": status.get("reason"),
         "exit code": status.get("exit_code"),
         "updated": f"{when}{writer}",

@@ -59,6 +59,9 @@ class DataConfig(Settings):
     )
     labelled: bool = Field(False, description="text: each line is a label, a tab, and the text; the label is dropped")
     blank_lines: Literal["skip", "error"] = Field("skip", description="lines and rows without text")
+    bad_lines: Literal["skip", "error"] = Field(
+        "skip", description="streaming: lines that cannot be read (with `skip`, many of them are still an error)"
+    )
     examples: bool = Field(False, description="wordnet: also use the example sentences of the definitions")
     sentences: dict[str, int] = Field(
         {"train": 40_000, "valid": 2_000, "test": 2_000}, description="grammar: number of sentences in each split"
@@ -66,7 +69,7 @@ class DataConfig(Settings):
     seed: int = Field(0, ge=0, description="grammar: random seed of the sentences")
     limit: int | None = Field(None, ge=1, description="use only the first N sentences of each split")
     streaming: bool = Field(
-        False, description="text: read the training file during the training, without a pass over it before"
+        False, description="text: read the training file during the training, without preparing it before"
     )
     max_tokens: int = Field(
         64, ge=2, description="maximum sentence length in subword tokens, with the end-of-sentence token"

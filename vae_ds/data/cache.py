@@ -4,7 +4,7 @@ import ast
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -120,14 +120,16 @@ def hash_file(path: Path) -> str:
     return state.hexdigest()
 
 
-def noted_hash(path: Path, notes: Path) -> str:
-    """`hash_file`, but a large file is read only once: its hash is kept in the folder `notes`.
+def noted_hash(path: Path, notes: Path, read: Callable[[Path], str] | None = None) -> str:
+    """The hash of a file by `read` (None: `hash_file`). That of a large file is kept in the folder `notes`.
 
-    The name of a note is a hash of the path, the inode, the size and the times of the file. Raises OSError.
+    The name of a note is a hash of the path, the inode, the size and the times of the file. Each function `read` needs
+    a folder of its own; it returns 32 hexadecimal digits. Raises OSError.
     """
+    read = read or hash_file
     found = path.stat()
     if found.st_size < _NOTED_BYTES:
-        return hash_file(path)
+        return read(path)
     facts = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
     note = notes / digest([str(path.absolute()), *map(str, facts)])
     with suppress(OSError, UnicodeDecodeError):
@@ -135,7 +137,7 @@ def noted_hash(path: Path, notes: Path) -> str:
         if len(kept) == 32:
             return kept
     is_settled = time.time() - max(found.st_mtime, found.st_ctime) > _SETTLED_S
-    made = hash_file(path)
+    made = read(path)
     if is_settled:
         with suppress(DataError):  # without a note, the next call reads the file again
             write_text(note, made)

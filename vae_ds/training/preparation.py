@@ -58,7 +58,7 @@ def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
         return distributed.rank0_first(lambda: tokenise(corpus, split, tokenizer, config.data.max_tokens, cache))
 
     if config.data.streaming:
-        source: Source = Streamed(corpora.open_stream(config.data), tokenizer, config.data.max_tokens)
+        source: Source = Streamed(_stream(config, ranks), tokenizer, config.data.max_tokens)
         train_set, plans = None, phases.plan(config.phases, None)
     else:
         train_set = tokens_of("train")
@@ -79,6 +79,12 @@ def _yardstick(config: RunConfig, valid: TokenSet, tokenizer: Any) -> np.ndarray
         return None
     values_N = yardstick_values(Path(run), "valid", data_fingerprint(valid, tokenizer), config.name)
     return values_N[: config.validation.sentences]
+
+
+def _stream(config: RunConfig, ranks: Ranks) -> corpora.LineStream:
+    """The training file as a stream. Only rank 0 reads the file for its fingerprint. A collective."""
+    found = distributed.rank0_first(lambda: corpora.open_stream(config.data).fingerprint if ranks.is_main else "")
+    return corpora.open_stream(config.data, distributed.broadcast_object(found))
 
 
 def check_model(config: RunConfig) -> None:

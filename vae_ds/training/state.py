@@ -14,6 +14,7 @@ class TrainState:
     phase: int = 0
     place: list[int] = field(default_factory=lambda: [0, 0, 0])  # of the next global batch: epoch, window, number
     step: int = 0  # applied optimizer steps in this phase
+    bad_lines: int = 0  # lines of a stream that were skipped in all phases, with the window of `place` if it has begun
     skipped: int = 0
     skipped_in_row: int = 0
     beta: float | None = None  # the state of the schedule `target`

@@ -17,7 +17,7 @@ class Status:
     """Writes `status.json` on rank 0; on other ranks it does nothing.
 
     The file has the phase by name and number, the step of the phase and of the run, the epoch, the seconds left, the
-    last validation, what model/ contains, and the newest checkpoint.
+    last validation, what model/ contains, the newest checkpoint, and the skipped bad lines of a stream.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, plans: list[PhasePlan]) -> None:
@@ -74,6 +74,7 @@ class Status:
             export=self._export,
             checkpoint=checkpoint,
             exit_code=code,
+            bad_lines=state.bad_lines,
         )
 
     @property

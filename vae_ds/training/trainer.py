@@ -171,7 +171,7 @@ class Trainer:
     def steps(self, plan: PhasePlan, engine: PhaseEngine) -> None:
         """The loop of one phase: step, log, validate, save, until all its optimizer steps are applied."""
         config, state = self.setup.config, self.state
-        feed = Feed(self.setup.train, config.batch, config.seed, plan.index, state.place)
+        feed = Feed(self.setup.train, config.batch, config.seed, plan.index, state.place, state.bad_lines)
         clock = time.monotonic()
         while state.step < plan.steps:
             requests = self.step(plan, engine, feed)
@@ -198,6 +198,7 @@ class Trainer:
     def step(self, plan: PhasePlan, engine: PhaseEngine, feed: Feed) -> Requests:
         """One optimizer step on a global batch. Returns what the ranks request after it."""
         index_G = feed.take()
+        self.state.bad_lines = feed.bad_lines
         now = self._step_settings(plan)
         sums = self._new_sums(engine)
         outcome = None

@@ -1,7 +1,7 @@
 """Sources of text: docstrings, WordNet, a grammar, text files, and data sets of the hub or on disk."""
 
 from vae_ds.config import DataConfig
-from vae_ds.data.corpora import dataset, docstrings, grammar, layouts, prose, splits, text, wordnet
+from vae_ds.data.corpora import dataset, docstrings, grammar, layouts, prose, splits, stream, text, wordnet
 from vae_ds.data.corpora.corpus import Corpus
 from vae_ds.data.corpora.splits import split_of
 from vae_ds.data.corpora.stream import LineStream, open_stream
@@ -41,5 +41,5 @@ def load(data: DataConfig) -> Corpus:
 def check(data: DataConfig) -> None:
     """Raise DataError for every error that can be found without preparing the corpus."""
     if data.streaming:
-        open_stream(data)
+        stream.check(data)
     _KINDS[data.corpus].check(data)

@@ -66,7 +66,7 @@ def parse(
     first: int = 1,
     unit: str = "",
 ) -> Iterator[str]:
-    """The sentences of numbered lines of a file. Blank lines and lines with errors are added to `found`.
+    """The sentences of numbered lines of a file. Blank lines and lines with errors are left out and added to `found`.
 
     `first` is the number of the first line of the file. Errors show `unit` between the path and the number. Raises
     DataError for errors after which the next lines cannot be read: a missing column, an unclosed quotation mark.
@@ -74,8 +74,9 @@ def parse(
     kind = suffix(path)
     _check_labelled(path, data)
     read_rows = _READERS[kind] if kind else _plain(data.labelled)
-    for _, text in read_rows(_decoded(lines, first, found), Path(f"{path}{unit}"), data.column, found):
-        yield " ".join(text.splitlines()) if kind else text
+    for number, text in read_rows(_decoded(lines, first, found), Path(f"{path}{unit}"), data.column, found):
+        if number != found.last_bad:
+            yield " ".join(text.splitlines()) if kind else text
 
 
 def _check_labelled(path: Path, data: DataConfig) -> None:

@@ -22,7 +22,7 @@ class Findings:
     bad: int = 0
     first_bad: list[int] = field(default_factory=list)
     reason: str = ""
-    _last_bad: int = -1
+    last_bad: int = -1
 
     def add_blank(self, number: int, reason: str = NO_TEXT) -> None:
         """Count a line without text."""
@@ -34,9 +34,9 @@ class Findings:
 
     def add_bad(self, number: int, reason: str) -> None:
         """Count a line with an error. Further errors of the same line are ignored."""
-        if number == self._last_bad:
+        if number == self.last_bad:
             return
-        self._last_bad = number
+        self.last_bad = number
         self.bad += 1
         self.reason = self.reason or reason
         if len(self.first_bad) < LISTED:
