@@ -26,7 +26,7 @@ FACTS = {
     "total_steps": 1300,
     "epoch": 1.625,
     "seconds_left": 4225.4,
-    "validation": {"step": 1000, "nelbo": 63.951, "rec": 52.3, "kl": 11.6, "mi": 6.1, "au": 32, "verdict": "healthy"},
+    "validation": {"step": 1000, "nelbo": 63.951, "rec": 52.3, "kl": 11.6, "mi": 6.1, "au": 32, "verdict": "uses z"},
     "checkpoint": "step-00001000",
 }
 # Version 0.1: `phase` counts from 0, and `step` counts within the phase.
@@ -56,7 +56,7 @@ def test_a_run_is_shown_for_people(tmp_path: Path, capsys: pytest.CaptureFixture
     assert shown["epoch"] == "1.62"
     assert shown["time left"] == "1:10:25"
     assert shown["validation"].startswith("step 1,000: nelbo 63.95, rec 52.30, kl 11.60, mi 6.10 nats per sentence")
-    assert shown["validation"].endswith("32 active units, healthy")
+    assert shown["validation"].endswith("32 active units, uses z")
     assert shown["checkpoint"] == "step-00001000"
     assert shown["updated"].endswith(f"UTC, process {os.getpid()} on {os.uname().nodename}")
 

@@ -119,7 +119,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.Ca
             monitor.log(row(step))
         monitor.advance(1)
     monitor.evaluation(1000, "valid", {"rec": 90.0, "kl": 3.0, "nelbo": 93.0, "iw_nll": None, "verdict": None})
-    monitor.evaluation(1000, "valid", {"rec": 90.0, "verdict": "healthy", "verdict_reason": "as told"})
+    monitor.evaluation(1000, "valid", {"rec": 90.0, "verdict": "uses z", "verdict_reason": "as told"})
     monitor.close()
     out, err = capfd.readouterr()
     assert out == ""
@@ -128,7 +128,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.Ca
     assert lines[1] == "full: 300/1000 steps (30%)  rec -200  kl 2.5  beta 0.1  12,346 tokens/s"
     assert lines[-3].startswith("full: 1000/1000 steps (100%)")
     assert lines[-2] == "valid at step 1000: nelbo 93  rec 90  kl 3"
-    assert lines[-1] == "valid at step 1000: rec 90  healthy"
+    assert lines[-1] == "valid at step 1000: rec 90  uses z"
     assert len(lines) == 11
     assert "\x1b" not in err
     assert "\r" not in err
