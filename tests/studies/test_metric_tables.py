@@ -246,22 +246,27 @@ def test_a_difference_of_more_than_two_errors_is_marked(tmp_path: Path) -> None:
 def test_one_sentence_has_no_error_and_a_line_says_so(tmp_path: Path) -> None:
     one = dict.fromkeys(FULL) | {"rec": 30.0, "kl": 5.0, "nelbo": 35.0, "sentences": 1, "mi": 0.0, "mi_ceiling": 0.0}
     lines = printed(write(tmp_path / "a", one), write(tmp_path / "b", one | {"rec": 31.0, "nelbo": 36.0}))
-    assert "a: 1 sentence is too few for standard errors, z_gain and a verdict, which need 2" in lines
+    assert "a: 1 sentence is too few for standard errors, z_gain and a verdict; evaluate at least 2" in lines
+    assert "1 test sentence" in lines
+    assert not any("± is" in line for line in lines)
     (row,) = [line for line in lines if line.startswith("b") and "+1.00" in line]
     assert row.split() == ["b", "+1.00", "+1.00", "-"]
 
 
 @pytest.mark.parametrize(
-    ("part", "told"),
+    ("parts", "told"),
     [
-        ("tokenizer", "another tokenizer"),
-        ("texts", "other sentences"),
-        ("lengths", "other lengths of the kept text"),
+        (["tokenizer"], "another tokenizer"),
+        (["texts"], "other sentences"),
+        (["lengths"], r"other lengths of the kept text \(data\.max_tokens\)"),
+        # The lengths follow from these.
+        (["tokenizer", "texts", "lengths"], "another tokenizer, other sentences"),
     ],
 )
-def test_runs_on_other_data_do_not_compare(tmp_path: Path, part: str, told: str) -> None:
-    runs = [write(tmp_path / "a", FULL), write(tmp_path / "b", FULL, data=DATA | {part: "f" * 16})]
-    with pytest.raises(DataError, match=f"^b cannot be compared with a: it has {told}"):
+def test_runs_on_other_data_do_not_compare(tmp_path: Path, parts: list[str], told: str) -> None:
+    other = DATA | dict.fromkeys(parts, "f" * 16)
+    runs = [write(tmp_path / "a", FULL), write(tmp_path / "b", FULL, data=other)]
+    with pytest.raises(DataError, match=f"^b cannot be compared with a: it has {told}$"):
         read_evaluations(runs)
 
 

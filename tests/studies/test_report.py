@@ -342,7 +342,7 @@ def test_the_figures_name_the_runs_by_what_differs(report: Path, trained: Path) 
         words
     )
     assert "mi_train: mutual information (nats)" in words
-    assert any(word.startswith("perplexity per word, relative to the language model (") for word in words)
+    assert "perplexity per word, relative to the language model" in words
 
 
 def test_many_runs_are_drawn_by_what_they_differ_in(trained: Path, tmp_path: Path) -> None:
@@ -534,6 +534,49 @@ def test_a_broken_evaluation(tmp_path: Path, trained: Path, capsys: pytest.Captu
     (tmp_path / "run" / "eval-test.json").write_text("{", encoding="utf-8")
     assert code_of("report", tmp_path / "run", "--to", tmp_path / "out") == 2
     assert_one_line(capsys, "eval-test.json")
+
+
+def changed(run: Path, to: Path, *settings: str) -> Path:
+    """A copy of a run with other settings."""
+    shutil.copytree(run, to)
+    recipe = yaml.safe_load((to / "config.yaml").read_text(encoding="utf-8"))
+    (to / "config.yaml").write_text(yaml.safe_dump(override(recipe, settings)), encoding="utf-8")
+    return to
+
+
+def test_a_yardstick_of_other_data(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (trained / "study" / "plain" / "eval-test.json").read_bytes()
+    for number, (setting, told) in enumerate(
+        {
+            "data.max_tokens=20": "other lengths of the kept text (data.max_tokens)",
+            "data.seed=5": "other sentences",
+        }.items()
+    ):
+        run = changed(trained / "study" / "plain", tmp_path / f"run-{number}", setting)
+        assert code_of("evaluate", run, "--yardstick", trained / "yardstick") == 2
+        assert_one_line(capsys, f"{trained / 'yardstick'} cannot be compared with {run}: it has {told}")
+        assert (run / "eval-test.json").read_bytes() == before
+
+
+def test_a_split_of_one_sentence_has_no_errors(
+    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is evaluated, compared and reported, without what needs two sentences."""
+    one = "data.sentences.test=1"
+    runs = [changed(trained / name, tmp_path / name, one) for name in ("yardstick", "study/plain", "study/noisy")]
+    for run in runs:
+        yardstick = [] if run is runs[0] else ["--yardstick", runs[0]]
+        assert code_of("evaluate", run, *yardstick, "--mi-train-sentences", "30") == 0
+    found = evaluation(runs[1])
+    assert (found["z_gain"], found["rec_se"], found["above_yardstick_se"]) == (None, None, None)
+    assert found["mi_train_sentences"] == 30
+    assert "plain: 1 sentence is too few for standard errors, z_gain and a verdict" in capsys.readouterr().out
+    assert code_of("compare", *runs) == 0
+    assert code_of("report", *runs, "--to", tmp_path / "out") == 0
+    row = differences_of(tmp_path / "out")["noisy", "yardstick"]
+    plain, noisy = (float(str(evaluation(run)["rec"])) for run in (runs[0], runs[2]))
+    assert float(row["rec_mean"]) == pytest.approx(noisy - plain, rel=1e-5)
+    assert row["rec_se"] == ""
 
 
 @pytest.mark.parametrize("command", ["report", "compare"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from vae_ds.cli.options import add_command, add_json, add_run, add_split, count, positive, two_or_more
 from vae_ds.errors import ConfigError
-from vae_ds.runtime import outlive_terminal, own_rank, records, run_dirs
+from vae_ds.runtime import evaluations, outlive_terminal, own_rank, records, run_dirs
 
 
 def add(subparsers: Any) -> None:
@@ -148,6 +148,7 @@ def _check(run: Path, recipe: str | None, yardstick: str | None, split: str) -> 
     if yardstick is not None:
         run_dirs.model_of(Path(yardstick))
         run_dirs.evaluated_in([yardstick], split)
+        evaluations.read_values(Path(yardstick), split)
 
 
 def compare(arguments: argparse.Namespace) -> None:

@@ -134,10 +134,11 @@ def unit_note(names: Sequence[str]) -> str:
 
 def footnotes(every: Mapping[str, Metrics], split: str) -> list[str]:
     """Lines below the table: units, numbers of sentences, mutual information, verdicts and costs."""
-    sizes = {label: f"{_count(metrics, 'sentences')} {split} sentences" for label, metrics in every.items()}
+    sizes = {label: _count(metrics, "sentences", f"{split} sentence") for label, metrics in every.items()}
     subsets = {label: _subset(metrics) for label, metrics in every.items() if metrics.get("iw_nll") is not None}
-    has_errors = any(key.endswith(ERROR) and metrics[key] is not None for metrics in every.values() for key in metrics)
-    notes = [unit_note(columns(list(every.values())))]
+    names = columns(list(every.values()))
+    has_errors = any(metrics.get(f"{name}{ERROR}") is not None for metrics in every.values() for name in names)
+    notes = [unit_note(names)]
     notes += ["± is the standard error over the sentences"] if has_errors else []
     notes += [*_shared(sizes), *_shared(subsets)]
     for label, metrics in every.items():
@@ -149,7 +150,8 @@ def statements(metrics: Metrics) -> list[str]:
     """What the metrics of one run say about its code: the mutual information, the verdict, the cost."""
     found = [information(metrics)]
     if metrics.get("sentences") == 1:
-        found.append("1 sentence is too few for standard errors, z_gain and a verdict, which need 2")
+        others = "" if metrics.get("kl") is None else ", z_gain and a verdict"
+        found.append(f"1 sentence is too few for standard errors{others}; evaluate at least 2")
     if metrics.get("verdict") is not None:
         found.append(f"{metrics['verdict']}: {metrics.get('verdict_reason')}")
     if metrics.get("cost") is not None:
@@ -169,12 +171,12 @@ def information(metrics: Metrics) -> str | None:
     words = f"mutual information at most {above}"
     if metrics.get("mi_train") is not None:
         count = metrics["mi_train_sentences"]
-        estimate = f"mi_train: {count:,} training sentences, at most {math.log(count + 1):.2f}"
+        estimate = f"mi_train: {_counted(count, 'training sentence')}, at most {math.log(count + 1):.2f}"
         words = f"mutual information between {cell(metrics, 'mi_train')} ({estimate}) and {above}"
     if metrics.get("mi") is None:
         return words
     limit = "" if metrics.get("mi_ceiling") is None else f", at most {metrics['mi_ceiling']:.2f}"
-    return f"{words}; within the split {_value(metrics, 'mi')} (mi: {_count(metrics, 'sentences')} sentences{limit})"
+    return f"{words}; within the split {_value(metrics, 'mi')} (mi: {_count(metrics, 'sentences')}{limit})"
 
 
 def unknown_tokens(every: Mapping[str, Metrics]) -> list[str]:
@@ -200,7 +202,7 @@ def difference_footnotes(first: str, every: Mapping[str, Mapping[str, Difference
     for label, of_run in every.items():
         by_count = itertools.groupby(of_run.items(), lambda item: item[1].count)
         groups = [(count, ", ".join(name for name, _ in items)) for count, items in by_count]
-        counts[label] = "; ".join(f"{names}: {count:,} sentences" for count, names in groups)
+        counts[label] = "; ".join(f"{names}: {_counted(count)}" for count, names in groups)
     return [*notes, *_shared(counts), MARK_MEANS]
 
 
@@ -276,22 +278,26 @@ def _shared(notes: Mapping[str, str]) -> list[str]:
 
 
 def _subset(metrics: Metrics) -> str:
-    sentences = f"iw_nll, iw_ppl: {_count(metrics, 'iw_sentences')} sentences"
+    sentences = f"iw_nll, iw_ppl: {_count(metrics, 'iw_sentences')}"
     if metrics.get("mi") is None and metrics.get("iw_samples") is None:
         return f"{sentences}, exact: a plain language model has no latent to sample"
-    return f"{sentences}, {_count(metrics, 'iw_samples')} samples each"
+    return f"{sentences}, {_count(metrics, 'iw_samples', 'sample')} each"
 
 
 def _reconstructions(metrics: Metrics) -> str:
-    return f"bleu: {_count(metrics, 'bleu_sentences')} greedy reconstructions, {metrics.get('bleu_signature')}"
+    return f"bleu: {_count(metrics, 'bleu_sentences', 'greedy reconstruction')}, {metrics.get('bleu_signature')}"
 
 
 def _drawn(metrics: Metrics) -> str:
     temperature = metrics.get("sample_temperature")
     how = "greedy" if temperature is None else f"at temperature {temperature:g}"
-    return f"the others: {_count(metrics, 'samples')} samples of the prior, {how}"
+    return f"the others: {_count(metrics, 'samples', 'sample')} of the prior, {how}"
 
 
-def _count(metrics: Metrics, key: str) -> str:
+def _count(metrics: Metrics, key: str, noun: str = "sentence") -> str:
     value = metrics.get(key)
-    return "an unknown number of" if value is None else f"{value:,}"
+    return f"an unknown number of {noun}s" if value is None else _counted(value, noun)
+
+
+def _counted(count: int, noun: str = "sentence") -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -138,7 +138,11 @@ def perplexity_information(
         if limit is not None and limit.nats - right > max(1.0, 0.3 * right):
             limit = None
         low = min(point.y for point in inside)
-        _set_limits(axes, inside, [*((right, nll) for _, nll in marks), (limit.nats if limit else right, low)])
+        further = [*((right, nll) for _, nll in marks), (limit.nats if limit else right, low)]
+        if is_relative:
+            # The language model's line would coincide with the lower edge.
+            further.append((right, -SPACE * max(abs(point.y) for point in inside)))
+        _set_limits(axes, inside, further)
         _scatter(axes, inside)
         steps = [(point.x, point.y) for point in front]
         axes.plot(*zip(*steps, strict=True), color=style.GREY, linewidth=1, drawstyle="steps-pre", label="Pareto front")
@@ -152,6 +156,7 @@ def perplexity_information(
             lines.append([(value, nll) for value in axes.get_xlim()])
         if words_per_sentence is not None:
             _perplexity_axis(axes, words_per_sentence, is_relative)
+        lines += _bars(inside)
         _legend(figure, axes)
         _name_points(figure, axes, inside, lines, [])
         style.save(figure, folder, name)
@@ -251,6 +256,12 @@ def _scatter(axes: Axes, points: Sequence[Point]) -> None:
         axes.plot([], [], color=first.group_colour or first.colour, marker=first.marker, linestyle="none", label=group)
 
 
+def _bars(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
+    """The bars of standard errors as lines, which labels avoid."""
+    across = [[(p.x - p.x_se, p.y), (p.x + p.x_se, p.y)] for p in points if p.x_se]
+    return across + [[(p.x, p.y - p.y_se), (p.x, p.y + p.y_se)] for p in points if p.y_se]
+
+
 def _lines_of_equal_sums(axes: Axes) -> list[Box]:
     """Faint lines on which x + y is the same, each with its sum. Returns where the sums are written, in pixels."""
     from matplotlib.ticker import MaxNLocator
@@ -293,8 +304,8 @@ def _perplexity_axis(axes: Axes, words: float, is_relative: bool) -> None:
             lambda perplexity: words * numpy.log(numpy.maximum(perplexity, 1e-9)),
         ),
     )
-    relative = ", relative to the language model" if is_relative else ""
-    right.set_ylabel(f"perplexity per word{relative} ({words:.2f} words per sentence)")
+    beside = ", relative to the language model" if is_relative else f" ({words:.2f} words per sentence)"
+    right.set_ylabel(f"perplexity per word{beside}")
     right.yaxis.set_major_formatter("{x:g}")
     right.spines["right"].set_visible(True)
 
