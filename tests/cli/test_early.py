@@ -1,15 +1,20 @@
 """What is wrong with the arguments is told at once: before torch is imported, and in one line."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from support.evaluated import DATA, write_evaluation
 from support.launch import clean_environment
 
 # Each command with what its one line of error names. `nope` does not exist, `empty` is an empty directory, `file` is a
 # file, `begun` a run without a model, `model` an exported model, `run` a run with a model and without an evaluation.
+# Of the models in `evaluated`, `old` does not name its data, `lone` has no values of the sentences, `torn` has broken
+# ones, `other` has those of another evaluation, and `damaged` has a broken eval-test.json.
 CASES = {
     "evaluate nope": "nope: no such directory",
     "evaluate empty": "empty: neither a run directory",
@@ -18,6 +23,15 @@ CASES = {
     "evaluate model --recipe nope.yaml": "nope.yaml",
     "evaluate run --yardstick nope": "nope: no such directory",
     "evaluate run --yardstick run": "eval-test.json: no such file; write it with `vae-ds evaluate run --split test`",
+    "evaluate run --yardstick evaluated/old": "evaluated/old/eval-test.json: has no data_fingerprint",
+    "evaluate run --yardstick evaluated/lone": "evaluated/lone/eval-test.safetensors: no such file; write it with",
+    "evaluate run --yardstick evaluated/torn": "evaluated/torn/eval-test.safetensors: not the values of an evaluation",
+    "evaluate run --yardstick evaluated/other": "evaluated/other/eval-test.safetensors: belongs to another evaluation",
+    "evaluate run --yardstick evaluated/damaged": "evaluated/damaged/eval-test.json: not an evaluation",
+    "compare evaluated/good evaluated/old": "evaluated/old/eval-test.json: has no data_fingerprint, so it may be of",
+    "compare evaluated/good evaluated/lone": "evaluated/lone/eval-test.safetensors: no such file; write it with",
+    "compare evaluated/good evaluated/moved": "moved cannot be compared with good: it has other sentences",
+    "compare evaluated/good evaluated/damaged --json": "evaluated/damaged/eval-test.json: not an evaluation",
     "compare nope": "nope: no such directory",
     "compare empty": "empty: neither a run directory",
     "compare run": "vae-ds evaluate run --split test",
@@ -72,6 +86,21 @@ print(json.dumps(found))
 """
 
 
+def _evaluated(folder: Path) -> None:
+    metrics = {"rec": 20.0, "kl": 3.0, "nelbo": 23.0, "sentences": 4}
+    for name in ("good", "old", "lone", "torn", "other", "damaged"):
+        write_evaluation(folder / name, metrics)
+        (folder / name / "config.json").write_text("{}", encoding="utf-8")
+    write_evaluation(folder / "moved", metrics, data=DATA | {"texts": "f" * 16, "lengths": "f" * 16})
+    (folder / "old" / "eval-test.json").write_text(json.dumps(metrics), encoding="utf-8")
+    (folder / "lone" / "eval-test.safetensors").unlink()
+    (folder / "torn" / "eval-test.safetensors").write_bytes(b"torn")
+    write_evaluation(folder / "twin", metrics | {"rec": 21.0})
+    (folder / "twin" / "eval-test.safetensors").replace(folder / "other" / "eval-test.safetensors")
+    shutil.rmtree(folder / "twin")
+    (folder / "damaged" / "eval-test.json").write_text("{", encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, bool]]:
     """Exit code, output, and whether torch was imported, after each of the commands, in one process."""
@@ -84,6 +113,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
         (work / name / "config.yaml").write_text("name: x\n", encoding="utf-8")
     for name in ("model", "run/model"):
         (work / name / "config.json").write_text("{}", encoding="utf-8")
+    _evaluated(work / "evaluated")
     (work / "wrong.yaml").write_text("name: x\nsed: 1\n", encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-c", CODE],
@@ -110,3 +140,20 @@ def test_wrong_arguments_are_told_in_one_line_before_torch_is_imported(
     assert line.startswith("error: ")
     assert CASES[words] in line
     assert not has_torch
+
+
+def test_a_comparison_needs_no_torch(tmp_path: Path) -> None:
+    _evaluated(tmp_path)
+    code = "import sys; from vae_ds import cli; cli.run(sys.argv[1:]); assert 'torch' not in sys.modules"
+    for option in ([], ["--json"]):
+        words = ["compare", str(tmp_path / "good"), str(tmp_path / "good-too"), *option]
+        shutil.copytree(tmp_path / "good", tmp_path / "good-too", dirs_exist_ok=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words],
+            env=clean_environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "0.00 ± 0.00" in done.stdout or '"mean": 0.0' in done.stdout

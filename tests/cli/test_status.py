@@ -14,9 +14,10 @@ import pytest
 
 from support.launch import clean_environment
 from vae_ds import cli
+from vae_ds.evaluation.verdict import cost
 from vae_ds.runtime import records
 
-FACTS = {
+FACTS: dict[str, Any] = {
     "phase": "full",
     "phase_number": 2,
     "phases": 2,
@@ -30,6 +31,7 @@ FACTS = {
     "export": {"step": 1000, "nelbo": 63.951, "reason": "model/ is the validation of step 1,000"},
     "checkpoint": "step-00001000",
 }
+ABOVE = {"nelbo_above_yardstick": 2.0, "nelbo_above_yardstick_se": 0.1}
 # Version 0.1: `phase` counts from 0, and `step` counts within the phase.
 OLD = {"phase": 1, "step": 1150, "total_steps": 1300}
 
@@ -59,6 +61,15 @@ def test_a_run_is_shown_for_people(tmp_path: Path, capsys: pytest.CaptureFixture
     assert shown["validation"].startswith("step 1,000: nelbo 63.95, rec 52.30, kl 11.60, mi 6.10 nats per sentence")
     assert shown["validation"].endswith("32 active units, uses z")
     assert shown["export"] == "model/ is the validation of step 1,000"
+    # The verdict's other half has words only beside a yardstick.
+    for metrics, end in (
+        ({"kl": 11.6}, "uses z"),
+        ({"kl": 11.6, **ABOVE}, f"uses z, cost: {cost({'kl': 11.6, **ABOVE})}"),
+    ):
+        validation = {**FACTS["validation"], "cost": cost(metrics)}
+        assert code_of("status", write(tmp_path / "run", "running", **FACTS | {"validation": validation})) == 1
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("validation")]
+        assert line.endswith(end)
     assert shown["checkpoint"] == "step-00001000"
     assert shown["updated"].endswith(f"UTC, process {os.getpid()} on {os.uname().nodename}")
 

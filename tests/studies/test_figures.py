@@ -1,7 +1,9 @@
 """The figures: labels do not overlap, a panel has six lines at most, outliers are named, settings are words."""
 
 import itertools
+import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -134,15 +136,46 @@ def points(*ys: float) -> list[Point]:
 
 def test_an_outlier_is_beyond_the_axes_and_named(tmp_path: Path) -> None:
     every = points(60.0, 61.0, 60.5, 62.0, 61.5, 500_000.0)
-    outliers = figures.perplexity_information(tmp_path, "p", "P", "iw_nll", every, every[:1], None, {"lm": 59.0}, 13.0)
+    metrics = ("mi", "iw_nll")
+    outliers = figures.perplexity_information(tmp_path, "p", "P", metrics, every, every[:1], None, {"lm": 59.0}, 13.0)
     assert [point.label for point in outliers] == ["run-5"]
     words = texts(tmp_path / "p.svg")
     assert "Beyond the axes, with (mi, iw_nll): run-5 (5.00, 500000.0)" in words
-    assert {"run-0", "run-1", "runs", "lm: 59.0 nats"} <= set(words)
+    assert {"run-0", "run-1", "runs", "lm: 59.0 nats", "perplexity per word (13.00 words per sentence)"} <= set(words)
     assert "run-5" not in words
     with Image.open(tmp_path / "p.png") as image:
         image.load()
         assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 8
+
+
+def test_the_cost_is_drawn_with_its_errors_and_the_limit_of_the_information(tmp_path: Path) -> None:
+    every = [Point(f"run-{n}", 7.0 + n, 2.0 - n, "#0072B2", "o", x_se=0.2, y_se=0.5) for n in range(3)]
+    limit = figures.Limit(math.log(20_001), "(20,000 + 1)")
+    names = ("mi_train", figures.ABOVE)
+    figures.perplexity_information(tmp_path, "p", "P", names, every, every, limit, {"language model": 0.0}, 13.0)
+    words = texts(tmp_path / "p.svg")
+    assert {
+        "language model",
+        "limit of the estimate, ln (20,000 + 1): 9.90 nats",
+        "mi_train: mutual information (nats)",
+        "iw_nll minus that of the language model (nats per sentence)",
+        "perplexity per word, relative to the language model",
+    } <= set(words)
+    # Three points with two bars each.
+    drawn = (tmp_path / "p.svg").read_text(encoding="utf-8")
+    assert len(re.findall(r'<g id="LineCollection_\d+">', drawn)) == 6
+    figures.perplexity_information(tmp_path, "q", "P", names, points(2.0, 1.0, 0.0), every, None, {}, None)
+    assert "LineCollection" not in (tmp_path / "q.svg").read_text(encoding="utf-8")
+
+
+def test_bars_are_inside_the_axes_unless_they_would_hide_the_points() -> None:
+    with style.figure(4, 3) as figure:
+        axes = figure.subplots()
+        narrow = [Point("a", 1.0, 10.0, "#0072B2", "o", y_se=2.0), Point("b", 3.0, 20.0, "#0072B2", "o", y_se=500.0)]
+        planes._set_limits(axes, narrow, [])
+        low, high = axes.get_ylim()
+        assert 0 <= low < 8.0
+        assert 30.0 < high < 40.0
 
 
 def test_what_is_no_outlier() -> None:

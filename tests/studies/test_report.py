@@ -12,12 +12,15 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from PIL import Image
+from safetensors.numpy import load_file
 
+from support.evaluated import change_evaluation
 from support.tiny import make_base
 from vae_ds import cli
 from vae_ds.config.settings import RunConfig
 from vae_ds.config.yaml_tree import override
 from vae_ds.data.corpora import grammar
+from vae_ds.runtime.evaluations import with_error
 from vae_ds.studies import figures, runs, setting_words
 from vae_ds.studies.figures import Curve, Point
 from vae_ds.studies.paper import printed_rows
@@ -111,7 +114,10 @@ def test_the_numbers_are_those_of_the_evaluations(trained: Path, report: Path) -
         assert layout[name]["tokens_per_sentence"] == str(int(str(metrics["tokens"])) / 20)
     assert {every[name]["set:phases.warmup.denoise"] for name in ("plain", "yardstick")} == {"0"}
     assert every["noisy"]["set:phases.warmup.denoise"] == "0.4"
-    assert every["plain"]["verdict"] == evaluation(trained / "study/plain")["verdict"]
+    for key in ("verdict", "cost", "above_yardstick_se"):
+        assert every["plain"][key] == str(evaluation(trained / "study/plain")[key])
+    page = (report / "report.md").read_text(encoding="utf-8")
+    assert f"- plain: cost: {every['plain']['cost']}".replace("iw_nll", "iw\\_nll") in page
     assert layout["yardstick"]["model"] == "plain language model"
     assert layout["noisy"]["model"] == "Max pool + Denoise 0.4 + KLT 0.5 (per_dim)"
 
@@ -134,15 +140,100 @@ def test_runs_of_several_seeds_have_their_mean(trained: Path, tmp_path: Path) ->
         shutil.copytree(trained / "study" / "plain", folder)
         recipe = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) | {"seed": 7 * number}
         (folder / "config.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        changed = evaluation(folder) | {"rec": 50.0 + 4 * number}
-        (folder / "eval-test.json").write_text(json.dumps(changed), encoding="utf-8")
+        change_evaluation(folder, rec=50.0 + 4 * number)
     assert code_of("report", *folders, "--to", tmp_path / "report") == 0
     (row,) = rows_of(tmp_path / "report" / "seeds.csv").values()
     assert (row["run"], row["seeds"], row["rec_mean"]) == ("plain", "2", "52.0")
     assert float(row["rec_sd"]) == pytest.approx(8**0.5)
+    assert float(row["rec_se"]) == pytest.approx(2.0)
     assert (row["kl_mean"], row["kl_sd"]) == (str(evaluation(folders[1])["kl"]), "0.0")
+    assert row["mi_train_mean"] == str(evaluation(folders[1])["mi_train"])
     page = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
-    assert re.search(r"^\| plain \| 2 \| 52\.00 ± 2\.83 \|", page, re.M)
+    assert re.search(r"^\| plain \| 2 \| 52 ± 2 \|", page, re.M)
+
+
+def copied(run: Path, to: Path, seed: int) -> Path:
+    """A copy of a run, as if it had another seed."""
+    shutil.copytree(run, to)
+    recipe = yaml.safe_load((to / "config.yaml").read_text(encoding="utf-8")) | {"seed": seed}
+    (to / "config.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return to
+
+
+def differences_of(report: Path) -> dict[tuple[str, str], dict[str, str]]:
+    with (report / "differences.csv").open(encoding="utf-8", newline="") as file:
+        return {(row["run"], row["to"]): row for row in csv.DictReader(file)}
+
+
+def test_differences_are_paired_by_sentence(trained: Path, report: Path) -> None:
+    """Against arithmetic on the files of the evaluations."""
+    found = differences_of(report)
+    # `noisy` is the first of two runs, so its settings are the usual ones.
+    assert set(found) == {("plain", "noisy"), ("noisy", "yardstick"), ("plain", "yardstick")}
+    files = {"noisy": "study/noisy", "plain": "study/plain", "yardstick": "yardstick"}
+    values = {name: load_file(trained / run / "eval-test.safetensors") for name, run in files.items()}
+    expected = {
+        ("plain", "noisy", "kl"): values["plain"]["kl"] - values["noisy"]["kl"],
+        ("plain", "noisy", "iw_nll"): values["plain"]["iw_nll"] - values["noisy"]["iw_nll"],
+        ("plain", "yardstick", "nelbo"): values["plain"]["rec"] + values["plain"]["kl"] - values["yardstick"]["rec"],
+    }
+    for (run, to, name), gaps_N in expected.items():
+        row = found[run, to]
+        assert (row["over"], row["seeds"], row[f"{name}_count"]) == ("sentences", "0", "20")
+        assert float(row[f"{name}_mean"]) == pytest.approx(gaps_N.mean(), rel=1e-4)
+        assert float(row[f"{name}_se"]) == pytest.approx(gaps_N.std(ddof=1) / 20**0.5, rel=1e-4)
+    assert float(found["plain", "yardstick"]["iw_nll_mean"]) == pytest.approx(
+        float(str(evaluation(trained / "study/plain")["above_yardstick"])), rel=1e-4
+    )
+    assert found["plain", "yardstick"]["kl_mean"] == ""
+    swapped = [values[name]["rec_swapped"] - values[name]["rec"] for name in ("plain", "noisy")]
+    assert float(found["plain", "noisy"]["z_gain_mean"]) == pytest.approx((swapped[0] - swapped[1]).mean(), rel=1e-3)
+
+
+def test_differences_of_several_seeds_are_paired_by_seed(trained: Path, tmp_path: Path) -> None:
+    """The runs of seed 1 are 30 nats worse, all of them: it does not change the differences, nor their error."""
+    rec = float(str(evaluation(trained / "study" / "plain")["rec"]))
+    for seed in (0, 1):
+        plain = copied(trained / "study" / "plain", tmp_path / "runs" / f"a-plain+seed={seed}", seed)
+        noisy = copied(trained / "study" / "noisy", tmp_path / "runs" / f"b-noisy+seed={seed}", seed)
+        copied(trained / "yardstick", tmp_path / "runs" / f"lm+seed={seed}", seed)
+        change_evaluation(plain, rec=rec + 30 * seed)
+        change_evaluation(noisy, rec=rec + 30 * seed + 1 + 2 * seed)
+    # Without a run of their seeds to be paired with.
+    copied(trained / "study" / "plain", tmp_path / "runs" / "a-plain+seed=8", 8)
+    copied(trained / "study" / "noisy", tmp_path / "runs" / "b-noisy+seed=7", 7)
+    assert code_of("report", tmp_path / "runs", "--to", tmp_path / "report") == 0
+    found = differences_of(tmp_path / "report")
+    assert set(found) == {("b-noisy", "a-plain"), ("a-plain", "lm"), ("b-noisy", "lm")}
+    row = found["b-noisy", "a-plain"]
+    assert (row["seeds"], row["over"], row["rec_count"]) == ("0, 1", "seeds", "2")
+    assert float(row["rec_mean"]) == pytest.approx(2.0, abs=1e-4)
+    assert float(row["rec_se"]) == pytest.approx(1.0, abs=1e-4)
+    page = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert re.search(r"^\| b-noisy \| a-plain \| 0, 1 \| seeds \|", page, re.M)
+    assert "standard error over the\n  S seeds" in page
+
+
+def test_runs_of_two_tokenizers_are_not_compared(trained: Path, tmp_path: Path) -> None:
+    """The settings of the data are the same: only the fingerprint tells."""
+    for name in ("one", "two"):
+        for run in ("plain", "noisy"):
+            shutil.copytree(trained / "study" / run, tmp_path / "runs" / f"{name}-{run}")
+    for run in ("plain", "noisy"):
+        folder = tmp_path / "runs" / f"two-{run}"
+        change_evaluation(folder, data={**evaluation(folder)["data_fingerprint"], "tokenizer": "ABCDEF0123456789"})  # type: ignore[dict-item]
+    shutil.copytree(trained / "study" / "left", tmp_path / "runs" / "left")
+    groups = runs.by_data(runs.read_runs([tmp_path / "runs"]))
+    assert sorted([run.name for run in members] for members in groups.values()) == [
+        ["one-noisy", "one-plain", "left"],
+        ["two-noisy", "two-plain"],
+    ]
+    assert code_of("report", tmp_path / "runs", "--to", tmp_path / "report") == 0
+    assert (tmp_path / "report" / "rate-distortion-grammar-tokenizer-ABCDEF.png").is_file()
+    found = differences_of(tmp_path / "report")
+    assert set(found) == {("one-plain", "one-noisy"), ("two-plain", "two-noisy")}
+    assert found["two-plain", "two-noisy"]["data"] == "grammar, tokenizer ABCDEF"
+    assert code_of("compare", tmp_path / "runs") == 2
 
 
 def files_of(report: Path) -> list[str]:
@@ -165,11 +256,12 @@ def test_the_page_shows_what_the_folder_has(report: Path) -> None:
     for name in files_of(report):
         assert name == "report.md" or f"({name})" in page
     first_table = next(line for line in page.split("\n") if line.startswith("|"))
-    assert first_table.split(" | ")[1:7] == ["verdict", "rec", "kl", "nelbo", "iw_nll", "ppl"]
+    assert first_table.split(" | ")[1:7] == ["verdict", "rec", "kl", "nelbo", "iw_nll", "above_yardstick"]
     for name, row in rows_of(report / "runs.csv").items():
         if row["rec"]:
             assert any(
-                line.startswith(f"| {name} |") and f"{float(row['rec']):.2f}" in line for line in page.split("\n")
+                line.startswith(f"| {name} |") and with_error(float(row["rec"]), float(row["rec_se"])) in line
+                for line in page.split("\n")
             )
 
 
@@ -245,10 +337,12 @@ def test_the_figures_name_the_runs_by_what_differs(report: Path, trained: Path) 
     assert f"entropy of the source: {grammar.entropy_nats():.1f} nats" in words
     assert evaluation(trained / "yardstick")["truncated"] == 0
     assert any(word.startswith("nelbo ") for word in words)
-    nll = float(str(evaluation(trained / "yardstick")["iw_nll"]))
     words = texts(report / "perplexity-information.svg")
-    assert {"Pareto front", f"language model: {nll:.1f} nats", "iw_nll (nats per sentence)"} <= set(words)
-    assert any(word.startswith("perplexity per word (") for word in words)
+    assert {"Pareto front", "language model", "iw_nll minus that of the language model (nats per sentence)"} <= set(
+        words
+    )
+    assert "mi_train: mutual information (nats)" in words
+    assert "perplexity per word, relative to the language model" in words
 
 
 def test_many_runs_are_drawn_by_what_they_differ_in(trained: Path, tmp_path: Path) -> None:
@@ -264,8 +358,9 @@ def test_many_runs_are_drawn_by_what_they_differ_in(trained: Path, tmp_path: Pat
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         (run / "config.yaml").write_text(yaml.safe_dump(override(config, words)), encoding="utf-8")
-        found = evaluation(run) | {"mi": 1 + number / 10, "iw_nll": 500.0 if name == "bits-2" else 50.0 + number}
-        (run / "eval-test.json").write_text(json.dumps(found), encoding="utf-8")
+        # Without a yardstick and training sentences, as `vae-ds evaluate` has it by default.
+        nll = 500.0 if name == "bits-2" else 50.0 + number
+        change_evaluation(run, mi=1 + number / 10, iw_nll=nll, above_yardstick=None, mi_train=None)
     folder = tmp_path / "out"
     assert code_of("report", tmp_path / "study", trained / "yardstick", "--to", folder) == 0
     # Up to the end of phase 1, what phase 2 has cannot tell runs apart.
@@ -284,6 +379,8 @@ def test_many_runs_are_drawn_by_what_they_differ_in(trained: Path, tmp_path: Pat
         assert not any(re.match(r"free_bits|phases\.", word) for word in found_words)
     # bits-2 is worse than all others by far: it is beyond the axes, and named.
     words = texts(folder / "perplexity-information.svg")
+    nll = float(str(evaluation(trained / "yardstick")["iw_nll"]))
+    assert {f"language model: {nll:.1f} nats", "iw_nll (nats per sentence)"} <= set(words)
     notes = [word for word in words if "Beyond the axes" in word]
     assert len(notes) == 1
     assert notes[0].endswith("bits-2 (1.70, 500.0)")
@@ -310,7 +407,7 @@ def test_a_run_has_one_colour_in_all_figures(
         shutil.copytree(trained / "study" / "plain", run)
         changed = override(recipe, [f"phases.1.free_bits.nats={n / 4}"])
         (run / "config.yaml").write_text(yaml.safe_dump(changed), encoding="utf-8")
-        (run / "eval-test.json").write_text(json.dumps(evaluation(run) | {"kl": 2.0 + n}), encoding="utf-8")
+        change_evaluation(run, kl=2.0 + n)
     curves: dict[str, str] = {}
     points: dict[str, set[str]] = defaultdict(set)
 
@@ -439,6 +536,72 @@ def test_a_broken_evaluation(tmp_path: Path, trained: Path, capsys: pytest.Captu
     assert_one_line(capsys, "eval-test.json")
 
 
+def changed(run: Path, to: Path, *settings: str) -> Path:
+    """A copy of a run with other settings."""
+    shutil.copytree(run, to)
+    recipe = yaml.safe_load((to / "config.yaml").read_text(encoding="utf-8"))
+    (to / "config.yaml").write_text(yaml.safe_dump(override(recipe, settings)), encoding="utf-8")
+    return to
+
+
+def test_a_yardstick_of_other_data(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (trained / "study" / "plain" / "eval-test.json").read_bytes()
+    for number, (setting, told) in enumerate(
+        {
+            "data.max_tokens=20": "other lengths of the kept text (data.max_tokens)",
+            "data.seed=5": "other sentences",
+        }.items()
+    ):
+        run = changed(trained / "study" / "plain", tmp_path / f"run-{number}", setting)
+        assert code_of("evaluate", run, "--yardstick", trained / "yardstick") == 2
+        assert_one_line(capsys, f"{trained / 'yardstick'} cannot be compared with {run}: it has {told}")
+        assert (run / "eval-test.json").read_bytes() == before
+
+
+def test_a_split_of_one_sentence_has_no_errors(
+    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is evaluated, compared and reported, without what needs two sentences."""
+    one = "data.sentences.test=1"
+    runs = [changed(trained / name, tmp_path / name, one) for name in ("yardstick", "study/plain", "study/noisy")]
+    for run in runs:
+        yardstick = [] if run is runs[0] else ["--yardstick", runs[0]]
+        assert code_of("evaluate", run, *yardstick, "--mi-train-sentences", "30") == 0
+    found = evaluation(runs[1])
+    assert (found["z_gain"], found["rec_se"], found["above_yardstick_se"]) == (None, None, None)
+    assert found["mi_train_sentences"] == 30
+    assert "plain: 1 sentence is too few for standard errors, z_gain and a verdict" in capsys.readouterr().out
+    assert code_of("compare", *runs) == 0
+    assert code_of("report", *runs, "--to", tmp_path / "out") == 0
+    row = differences_of(tmp_path / "out")["noisy", "yardstick"]
+    plain, noisy = (float(str(evaluation(run)["rec"])) for run in (runs[0], runs[2]))
+    assert float(row["rec_mean"]) == pytest.approx(noisy - plain, rel=1e-5)
+    assert row["rec_se"] == ""
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_an_evaluation_of_an_older_version(
+    command: str, tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It does not say what it was computed on."""
+    old = shutil.copytree(trained / "study" / "plain", tmp_path / "old")
+    found = {key: value for key, value in evaluation(old).items() if key != "data_fingerprint"}
+    (old / "eval-test.json").write_text(json.dumps(found), encoding="utf-8")
+    target = ["--to", tmp_path / "out"] if command == "report" else []
+    assert code_of(command, trained / "study" / "noisy", old, *target) == 2
+    assert_one_line(capsys, f"write it again with `vae-ds evaluate {old} --split test`")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_values_of_the_sentences(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Differences need them; a run alone does not."""
+    run = shutil.copytree(trained / "study" / "plain", tmp_path / "run")
+    (run / "eval-test.safetensors").unlink()
+    assert code_of("report", trained / "yardstick", run, "--to", tmp_path / "out") == 2
+    assert_one_line(capsys, f"{run}/eval-test.safetensors: no such file; write it with `vae-ds evaluate {run}")
+    assert code_of("report", run, "--to", tmp_path / "out") == 0
+
+
 def test_the_yardstick_alone_has_tables_and_no_figure(tmp_path: Path, trained: Path) -> None:
     assert code_of("report", trained / "yardstick", "--to", tmp_path / "out") == 0
     assert not list((tmp_path / "out").glob("*.png"))
@@ -469,7 +632,7 @@ def test_the_tables_of_the_paper_need_a_reason(
 def test_unknown_tokens_are_noted_from_one_percent_on(trained: Path, tmp_path: Path) -> None:
     for name, share in (("little", 0.0099), ("much", 0.0123)):
         run = shutil.copytree(trained / "study" / "plain", tmp_path / "runs" / name)
-        (run / "eval-test.json").write_text(json.dumps(evaluation(run) | {"unk": share}), encoding="utf-8")
+        change_evaluation(run, unk=share)
     assert code_of("report", tmp_path / "runs", "--to", tmp_path / "out") == 0
     page = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "- much: 1.2% of the tokens are unknown to the tokenizer" in page
@@ -481,6 +644,7 @@ def test_a_directory_of_runs_can_be_compared(trained: Path, capsys: pytest.Captu
     assert code_of("compare", trained / "study", trained / "yardstick") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[3:6]] == ["noisy", "plain", "yardstick"]
+    assert any(line.split()[:2] == ["minus", "noisy"] for line in lines)
     assert lines[-1] == f" not evaluated on the test split: {trained / 'study' / 'left'}"
     assert code_of("compare", trained / "study", "--json") == 0
     found = json.loads(capsys.readouterr().out)

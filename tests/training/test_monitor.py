@@ -119,17 +119,21 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.Ca
             monitor.log(row(step))
         monitor.advance(1)
     monitor.evaluation(1000, "valid", {"rec": 90.0, "kl": 3.0, "nelbo": 93.0, "iw_nll": None, "verdict": None})
-    monitor.evaluation(1000, "valid", {"rec": 90.0, "verdict": "uses z", "verdict_reason": "as told"})
+    told = {"rec": 90.0, "verdict": "uses z", "verdict_reason": "as told", "cost": "unknown without a yardstick"}
+    monitor.evaluation(1000, "valid", told)
+    beside = {"nelbo_above_yardstick": 2.0, "cost": "at most 2.00 nats per sentence above the yardstick (nelbo)"}
+    monitor.evaluation(1000, "valid", told | beside)
     monitor.close()
     out, err = capfd.readouterr()
     assert out == ""
     lines = err.splitlines()
     assert lines[0] == "full: 250/1000 steps"
     assert lines[1] == "full: 300/1000 steps (30%)  rec -200  kl 2.5  beta 0.1  12,346 tokens/s"
-    assert lines[-3].startswith("full: 1000/1000 steps (100%)")
-    assert lines[-2] == "valid at step 1000: nelbo 93  rec 90  kl 3"
-    assert lines[-1] == "valid at step 1000: rec 90  uses z"
-    assert len(lines) == 11
+    assert lines[-4].startswith("full: 1000/1000 steps (100%)")
+    assert lines[-3] == "valid at step 1000: nelbo 93  rec 90  kl 3"
+    assert lines[-2] == "valid at step 1000: rec 90  uses z"
+    assert lines[-1] == f"valid at step 1000: rec 90  uses z, {beside['cost']}"
+    assert len(lines) == 12
     assert "\x1b" not in err
     assert "\r" not in err
 

@@ -32,7 +32,7 @@ def test_a_status_counts_in_the_phase_and_in_the_run(tmp_path: Path, plans: list
     status.begin_phase(state)
     time.sleep(0.2)
     state.step = 15
-    status.validated(20, {"nelbo": 60.5, "kl": 9.0, "verdict": "uses z", "kl_per_dim": [1.0]})
+    status.validated(20, {"nelbo": 60.5, "kl": 9.0, "verdict": "uses z", "cost": "2 nats", "kl_per_dim": [1.0]})
     status.exported({"step": 20, "reason": "the best"})
     status.write("running", state, epoch=0.25, checkpoint="step-00000020")
     found = read(tmp_path)
@@ -44,6 +44,7 @@ def test_a_status_counts_in_the_phase_and_in_the_run(tmp_path: Path, plans: list
     validation = found["validation"]
     assert isinstance(validation, dict)
     assert (validation["step"], validation["nelbo"], validation["verdict"]) == (20, 60.5, "uses z")
+    assert validation["cost"] == "2 nats"
     assert "kl_per_dim" not in validation
     # 10 steps took at least 0.2 s, and 15 are left.
     left = found["seconds_left"]

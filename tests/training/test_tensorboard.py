@@ -111,9 +111,9 @@ def _resumed(run_dir: Path) -> None:
     monitor.begin_phase("full", 100, 0)
     for step in (35, 45, 55, 65):
         monitor.log(row(step, grad_norm=math.inf if step == 45 else 4.0))
-    verdict = {"verdict": "unused KL", "verdict_reason": "KL is 3.00 nats but <b>little</b> is read"}
+    verdict = {"verdict": "unused KL", "verdict_reason": "KL is 3.00 nats but <b>little</b> is read", "cost": "2 < 3"}
     pairs = [(SOURCE, "<script>alert(1)</script>"), ("two\nlines", "")]
-    extent = {"sentences": 2000, "iw_nll": None, "iw_samples": None}
+    extent = {"sentences": 2000, "iw_nll": None, "iw_samples": None, "mi_sentences": 2000, "rec_se": 0.5}
     monitor.evaluation(70, "valid", METRICS | verdict | extent, [1.0, 2.0, math.nan, 0.0], pairs, ["a prior sample"])
     monitor.end_run()
     monitor.close()
@@ -285,6 +285,7 @@ def test_the_histogram_of_units_and_the_texts_are_shown(board: Board) -> None:
     assert verdict["step"] == 70
     assert "<strong>unused KL</strong>" in verdict["text"]
     assert "KL is 3.00 nats but <b>little</b> is read" in html.unescape(verdict["text"])
+    assert "cost: 2 < 3" in html.unescape(verdict["text"])
     assert "a prior sample" in board.texts("valid/prior_samples")[0]["text"]
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vae_ds.cli.options import add_command, add_json, add_run, add_split, count, positive
+from vae_ds.cli.options import add_command, add_json, add_run, add_split, count, positive, two_or_more
 from vae_ds.errors import ConfigError
-from vae_ds.runtime import outlive_terminal, own_rank, records, run_dirs
+from vae_ds.runtime import evaluations, outlive_terminal, own_rank, records, run_dirs
 
 
 def add(subparsers: Any) -> None:
@@ -18,7 +18,7 @@ def add(subparsers: Any) -> None:
         "evaluate",
         evaluate,
         "compute all metrics of a run on one split",
-        "Writes RUN/eval-SPLIT.json and prints a table.",
+        "Writes RUN/eval-SPLIT.json, RUN/eval-SPLIT.safetensors with the values of each sentence, and prints a table.",
         [
             "vae-ds evaluate runs/demo-yardstick",
             "vae-ds evaluate runs/demo --yardstick runs/demo-yardstick",
@@ -38,6 +38,18 @@ def add(subparsers: Any) -> None:
         type=positive,
         metavar="N",
         help="sentences for iw_nll (default: evaluation.iw_sentences of the recipe)",
+    )
+    parser.add_argument(
+        "--mi-sentences",
+        type=two_or_more,
+        metavar="N",
+        help="sentences for mi and mi_train (default: evaluation.mi_sentences of the recipe)",
+    )
+    parser.add_argument(
+        "--mi-train-sentences",
+        type=count,
+        metavar="N",
+        help="training sentences for mi_train, 0 for none (default: evaluation.mi_train_sentences of the recipe)",
     )
     parser.add_argument(
         "--batch",
@@ -61,21 +73,22 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--yardstick",
         metavar="RUN",
-        help="an evaluated run of a plain language model (injection `none`), for lm_gain and forward_ppl "
-        "(default: without these two)",
+        help="a run of a plain language model (injection `none`), evaluated on the same sentences, for "
+        "above_yardstick, the cost of the code, and for lm_gain and forward_ppl (default: without these)",
     )
 
     parser = add_command(
         subparsers,
         "compare",
         compare,
-        "print one table of evaluated runs",
-        "Reads the stored evaluations and computes nothing.",
+        "print one table of evaluated runs, and their differences to the first run",
+        "Reads the stored evaluations. The runs must be evaluated on the same sentences, cut in the same way by the "
+        "same tokenizer. Differences are paired by sentence.",
         ["vae-ds compare runs/demo runs/demo-yardstick", "vae-ds compare runs"],
     )
     add_run(parser, "an evaluated run directory or model, or a directory of runs", name="runs", nargs="+")
     add_split(parser)
-    add_json(parser, "one JSON object, the metrics by run, instead of a table")
+    add_json(parser, "one JSON object, the metrics and differences by run, instead of tables")
 
     parser = add_command(
         subparsers,
@@ -106,6 +119,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     settings = {
         "iw_samples": arguments.iw_samples,
         "iw_sentences": arguments.iw_sentences,
+        "mi_sentences": arguments.mi_sentences,
+        "mi_train_sentences": arguments.mi_train_sentences,
         "batch": arguments.batch,
         "bleu_sentences": arguments.bleu_sentences,
         "samples": arguments.samples,
@@ -133,6 +148,7 @@ def _check(run: Path, recipe: str | None, yardstick: str | None, split: str) -> 
     if yardstick is not None:
         run_dirs.model_of(Path(yardstick))
         run_dirs.evaluated_in([yardstick], split)
+        evaluations.read_values(Path(yardstick), split)
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -140,7 +156,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
     paths, missing = run_dirs.evaluated_in(arguments.runs, arguments.split)
     if arguments.json:
-        print(records.strict_json(studies.read_evaluations(paths, arguments.split)))
+        print(records.strict_json(studies.with_differences(paths, arguments.split)))
         return
     studies.print_metrics(paths, arguments.split)
     if missing:

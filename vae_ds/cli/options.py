@@ -152,6 +152,11 @@ def positive(text: str) -> int:
     return _at_least(1, text)
 
 
+def two_or_more(text: str) -> int:
+    """Parse an integer of at least 2."""
+    return _at_least(2, text)
+
+
 def _at_least(least: int, text: str) -> int:
     value = int(text)
     if value < least:

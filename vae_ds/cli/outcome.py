@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vae_ds.config import RunConfig
 
 NATS = ("nelbo", "rec", "kl", "mi", "z_gain")
+UNKNOWN_COST = "unknown without a yardstick"  # what `evaluation.verdict.cost` says without one
 
 
 def lines(run_dir: Path, config: "RunConfig", was_done: bool) -> list[str]:
@@ -37,10 +38,14 @@ def lines(run_dir: Path, config: "RunConfig", was_done: bool) -> list[str]:
 
 
 def validation_terms(row: Mapping[str, Any]) -> str:
-    """The metrics of a validation with their units: `nelbo 63.95, ... nats per sentence, 32 active units, healthy`."""
+    """The metrics of a validation with their units: `nelbo 63.95, ... nats per sentence, 32 active units, uses z`.
+
+    With a yardstick, the cost of the code follows.
+    """
     nats = ", ".join(f"{key} {row[key]:.2f}" for key in NATS if row.get(key) is not None)
     units = f"{row['au']} active units" if row.get("au") is not None else ""
-    return ", ".join(filter(None, (f"{nats} nats per sentence" if nats else "", units, row.get("verdict"))))
+    cost = f"cost: {row['cost']}" if row.get("cost") not in (None, UNKNOWN_COST) else ""
+    return ", ".join(filter(None, (f"{nats} nats per sentence" if nats else "", units, row.get("verdict"), cost)))
 
 
 def _validation(row: Mapping[str, Any]) -> str:

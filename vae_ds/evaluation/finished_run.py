@@ -151,7 +151,7 @@ def _streamed(config: RunConfig, limit: int) -> list[str]:
     lines = corpora.open_stream(config.data)
     texts: list[str] = []
     for window in range(lines.windows):
-        texts += lines.window(window, config.seed, 0, 0)
+        texts += lines.window(window, config.seed, 0, 0).sentences
         if len(texts) >= limit:
             break
     return texts[:limit]

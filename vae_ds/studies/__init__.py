@@ -4,6 +4,6 @@ Depends on `training`, `evaluation`, `data`, `distributed`, `runtime` and `confi
 """
 
 from vae_ds.studies import report, study
-from vae_ds.studies.metric_tables import print_metrics, read_evaluations
+from vae_ds.studies.metric_tables import print_metrics, with_differences
 
-__all__ = ["print_metrics", "read_evaluations", "report", "study"]
+__all__ = ["print_metrics", "report", "study", "with_differences"]

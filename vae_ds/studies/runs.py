@@ -13,13 +13,14 @@ from typing import Any
 from vae_ds import config as configuration
 from vae_ds.config import RunConfig
 from vae_ds.errors import CheckpointError
-from vae_ds.runtime import records, run_dirs
+from vae_ds.runtime import evaluations, records, run_dirs
 from vae_ds.studies import metric_tables, setting_words
 
 # Settings that change neither the optimisation nor the text.
 QUIET = ("name", "data.cache_dir", "batch.micro", "logging.", "checkpoint.", "timeouts.", "validation.", "evaluation.")
 NO_LATENT = "none"
 SEED = "seed"
+DIGITS = 6  # of a fingerprint, where it is the name of a tokenizer or a text
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Run:
         """The settings of the data. They are equal for runs whose nats per sentence can be compared."""
         return {key: value for key, value in self.settings.items() if key.startswith("data.")}
 
+    @property
+    def fingerprint(self) -> dict[str, str] | None:
+        """What the evaluation says of its data; None if the run was not evaluated."""
+        return self.metric(evaluations.FINGERPRINT)
+
     def metric(self, key: str) -> Any:
         """A metric of the evaluation, or None."""
         return (self.metrics or {}).get(key)
@@ -52,12 +58,10 @@ def read_runs(paths: Sequence[str | Path], split: str = "test") -> list[Run]:
     """Read the run directories among `paths`, and all runs in those paths that are directories of runs (a study's).
 
     A run's name is that of its folder, or its path if two folders have the same name. Raises CheckpointError for a
-    path that is neither and for a broken file, ConfigError for a `config.yaml` that is not the recipe of a run.
+    path that is neither, for a broken file, and for an evaluation that does not name its data; ConfigError for a
+    `config.yaml` that is not the recipe of a run.
     """
-    folders = run_dirs.runs_in(paths)
-    return [
-        _read(folder, label, split) for folder, label in zip(folders, metric_tables.labels_of(folders), strict=True)
-    ]
+    return [_read(folder, label, split) for label, folder in metric_tables.by_label(run_dirs.runs_in(paths)).items()]
 
 
 def validations(run: Run) -> dict[int, list[dict[str, Any]]]:
@@ -82,16 +86,46 @@ def validations(run: Run) -> dict[int, list[dict[str, Any]]]:
 
 
 def by_data(every: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs by the name of their data: the corpus, and the settings that differ between data sets of one corpus."""
-    groups: dict[str, list[Run]] = {}
+    """The runs by the name of their data. Runs of a group have the same settings of the data, and the same sentences.
+
+    The name has the corpus, the settings that differ between data sets of one corpus, and, between runs with equal
+    settings, the tokenizer or the text. An unevaluated run is in the group of the evaluated ones with its settings.
+    """
+    by_settings: dict[str, list[Run]] = {}
     for run in every:
-        groups.setdefault(json.dumps(run.data, sort_keys=True), []).append(run)
-    firsts = [members[0].data for members in groups.values()]
-    found = {}
-    for data, members in zip(firsts, groups.values(), strict=True):
+        by_settings.setdefault(json.dumps(run.data, sort_keys=True), []).append(run)
+    firsts = [members[0].data for members in by_settings.values()]
+    found: dict[str, list[Run]] = {}
+    for data, members in zip(firsts, by_settings.values(), strict=True):
         corpus = data["data.corpus"]
         keys = differing([other for other in firsts if other["data.corpus"] == corpus])
-        found[", ".join(filter(None, (corpus, setting_words.label(data, keys))))] = members
+        name = ", ".join(filter(None, (corpus, setting_words.label(data, keys))))
+        found |= {", ".join(filter(None, (name, more))): runs for more, runs in _by_fingerprint(members).items()}
+    return found
+
+
+def _by_fingerprint(members: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs with equal data settings by what their evaluations say of the data, "" if that is the same for all."""
+    groups: dict[str, list[Run]] = {}
+    for run in members:
+        if run.fingerprint is not None:
+            groups.setdefault(json.dumps(run.fingerprint, sort_keys=True), []).append(run)
+    if len(groups) < 2:
+        return {"": list(members)}
+    prints = [runs[0].fingerprint or {} for runs in groups.values()]
+    differ = [part for part in evaluations.PARTS if len({one[part] for one in prints}) > 1]
+    # The kept lengths follow from the tokenizer and the texts.
+    parts = [part for part in differ if part != "lengths"] or differ
+    names = [", ".join(f"{part} {one[part][:DIGITS]}" for part in parts) for one in prints]
+    bases = [Path(runs[0].config.model.base).name for runs in groups.values()]
+    if parts == ["tokenizer"] and len(set(bases)) == len(bases):
+        names = [f"tokenizer of {base}" for base in bases]
+    found = dict(zip(names, groups.values(), strict=True))
+    for run in members:
+        if run.fingerprint is None:
+            # The tokenizer is that of the base.
+            same = [runs for runs in found.values() if runs[0].config.model.base == run.config.model.base]
+            (same or list(found.values()))[0].append(run)
     return found
 
 
@@ -128,13 +162,25 @@ def differing(every: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def by_seed(every: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """The runs that were repeated with other seeds, with their common name. Runs with one seed are left out."""
-    groups: dict[str, list[Run]] = {}
+    """The runs in groups that differ only in the seed, with their common name. A group has each seed once.
+
+    A run that repeats settings and seed of another begins a further group.
+    """
+    groups: dict[str, list[list[Run]]] = {}
     for run in every:
         kept = {key: value for key, value in run.settings.items() if key != SEED and not key.startswith(QUIET)}
-        groups.setdefault(json.dumps(kept, sort_keys=True), []).append(run)
-    several = [members for members in groups.values() if len({run.config.seed for run in members}) > 1]
-    return [(members[0].name.replace(f"+{SEED}={members[0].config.seed}", ""), members) for members in several]
+        same = groups.setdefault(json.dumps(kept, sort_keys=True), [])
+        free = [members for members in same if run.config.seed not in {other.config.seed for other in members}]
+        if free:
+            free[0].append(run)
+        else:
+            same.append([run])
+    return [(_common_name(members), members) for same in groups.values() for members in same]
+
+
+def _common_name(members: Sequence[Run]) -> str:
+    first = members[0]
+    return first.name if len(members) == 1 else first.name.replace(f"+{SEED}={first.config.seed}", "")
 
 
 def by_topic(every: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -162,7 +208,8 @@ def _read(folder: Path, name: str, split: str) -> Run:
     status = records.read_status(folder)
     metrics = None
     if (folder / f"eval-{split}.json").is_file():
-        (metrics,) = metric_tables.read_evaluations([folder], split).values()
+        metrics = evaluations.read(folder, split)
+        evaluations.fingerprint_of(folder, split, metrics)
     state = records.of_the_living(status)["state"] if status else "unknown"
     return Run(name, folder, config, _settings(config), state, metrics)
 

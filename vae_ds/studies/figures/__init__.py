@@ -4,16 +4,26 @@
 """
 
 from vae_ds.studies.figures.curves import PANELS, Curve, natural_order, phase
-from vae_ds.studies.figures.planes import REFERENCE_MARKER, Point, describe, perplexity_information, rate_distortion
+from vae_ds.studies.figures.planes import (
+    ABOVE,
+    REFERENCE_MARKER,
+    Limit,
+    Point,
+    describe,
+    perplexity_information,
+    rate_distortion,
+)
 from vae_ds.studies.figures.style import BLACK, COLOURS, MARKERS, shade
 
 __all__ = [
+    "ABOVE",
     "BLACK",
     "COLOURS",
     "MARKERS",
     "PANELS",
     "REFERENCE_MARKER",
     "Curve",
+    "Limit",
     "Point",
     "describe",
     "natural_order",

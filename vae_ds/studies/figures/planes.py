@@ -30,6 +30,7 @@ LABEL_SIZE = 7
 REFERENCE_MARKER = "*"  # larger than the others and in front of them
 POINT_PIXELS = 6  # half the side of a point's box
 LEADER_PIXELS = 11  # a label further away has a line to its point
+ABOVE = "above_yardstick"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Point:
     `group`: its entry in the legend, shared by the points that look alike; None for a point without an entry.
     `group_colour`: that of the entry, where the points have shades of it.
     `is_named`: whether its label is written beside it, if there is room; earlier points go first.
+    `x_se`, `y_se`: standard errors, drawn as bars; None for none.
     """
 
     label: str
@@ -49,6 +51,20 @@ class Point:
     group: str | None = None
     group_colour: str | None = None
     is_named: bool = True
+    x_se: float | None = None
+    y_se: float | None = None
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The highest value that an estimate can have: `nats`, which is ln of `count`, as the legend names it."""
+
+    nats: float
+    count: str
+
+    @property
+    def label(self) -> str:
+        return f"limit of the estimate, ln {self.count}: {self.nats:.2f} nats"
 
 
 def rate_distortion(
@@ -93,47 +109,54 @@ def perplexity_information(
     folder: Path,
     name: str,
     title: str,
-    metric: str,
+    metrics: tuple[str, str],
     points: Sequence[Point],
     front: Sequence[Point],
-    ceiling_nats: float | None,
+    limit: Limit | None,
     yardsticks: Mapping[str, float],
     words_per_sentence: float | None,
 ) -> list[Point]:
-    """Write `metric` (y, nats per sentence, lower is better) against mutual information (x, higher is better).
+    """Write a likelihood (y, nats per sentence, lower is better) against the mutual information (x).
 
-    `front`: the points of the Pareto front from the lowest x on. `ceiling_nats`: the limit of x. `yardsticks`: the same
-    metric of plain language models, which have no x, by label. With `words_per_sentence`, an axis on the right has the
-    perplexity per word. Returns the outliers, which are beyond the axes.
+    `metrics`: the names of x and y; y `above_yardstick` is the difference to the language model. `front`: the points of
+    the Pareto front from the lowest x on. `limit`: that of the estimate x. `yardsticks`: y of plain language models,
+    which have no x, by label. With `words_per_sentence`, an axis on the right has the perplexity per word, for
+    `above_yardstick` relative to that of the language model. Returns the outliers, which are beyond the axes.
     """
+    (x_name, y_name), is_relative = metrics, metrics[1] == ABOVE
     inside, outliers = _split(points, x_too=False)
-    note = _note(outliers, "mi", metric)
-    marks = [(f"{label}: {nll:.1f} nats", nll) for label, nll in yardsticks.items()]
-    ceiling = [] if ceiling_nats is None else [f"ceiling of mi: {ceiling_nats:.2f} nats"]
-    labels = [*_groups(inside), "Pareto front", *ceiling, *(label for label, _ in marks)]
+    note = _note(outliers, x_name, y_name)
+    marks = [(label if is_relative else f"{label}: {nll:.1f} nats", nll) for label, nll in yardsticks.items()]
+    labels = [*_groups(inside), "Pareto front", *([limit.label] if limit else []), *(label for label, _ in marks)]
     with style.figure(WIDTH, _height(labels, note)) as figure:
         axes = figure.subplots()
         _title(figure, axes, title, note)
-        axes.set(xlabel="mi: mutual information (nats)", ylabel=f"{metric} (nats per sentence)")
+        what = "iw_nll minus that of the language model" if is_relative else y_name
+        axes.set(xlabel=f"{x_name}: mutual information (nats)", ylabel=f"{what} (nats per sentence)")
         right = max(point.x for point in inside)
-        # A ceiling far away would push the points together.
-        if ceiling_nats is not None and ceiling_nats - right > max(1.0, 0.3 * right):
-            ceiling_nats = None
+        # A limit far away would push the points together.
+        if limit is not None and limit.nats - right > max(1.0, 0.3 * right):
+            limit = None
         low = min(point.y for point in inside)
-        _set_limits(axes, inside, [*((right, nll) for _, nll in marks), (ceiling_nats or right, low)])
+        further = [*((right, nll) for _, nll in marks), (limit.nats if limit else right, low)]
+        if is_relative:
+            # The language model's line would coincide with the lower edge.
+            further.append((right, -SPACE * max(abs(point.y) for point in inside)))
+        _set_limits(axes, inside, further)
         _scatter(axes, inside)
         steps = [(point.x, point.y) for point in front]
         axes.plot(*zip(*steps, strict=True), color=style.GREY, linewidth=1, drawstyle="steps-pre", label="Pareto front")
         corners = [(x, y) for (x, _), (_, y) in itertools.pairwise(steps)]
         lines = [[corner for pair in zip(steps, [*corners, steps[-1]], strict=True) for corner in pair]]
-        if ceiling_nats is not None:
-            axes.axvline(ceiling_nats, color=style.BLACK, linewidth=1, linestyle=":", label=ceiling[0])
-            lines.append([(ceiling_nats, value) for value in axes.get_ylim()])
+        if limit is not None:
+            axes.axvline(limit.nats, color=style.BLACK, linewidth=1, linestyle=":", label=limit.label)
+            lines.append([(limit.nats, value) for value in axes.get_ylim()])
         for label, nll in marks:
             axes.axhline(nll, color=style.BLACK, linewidth=1, linestyle="--", label=label)
             lines.append([(value, nll) for value in axes.get_xlim()])
         if words_per_sentence is not None:
-            _perplexity_axis(axes, words_per_sentence)
+            _perplexity_axis(axes, words_per_sentence, is_relative)
+        lines += _bars(inside)
         _legend(figure, axes)
         _name_points(figure, axes, inside, lines, [])
         style.save(figure, folder, name)
@@ -199,11 +222,17 @@ def _groups(points: Sequence[Point]) -> dict[str, list[Point]]:
 
 
 def _set_limits(axes: Axes, points: Sequence[Point], further: Sequence[tuple[float, float]]) -> None:
-    """Limits around the points and `further` positions, with a margin; no negative part beside values from 0 on."""
-    for which, values in (
-        ("x", [point.x for point in points] + [x for x, _ in further]),
-        ("y", [point.y for point in points] + [y for _, y in further]),
+    """Limits around the points, their bars and `further` positions, with a margin; not below 0 beside values from 0 on.
+
+    A bar that would take more of the axis than the points is cut.
+    """
+    for which, places, others in (
+        ("x", [(point.x, point.x_se or 0.0) for point in points], [x for x, _ in further]),
+        ("y", [(point.y, point.y_se or 0.0) for point in points], [y for _, y in further]),
     ):
+        values = [value for value, _ in places] + others
+        widest = max(values) - min(values) or math.inf
+        values += [value + sign * min(se, widest) for value, se in places for sign in (-1, 1)]
         low, high = min(values), max(values)
         space = SPACE * (high - low or abs(high) or 1.0)
         start = 0.0 if low >= 0 > low - space else low - space
@@ -212,6 +241,11 @@ def _set_limits(axes: Axes, points: Sequence[Point], further: Sequence[tuple[flo
 
 def _scatter(axes: Axes, points: Sequence[Point]) -> None:
     for point in points:
+        if point.x_se is not None or point.y_se is not None:
+            axes.errorbar(
+                [point.x], [point.y], xerr=point.x_se, yerr=point.y_se, fmt="none", ecolor=point.colour,
+                elinewidth=0.8, alpha=0.7, zorder=3.5,
+            )  # fmt: skip
         axes.plot(
             [point.x], [point.y], color=point.colour, marker=point.marker, markeredgecolor="white",
             markersize=9 if point.marker == REFERENCE_MARKER else 6, markeredgewidth=0.4, linestyle="none",
@@ -220,6 +254,12 @@ def _scatter(axes: Axes, points: Sequence[Point]) -> None:
     for group, members in _groups(points).items():
         first = members[0]
         axes.plot([], [], color=first.group_colour or first.colour, marker=first.marker, linestyle="none", label=group)
+
+
+def _bars(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
+    """The bars of standard errors as lines, which labels avoid."""
+    across = [[(p.x - p.x_se, p.y), (p.x + p.x_se, p.y)] for p in points if p.x_se]
+    return across + [[(p.x, p.y - p.y_se), (p.x, p.y + p.y_se)] for p in points if p.y_se]
 
 
 def _lines_of_equal_sums(axes: Axes) -> list[Box]:
@@ -250,8 +290,11 @@ def _lines_of_equal_sums(axes: Axes) -> list[Box]:
     return [Box(extent.x0, extent.y0, extent.x1, extent.y1) for extent in extents]
 
 
-def _perplexity_axis(axes: Axes, words: float) -> None:
-    """The perplexity per word on the right: exp(nats per sentence / words per sentence)."""
+def _perplexity_axis(axes: Axes, words: float, is_relative: bool) -> None:
+    """The perplexity per word on the right: exp(nats per sentence / words per sentence).
+
+    Of a difference in nats, it is the perplexity divided by that of the language model.
+    """
     import numpy
 
     right = axes.secondary_yaxis(
@@ -261,7 +304,8 @@ def _perplexity_axis(axes: Axes, words: float) -> None:
             lambda perplexity: words * numpy.log(numpy.maximum(perplexity, 1e-9)),
         ),
     )
-    right.set_ylabel(f"perplexity per word ({words:.2f} words per sentence)")
+    beside = ", relative to the language model" if is_relative else f" ({words:.2f} words per sentence)"
+    right.set_ylabel(f"perplexity per word{beside}")
     right.yaxis.set_major_formatter("{x:g}")
     right.spines["right"].set_visible(True)
 

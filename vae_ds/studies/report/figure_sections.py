@@ -7,12 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from vae_ds.studies import figures, runs, setting_words
-from vae_ds.studies.figures import Curve, Point
+from vae_ds.studies.figures import Curve, Limit, Point
+from vae_ds.studies.metric_tables import ERROR
 from vae_ds.studies.report.page import Page, Row, is_number, listed, markdown
 from vae_ds.studies.report.run_looks import REFERENCE, Look, looks
 from vae_ds.studies.runs import Run
 
 ALL_NAMED = 12  # runs at most that a figure names each; of more, it names the front and the reference
+# The error of a loss is that of the sentences, which all runs share. Its bars would hide clear differences.
+WITH_BARS = ("mi_train", figures.ABOVE)
 PAPER_FIGURES = {1: "Figure 2", 2: "Figure 3"}
 
 WHAT_CURVES_SAY = """\
@@ -20,8 +23,8 @@ A curve is one run. Its label says in which settings it differs from the other c
 to the end of this phase are one curve. A validation measures a model during the training, on sentences that it is not
 trained on:
 
-- mutual information, in nats: how much the code z says about its sentence. It cannot exceed the logarithm of the
-  number of validated sentences.
+- mutual information, in nats: how much the code z says about its sentence. It is an estimate within the validated
+  sentences. It cannot exceed the logarithm of their number, whatever the code says.
 - active units: the units of z that differ between sentences.
 - KL, in nats per sentence: the cost of the code. It falls to 0 when the model stops using z (posterior collapse)."""
 
@@ -36,16 +39,44 @@ the reconstruction loss `rec`: the nats per sentence that the decoder still lack
   that is better than this loss."""
 
 WHAT_INFORMATION_SAYS = """\
-Each point is a run. `mi` (x) is the mutual information of sentence and code: how much z says about its sentence. More
-is better. `{metric}` (y) is the {bound} on the negative log-likelihood, in nats per sentence. Less is better. The
-axis on the right shows it as the perplexity per word, e to the power of nats per word.
+Each point is a run. `{x}` (x) estimates the mutual information of sentence and code, how much z says about its
+sentence, {estimate}. {likelihood}
 
-- The step line connects the Pareto front: the runs for which no other run is better in one of the two and at least as
-  good in the other.
-- The dotted line is the ceiling of `mi`, the logarithm of the number of evaluated sentences. No estimate can exceed
-  it.
-- The dashed line is a plain language model. It has no z, and so no `mi`."""
-BOUNDS = {"iw_nll": "importance-weighted bound", "nelbo": "bound rec + KL"}
+- The step line connects the Pareto front: the runs for which no other run has more information and at most the same
+  `{y}`, or less `{y}` and at least the same information. Differences within the errors count, too.
+- The dotted line is the limit of the estimate, {limit}. The line shows the size of the sample. A run near the line can
+  have more information than the estimate shows; it is no better for being near.
+- {line}
+{bars}"""
+BARS = "- The bars are standard errors over the sentences."
+ESTIMATES = {
+    "mi_train": "from below, against {count} training sentences",
+    "mi": "from below, within the evaluated sentences",
+}
+LIMITS = {
+    "mi_train": "ln(N + 1) for the N training sentences",
+    "mi": "ln N for the N evaluated sentences",
+}
+LIKELIHOODS = {
+    figures.ABOVE: (
+        "`above_yardstick` (y) is what the code costs: `iw_nll` minus the loss of the plain language model on the same"
+        " sentences, in nats per sentence. Less is better. The axis on the right shows it as the factor of the"
+        " perplexity per word."
+    ),
+    "iw_nll": (
+        "`iw_nll` (y) is the importance-weighted bound on the negative log-likelihood, in nats per sentence. Less is"
+        " better. The axis on the right shows it as the perplexity per word, e to the power of nats per word."
+    ),
+    "nelbo": (
+        "`nelbo` (y) is the bound rec + KL on the negative log-likelihood, in nats per sentence. Less is better. The"
+        " axis on the right shows it as the perplexity per word, e to the power of nats per word."
+    ),
+}
+LINES = {
+    figures.ABOVE: "The dashed line at 0 is the language model, the one that each run was evaluated with"
+    " (`--yardstick`).",
+    "": "The dashed line is a plain language model. It has no z, and so no mutual information.",
+}
 
 WHAT_GROUPS_ARE = """\
 The figures show these runs in groups. The runs of a group change the same setting, compared with the most common
@@ -172,33 +203,66 @@ def _rate_distortion(page: Page, data: str, members: Sequence[Run], drawn_as: Ma
 
 def _perplexity_information(page: Page, data: str, members: Sequence[Run], drawn_as: Mapping[str, Look]) -> None:
     latent, yardsticks = _latent(members), _yardsticks(members)
-    key, perplexity = _likelihood([*latent, *yardsticks])
-    drawn = [run for run in latent if is_number(run.metric(key)) and is_number(run.metric("mi"))]
+    likelihood, perplexity = _likelihood([*latent, *yardsticks])
+    drawn = [run for run in latent if is_number(run.metric(likelihood)) and is_number(run.metric("mi"))]
     if not drawn:
         return
+    x = "mi_train" if _all_have(drawn, "mi_train", "mi_train_sentences") else "mi"
+    y = figures.ABOVE if _all_have(drawn, figures.ABOVE, "iw_sentences") else likelihood
+    if y == figures.ABOVE:
+        lines = {"language model": 0.0}
+        words = _words_per_sentence(drawn, "iw_nll", "iw_ppl")
+    else:
+        of_plain = [(label, run.metric(y)) for label, run in _yardstick_labels(yardsticks)]
+        lines = {label: nll for label, nll in of_plain if is_number(nll)}
+        words = _words_per_sentence([*latent, *yardsticks], y, perplexity)
     name, title = _named("perplexity-information", "Perplexity and information", data)
-    points = _points(drawn, latent, "mi", key, drawn_as)
+    points = _points(drawn, latent, x, y, drawn_as)
     best = pareto_front(points)
     # By the point and not by its label, which may be the run's settings.
     on_front = [(point, run.name) for run, point in zip(drawn, points, strict=True) if point in best]
     on_front.sort(key=lambda one: (one[0].x, one[0].y))
-    ceilings = [run.metric("mi_ceiling") for run in drawn if is_number(run.metric("mi_ceiling"))]
     outliers = figures.perplexity_information(
         page.folder,
         name,
         title,
-        key,
+        (x, y),
         _with_names(points, best),
         [point for point, _ in on_front],
-        max(ceilings, default=None),
-        {label: run.metric(key) for label, run in _yardstick_labels(yardsticks) if is_number(run.metric(key))},
-        _words_per_sentence([*latent, *yardsticks], key, perplexity),
+        _limit(drawn[0], x),
+        lines,
+        words,
     )
-    page.section("Perplexity and information", WHAT_INFORMATION_SAYS.format(metric=key, bound=BOUNDS[key]))
+    said = WHAT_INFORMATION_SAYS.format(
+        x=x,
+        y=y,
+        estimate=ESTIMATES[x].format(count=f"{drawn[0].metric('mi_train_sentences') or 0:,}"),
+        limit=LIMITS[x],
+        likelihood=LIKELIHOODS[y],
+        line=LINES.get(y, LINES[""]),
+        bars=BARS if {x, y} & set(WITH_BARS) else "",
+    ).strip()
+    page.section("Perplexity and information", said)
+    if said not in page.parts:
+        page.say(said)  # of other data, drawn in another way
     page.figure(name, title)
     names = listed(name for _, name in on_front)
-    page.say(f"On the front, by `{key}` and `mi`, from the lowest `mi` on: {names}.")
-    _say_what_is_missing(page, latent, drawn, outliers, ("mi", key))
+    page.say(f"On the front, by `{y}` and `{x}`, from the lowest `{x}` on: {names}.")
+    _say_what_is_missing(page, latent, drawn, outliers, (x, y))
+
+
+def _all_have(drawn: Sequence[Run], key: str, extent: str) -> bool:
+    """Whether all runs have a metric, computed on as many sentences."""
+    return all(is_number(run.metric(key)) for run in drawn) and len({run.metric(extent) for run in drawn}) == 1
+
+
+def _limit(run: Run, x: str) -> Limit | None:
+    """The limit of an estimate of the mutual information, which is the same for the runs of a figure."""
+    if x == "mi_train":
+        count = run.metric("mi_train_sentences")
+        return Limit(math.log(count + 1), f"({count:,} + 1)")
+    ceiling = run.metric("mi_ceiling")
+    return Limit(ceiling, f"{run.metric('sentences'):,}") if is_number(ceiling) else None
 
 
 def _points(drawn: Sequence[Run], latent: Sequence[Run], x: str, y: str, drawn_as: Mapping[str, Look]) -> list[Point]:
@@ -209,7 +273,10 @@ def _points(drawn: Sequence[Run], latent: Sequence[Run], x: str, y: str, drawn_a
         look = drawn_as[run.name]
         label = labels[run.name] if look.group is None else run.name
         place = run.metric(x), run.metric(y)
-        points.append(Point(label, *place, look.colour, look.marker, look.group, look.group_colour))
+        x_se, y_se = (run.metric(f"{key}{ERROR}") if key in WITH_BARS else None for key in (x, y))
+        points.append(
+            Point(label, *place, look.colour, look.marker, look.group, look.group_colour, x_se=x_se, y_se=y_se)
+        )
     return points
 
 
