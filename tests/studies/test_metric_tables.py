@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +307,25 @@ def test_values_of_another_evaluation_are_refused(tmp_path: Path) -> None:
     (runs[1] / "eval-test.json").write_text(json.dumps(other), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"belongs to another evaluation than eval-test\.json; write both with"):
         with_differences(runs)
+
+
+class Screen(io.StringIO):
+    """A terminal of a few columns."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_that_is_too_narrow_for_a_row_per_run_gets_a_row_per_metric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [write(tmp_path / name, FULL | {"rec_se": 0.42}) for name in ("one", "two")]
+    monkeypatch.setenv("TERM", "xterm")
+    for columns, is_upright in (("80", True), ("200", False)):
+        monkeypatch.setenv("COLUMNS", columns)
+        screen = Screen()
+        print_metrics(runs, "test", screen)
+        lines = [" ".join(re.sub(r"\x1b\[[\d;]*m", "", line).split()) for line in screen.getvalue().splitlines()]
+        assert ("run one two" in lines) is is_upright
+        assert ("rec 31.4 ± 0.4 31.4 ± 0.4" in lines) is is_upright
+        assert any(line.startswith("run rec kl nelbo") for line in lines) is not is_upright

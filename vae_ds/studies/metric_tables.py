@@ -6,6 +6,7 @@ import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -88,40 +89,59 @@ def columns(every: Sequence[Metrics]) -> list[str]:
     return [name for name in COLUMNS if name not in left_out]
 
 
-def metrics_table(every: Mapping[str, Metrics]) -> Table:
-    """A table with one row per run, of its metrics by label. A missing metric is shown as `-`.
+@dataclass(frozen=True)
+class Grid:
+    """The cells of a table: one row per run, one column per metric. `corner` is the head of the labels."""
+
+    corner: str
+    names: Sequence[str]
+    rows: Mapping[str, Sequence[str]]
+
+    def table(self) -> Table:
+        """The table with a row per run."""
+        return _table([self.corner, *self.names], [[label, *cells] for label, cells in self.rows.items()])
+
+    def upright(self) -> Table:
+        """The table with a row per metric, which is narrow for a few runs."""
+        columns_ = list(zip(*self.rows.values(), strict=True))
+        rows = [[name, *cells] for name, cells in zip(self.names, columns_, strict=True)]
+        return _table([self.corner, *self.rows], rows)
+
+
+def metrics_grid(every: Mapping[str, Metrics]) -> Grid:
+    """The main metrics of runs by label. A missing metric is shown as `-`.
 
     Each mean has its standard error, `mi` its limit, `au` the number of units.
     """
-    return _table(every, columns(list(every.values())))
+    return _grid(every, columns(list(every.values())))
 
 
-def text_table(every: Mapping[str, Metrics]) -> Table | None:
-    """A table of the metrics of generated text, with one row per run. None if no run has any."""
+def text_grid(every: Mapping[str, Metrics]) -> Grid | None:
+    """The metrics of generated text. None if no run has any."""
     used = [name for name in TEXT_COLUMNS if any(metrics.get(name) is not None for metrics in every.values())]
-    return _table(every, used) if used else None
+    return _grid(every, used) if used else None
 
 
-def differences_table(first: str, every: Mapping[str, Mapping[str, Difference]]) -> Table:
-    """A table with the differences of each run to the first one."""
+def differences_grid(first: str, every: Mapping[str, Mapping[str, Difference]]) -> Grid:
+    """The differences of each run to the first one."""
     rows = {label: [str(of_run.get(name, "-")) for name in differences.LIKELIHOODS] for label, of_run in every.items()}
-    return _rows(f"minus {first}", differences.LIKELIHOODS, rows)
+    return Grid(f"minus {first}", differences.LIKELIHOODS, rows)
 
 
-def _table(every: Mapping[str, Metrics], names: Sequence[str]) -> Table:
-    return _rows("run", names, {label: [cell(metrics, name) for name in names] for label, metrics in every.items()})
+def _grid(every: Mapping[str, Metrics], names: Sequence[str]) -> Grid:
+    rows = {label: [cell(metrics, name) for name in names] for label, metrics in every.items()}
+    return Grid("run", names, rows)
 
 
-def _rows(corner: str, names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    table.add_column(escape(corner), no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for label, cells in rows.items():
+    for number, title in enumerate(head):
+        table.add_column(escape(title), justify="right" if number else "left", no_wrap=True)
+    for label, *cells in rows:
         table.add_row(escape(label), *cells)
     return table
 
@@ -230,20 +250,27 @@ def print_metrics(
     every = read_evaluations(run_dirs, split)
     to_first = differences.to_first(by_label(run_dirs), split)
     console = Console(file=file)
+    terminal_width = console.width
 
-    def show(table: Table, notes: Sequence[str]) -> None:
+    def width_of(table: Table) -> int:
+        return console.measure(table, options=console.options.update(width=10_000)).maximum
+
+    def show(grid: Grid, notes: Sequence[str]) -> None:
+        table = grid.table()
+        # A terminal that is too narrow for a row per run may be wide enough for a row per metric.
+        if console.is_terminal and width_of(table) > terminal_width >= width_of(grid.upright()):
+            table = grid.upright()
         # Rich cuts numbers to fit a narrow terminal or the 80 columns of a pipe. A long line keeps them.
-        needed = console.measure(table, options=console.options.update(width=10_000)).maximum
-        console.width = max(console.width, needed)
+        console.width = max(terminal_width, width_of(table))
         console.print(table)
         for note in notes:
             console.print(f" {note}", markup=False, highlight=False, soft_wrap=True)
 
-    show(metrics_table(every), footnotes(every, split))
+    show(metrics_grid(every), footnotes(every, split))
     if to_first:
         first = next(iter(every))
-        show(differences_table(first, to_first), difference_footnotes(first, to_first))
-    texts = text_table(every)
+        show(differences_grid(first, to_first), difference_footnotes(first, to_first))
+    texts = text_grid(every)
     if texts is not None:
         show(texts, text_footnotes(every))
     for label, metrics in every.items() if units else ():
