@@ -15,7 +15,7 @@ from vae_ds.errors import Lost
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Rank 0 may work alone for hours. It is lost if it does nothing at all for this time: it uses no processor and no disk.
 IDLE_S = 1800.0
-BEAT_S = 2.0
+BEAT_S = 5.0
 POLL_S = 0.2
 
 _timeout = COLLECTIVE_TIMEOUT
