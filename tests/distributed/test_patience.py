@@ -7,7 +7,8 @@ from support.launch import launch
 from vae_ds import distributed
 
 WORK = """
-import os, sys, time
+import multiprocessing, os, time, torch
+from pathlib import Path
 from datetime import timedelta
 from vae_ds import distributed
 from vae_ds.distributed import patience, ranks
@@ -21,12 +22,25 @@ ranks = distributed.start()
 def test_preparing_may_take_longer_than_a_collective_may() -> None:
     """Tokenising a large text takes hours, on rank 0 alone; then its error reaches the others too."""
     code = f"""{WORK}
-def busy():
-    end = time.monotonic() + (10 if ranks.is_main else 0)
+def compute():
+    end = time.monotonic() + 8
     while time.monotonic() < end:
         pass
+def read():
+    for _ in range(20):
+        with Path(torch.__file__).with_name("lib").joinpath("libtorch_python.so").open("rb") as file:
+            file.read(2**22)
+        time.sleep(0.4)
+def by_workers():
+    worker = multiprocessing.get_context("fork").Process(target=compute)
+    worker.start()
+    worker.join()
+def busy():
+    if ranks.is_main:
+        work()
     return ranks.rank
-assert distributed.rank0_first(busy) == ranks.rank
+for work in (compute, read, by_workers):
+    assert distributed.rank0_first(busy) == ranks.rank
 def wrong():
     busy()
     raise DataError("no text")

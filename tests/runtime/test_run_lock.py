@@ -169,6 +169,21 @@ def test_of_many_one_takes_the_lock_of_a_process_that_is_gone(tmp_path: Path) ->
     taken[0].release()
 
 
+def test_one_that_is_late_to_clear_a_lock_leaves_the_next_holder_in_place(tmp_path: Path) -> None:
+    """Between its look at the old lock and its removal, another start has taken over."""
+    other = hold(tmp_path)
+    other.kill()
+    other.wait()
+    gone = run_lock._holder(tmp_path / run_lock.NAME)
+    assert gone is not None
+    here = run_lock.RunLock(tmp_path, never)
+    here.acquire()
+    run_lock._remove(tmp_path / run_lock.NAME, gone)
+    assert run_lock.token_of(tmp_path) == here.token
+    assert os.listdir(tmp_path) == [run_lock.NAME]
+    here.release()
+
+
 def test_a_file_system_without_links_has_locks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")

@@ -15,8 +15,11 @@ from vae_ds.errors import Lost
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Rank 0 may work alone for hours. It is lost if it does nothing at all for this time: it uses no processor and no disk.
 IDLE_S = 1800.0
-BEAT_S = 2.0
-POLL_S = 0.2
+BEAT_S = 5.0
+# What counts as work between two beats: this share of a processor, or so many bytes read or written. The beats, the
+# store and other threads of the libraries use less.
+LEAST_SHARE, LEAST_BYTES = 0.05, 2**20
+LEAST_POLL_S, MOST_POLL_S = 0.05, 2.0
 
 _timeout = COLLECTIVE_TIMEOUT
 _works = 0
@@ -46,11 +49,12 @@ def working_alone(store: dist.Store) -> Iterator[None]:
     key, over = _next_key(), threading.Event()
 
     def beat() -> None:
-        while not over.is_set():
+        turns, meter = 0, _Meter()
+        while not over.wait(BEAT_S):
+            turns += meter.has_worked()
             # Without the other ranks, the work itself still has a result or an error to tell.
             with suppress(RuntimeError, dist.DistError):
-                store.set(key, _activity())
-            over.wait(BEAT_S)
+                store.set(key, str(turns))
 
     thread = threading.Thread(target=beat, name="rank 0 works", daemon=True)
     thread.start()
@@ -64,7 +68,8 @@ def working_alone(store: dist.Store) -> Iterator[None]:
 
 def await_rank0(store: dist.Store) -> None:
     """Wait until rank 0 has left `working_alone`, however long it works. Raises Lost if it does nothing any more."""
-    key, before, changed_s = _next_key(), b"", time.monotonic()
+    key, before = _next_key(), b""
+    began_s = changed_s = time.monotonic()
     try:
         while not store.check([f"{key}/over"]):
             now = store.get(key) if store.check([key]) else b""
@@ -72,7 +77,8 @@ def await_rank0(store: dist.Store) -> None:
                 before, changed_s = now, time.monotonic()
             if time.monotonic() - changed_s > IDLE_S:
                 raise Lost(f"rank 0 has done nothing for {IDLE_S:g} s, while the other ranks wait for what it prepares")
-            time.sleep(POLL_S)
+            # The store of rank 0 answers all ranks.
+            time.sleep(min(MOST_POLL_S, max(LEAST_POLL_S, (time.monotonic() - began_s) / 10)))
     except (RuntimeError, dist.DistError) as error:
         raise Lost(f"rank 0 has ended, while the other ranks wait for what it prepares ({_line(error)})") from None
 
@@ -94,22 +100,36 @@ def _next_key() -> str:
     return f"rank0/{_works}"
 
 
-def _activity() -> str:
-    """Changes when this process or a child of it has computed for a second, or has read or written a megabyte."""
-    seconds, megabytes = 0.0, 0
-    for process in _family():
+class _Meter:
+    """Tells whether this process or a child of it has worked since the last look. One thread alone uses it."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process(os.getpid())
+        self._seconds, self._bytes = self._processor_s(), self._moved()
+
+    def has_worked(self) -> bool:
+        moved = self._moved() - self._bytes
+        seconds = self._processor_s()
+        # A child that has ended is no longer in the sum.
+        has_computed = abs(seconds - self._seconds) > LEAST_SHARE * BEAT_S
+        # Looking at the children reads files too: not counted.
+        self._seconds, self._bytes = seconds, self._moved()
+        return has_computed or moved > LEAST_BYTES
+
+    def _processor_s(self) -> float:
+        total = sum(self._process.cpu_times()[:2]) - time.thread_time()
+        with suppress(psutil.Error):
+            for child in self._process.children(recursive=True):
+                with suppress(psutil.Error):
+                    total += sum(child.cpu_times()[:2])
+        return float(total)
+
+    def _moved(self) -> int:
+        # Not every system counts bytes.
         with suppress(psutil.Error, AttributeError):
-            seconds += sum(process.cpu_times()[:2])
-            counted = process.io_counters()
-            megabytes += (counted.read_chars + counted.write_chars) // 2**20
-    return f"{int(seconds)} {megabytes}"
-
-
-def _family() -> list[psutil.Process]:
-    own = psutil.Process(os.getpid())
-    with suppress(psutil.Error):
-        return [own, *own.children(recursive=True)]
-    return [own]
+            counted = self._process.io_counters()
+            return int(counted.read_chars + counted.write_chars)
+        return 0
 
 
 def _line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vae_ds import distributed
@@ -20,7 +20,7 @@ POLL_S = 0.5
 
 def check_free(run_dir: Path, ranks: Ranks) -> None:
     """Raise UserError on every rank if another start trains this run. A collective, for before a long preparation."""
-    distributed.rank0_first(lambda: run_lock.clear(run_dir) if ranks.is_main else None)
+    distributed.rank0_first(lambda: _clear(run_dir) if ranks.is_main else None)
 
 
 @contextmanager
@@ -38,6 +38,12 @@ def hold(run_dir: Path, ranks: Ranks) -> Iterator[None]:
     finally:
         if ranks.is_main:
             lock.release()
+
+
+def _clear(run_dir: Path) -> None:
+    # That a directory cannot be used is told by other checks.
+    with suppress(OSError):
+        run_lock.clear(run_dir)
 
 
 def _acquire(lock: run_lock.RunLock, run_dir: Path) -> None:
