@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from support.tiny import ENGLISH, demo_settings
+from vae_ds.data.corpora import stream
 from vae_ds.evaluation import finished_run
 from vae_ds.training import train
 
@@ -29,3 +30,16 @@ def test_a_run_trained_with_relative_paths_is_evaluated_from_elsewhere(
     # The same command from the first directory finds its run, with the same relative words.
     monkeypatch.chdir(tmp_path)
     assert train("demo", "runs/mine", [*settings, *short]) == Path("runs/mine")
+
+
+@pytest.mark.timeout(180)
+def test_the_code_of_a_streamed_run_is_compared_with_sentences_of_the_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = ["phases.0.steps=1", "phases.1.steps=1", "logging.tensorboard=false", "export=last", "data.streaming=true"]
+    run = train("demo", tmp_path / "run", [*demo_settings(tmp_path), *short])
+    few = {"iw_samples": 2, "iw_sentences": 3, "bleu_sentences": 0, "samples": 0}
+    monkeypatch.setattr(stream, "noted_hash", lambda *_: pytest.fail("the whole file is read for nothing"))
+    found = {limit: finished_run.evaluate_run(run, "test", few | {"mi_train_sentences": limit}) for limit in (100, 999)}
+    assert [one and one["mi_train_sentences"] for one in found.values()] == [100, 256]
+    assert [one and one["mi_train_se"] is not None for one in found.values()] == [True, True]

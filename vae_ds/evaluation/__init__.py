@@ -4,7 +4,15 @@ Depends on `latents`, `model`, `data`, `distributed`, `runtime` and `config`.
 """
 
 from vae_ds.evaluation import finished_run
-from vae_ds.evaluation.identity import data_fingerprint, yardstick_values
+from vae_ds.evaluation.identity import agreed_fingerprint, data_fingerprint, yardstick_values
 from vae_ds.evaluation.metrics import Evaluation, Training, evaluate
 
-__all__ = ["Evaluation", "Training", "data_fingerprint", "evaluate", "finished_run", "yardstick_values"]
+__all__ = [
+    "Evaluation",
+    "Training",
+    "agreed_fingerprint",
+    "data_fingerprint",
+    "evaluate",
+    "finished_run",
+    "yardstick_values",
+]

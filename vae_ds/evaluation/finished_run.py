@@ -12,7 +12,7 @@ from vae_ds import distributed
 from vae_ds.config import EvaluationConfig, RunConfig
 from vae_ds.data import cache_dir, corpora, from_texts, tokenise
 from vae_ds.errors import ConfigError, DataError
-from vae_ds.evaluation.identity import data_fingerprint, require_language_model, yardstick_values
+from vae_ds.evaluation.identity import agreed_fingerprint, require_language_model, yardstick_values
 from vae_ds.evaluation.metrics import Training, evaluate
 from vae_ds.evaluation.text_metrics import text_metrics
 from vae_ds.model import T5VAE, load_tokenizer
@@ -76,7 +76,7 @@ def evaluate_run(
     corpus = distributed.rank0_first(lambda: corpora.load(config.data))
     cache = cache_dir(config.data.cache_dir)
     tokens = distributed.rank0_first(lambda: tokenise(corpus, split, tokenizer, config.data.max_tokens, cache))
-    fingerprint = data_fingerprint(tokens, tokenizer)
+    fingerprint = agreed_fingerprint(tokens, tokenizer)
     nll_N = None if yardstick is None else yardstick_values(Path(yardstick), split, fingerprint, str(run))
     model, _ = load_model(run)
     model.to(ranks.device)
@@ -148,7 +148,8 @@ def _training(config: RunConfig, corpus: Any, split: str, tokenizer: Any, limit:
 
 
 def _streamed(config: RunConfig, limit: int) -> list[str]:
-    lines = corpora.open_stream(config.data)
+    # The fingerprint is of no use here, and would read the whole file.
+    lines = corpora.open_stream(config.data, fingerprint="")
     texts: list[str] = []
     for window in range(lines.windows):
         texts += lines.window(window, config.seed, 0, 0).sentences

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vae_ds import distributed
 from vae_ds.data import Progress, TokenSet, tokenizer_fingerprint
 from vae_ds.errors import ConfigError
 from vae_ds.model import read_export
@@ -30,6 +31,13 @@ def data_fingerprint(tokens: TokenSet, tokenizer: Any) -> dict[str, str]:
         "texts": _hash(_texts(tokens)),
         "lengths": lengths.hexdigest()[:DIGITS],
     }
+
+
+def agreed_fingerprint(tokens: TokenSet, tokenizer: Any) -> dict[str, str]:
+    """`data_fingerprint` on every rank. Only rank 0 reads the sentences. A collective."""
+    ranks = distributed.start()
+    found = distributed.rank0_first(lambda: data_fingerprint(tokens, tokenizer) if ranks.is_main else {})
+    return distributed.broadcast_object(found)
 
 
 def yardstick_values(run: Path, split: str, fingerprint: dict[str, str], label: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from vae_ds.config import RunConfig, Settings
 from vae_ds.data import Source, Streamed, TokenSet, Whole, cache_dir, corpora, micro_batch, steps_per_epoch, tokenise
 from vae_ds.distributed import Ranks
 from vae_ds.errors import ConfigError
-from vae_ds.evaluation import data_fingerprint, yardstick_values
+from vae_ds.evaluation import agreed_fingerprint, yardstick_values
 from vae_ds.model import check_base, check_base_weights, check_latent_dim, check_start, load_tokenizer, skeleton
 from vae_ds.runtime import records, run_dirs
 from vae_ds.training import phases
@@ -77,7 +77,7 @@ def _yardstick(config: RunConfig, valid: TokenSet, tokenizer: Any) -> np.ndarray
     run = config.validation.yardstick
     if run is None:
         return None
-    values_N = yardstick_values(Path(run), "valid", data_fingerprint(valid, tokenizer), config.name)
+    values_N = yardstick_values(Path(run), "valid", agreed_fingerprint(valid, tokenizer), config.name)
     return values_N[: config.validation.sentences]
 
 
