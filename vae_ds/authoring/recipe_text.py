@@ -98,13 +98,13 @@ def _model(found: Findings, template: RunConfig) -> list[str]:
     units = "chosen" if "latent_dim" in found.chosen else "measured"
     reason = (
         f"true from {rules.CHECKPOINTING_PARAMETERS / 1e6:,.0f} million parameters, or {rules.CHECKPOINTING_TOKENS} "
-        f"tokens; here {found.vae_parameters / 1e6:,.0f} million and {found.max_tokens}. It costs about one more forward pass"
+        f"tokens; here {found.vae_parameters / 1e6:,.0f} million and {found.max_tokens}. It saves memory and costs "
+        "about one more forward pass"
     )
     return [
         "model:",
         *_comment(
-            f"[base] {found.parameters:,} parameters, d_model {base.d_model}. The trained model has {found.vae_parameters:,}.",
-            2,
+            f"[base] {found.parameters:,} parameters, d_model {base.d_model}. The VAE has {found.vae_parameters:,}.", 2
         ),
         f"  base: {_value(found.base)}",
         *_comment(f"[{units}] `recommended` has {settings.latent_dim} units (--latent-dim).", 2),
@@ -147,7 +147,7 @@ def _batch(found: Findings) -> list[str]:
         per_step = f"[chosen] --batch; `recommended` has {rules.SMALLEST_BATCH}."
     else:
         per_step = (
-            f"[rule] {rules.SMALLEST_BATCH} as in `recommended`, doubled up to {rules.LARGEST_BATCH} while the training "
+            f"[rule] {rules.SMALLEST_BATCH} as in `recommended`, doubled up to {rules.LARGEST_BATCH} while the run "
             f"has more than {rules.LONGEST_RUN_STEPS:,} steps, and a multiple of the number of GPUs, {found.gpus}."
         )
     per_step += " The learning rate below does not depend on it."
@@ -181,8 +181,8 @@ def _phase(found: Findings, template: RunConfig) -> list[str]:
         rate = (
             f"[rule] not measured by this project for this base. {_number(anchor)} was chosen for the tiny T5 with its "
             f"{tiny / 1e6:.2f} million parameters outside of the embeddings. The rule divides it by the square root of "
-            f"the relative size, here of {found.body_parameters / 1e6:,.2f} million. t5-base gets 1.9e-4; transformers' "
-            "page on T5 gives 1e-4 to 3e-4 for most tasks. Sources: docs/recipes.md."
+            f"the relative size: this base has {found.body_parameters / 1e6:,.2f} million. t5-base gets 1.9e-4, and "
+            "transformers' page on T5 gives 1e-4 to 3e-4 for most tasks. Sources: docs/recipes.md."
         )
     rate += f" Clipping at {phase.optimizer.clip:g} is that of `recommended`."
     kl = (
@@ -191,8 +191,8 @@ def _phase(found: Findings, template: RunConfig) -> list[str]:
         f"{phase.free_bits.nats:g} nats. Its KL was near the sum of the thresholds, mostly above (docs/results.md)."
     )
     warmup = (
-        f"[measured] {phase.learning_rate.schedule}, with a warm-up of 2 % of the steps, as in `recommended`; [rule] at "
-        "most 1,000 steps."
+        f"[measured] {phase.learning_rate.schedule}, with a warm-up of 2 % of the steps, as in `recommended`. "
+        "[rule] At most 1,000 steps."
     )
     rise = f"{{schedule: {phase.learning_rate.schedule}, warmup_steps: {rules.warmup_steps(found.steps)}}}"
     return [
