@@ -82,9 +82,10 @@ def _head(found: Findings) -> list[str]:
         "#",
         *_comment("Each comment begins with the origin of the value below it:"),
         *_comment(
-            "[measured] chosen by measurements of this project, with the tiny T5 that it ships (docs/results.md)."
+            "[measured] as in the recipe `recommended`, whose results this project measured (docs/results.md): with the "
+            "tiny T5 that it ships, and with no other base."
         ),
-        *_comment("[rule] a rule that comes from elsewhere. This project has not measured it for this base."),
+        *_comment("[rule] a rule of thumb, or a rule that comes from elsewhere. This project has not measured it."),
         *_comment("[data], [base] read from the text, or from the configuration of the base."),
         *_comment("[chosen] an option of the command, or a convention."),
         *_comment("Before a long run, compare a few learning rates, with `--set phases.0.optimizer.lr=...`."),
@@ -109,7 +110,7 @@ def _model(found: Findings, template: RunConfig) -> list[str]:
         f"  base: {_value(found.base)}",
         *_comment(f"[{units}] `recommended` has {settings.latent_dim} units (--latent-dim).", 2),
         f"  latent_dim: {found.latent_dim}",
-        *_comment("[measured] as in `recommended`.", 2),
+        *_comment("[measured] how the encoder states become a vector, and how z enters the decoder.", 2),
         f"  pooling: {settings.pooling}",
         f"  injection: {settings.injection}",
         *_comment(f"[base] null: the dropout of the base, {base.dropout_rate:g}.", 2),
@@ -254,7 +255,7 @@ def _during(found: Findings) -> list[str]:
 def _after(template: RunConfig) -> list[str]:
     settings = template.evaluation
     return [
-        *_comment("[measured] as in `recommended`: importance samples for the likelihood of the first sentences."),
+        *_comment("[measured] importance samples for the likelihood of the first sentences of the split."),
         f"evaluation: {{iw_samples: {settings.iw_samples}, iw_sentences: {settings.iw_sentences}}}",
         *_comment(
             "[chosen] the best validation that uses z; `last` costs less for a very large base (docs/recipes.md)."
