@@ -82,7 +82,7 @@ def _head(found: Findings) -> list[str]:
         "#",
         *_comment("Each comment begins with the origin of the value below it:"),
         *_comment(
-            "[measured] as in the recipe `recommended`, whose results this project measured (docs/results.md): with the "
+            "[measured] as in the recipe `recommended`, whose results this project measured (docs/results.md) with the "
             "tiny T5 that it ships, and with no other base."
         ),
         *_comment("[rule] a rule of thumb, or a rule that comes from elsewhere. This project has not measured it."),
