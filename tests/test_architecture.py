@@ -19,7 +19,7 @@ LAYERS = (
     {"latents", "cluster"},
     {"evaluation"},
     {"training"},
-    {"studies", "pretraining", "bench"},
+    {"studies", "pretraining", "bench", "authoring"},
     {"cli"},
 )
 LAYER = {wing: number for number, wings in enumerate(LAYERS) for wing in wings}

@@ -57,7 +57,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_set(parser: argparse.ArgumentParser, text: str) -> None:
+def add_set(parser: argparse._ActionsContainer, text: str) -> None:
     """Add `--set`, with its help text."""
     option = parser.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help=text)
     complete_with(option, _settings)

@@ -16,12 +16,14 @@ from vae_ds.data.batches import (
 from vae_ds.data.cache import cache_dir
 from vae_ds.data.feed import Feed, Source, Streamed, Whole
 from vae_ds.data.progress import Progress
+from vae_ds.data.sampling import Sample, sample_train
 from vae_ds.data.tokens import TokenSet, from_texts, tokenise, tokenizer_fingerprint
 
 __all__ = [
     "Batch",
     "Feed",
     "Progress",
+    "Sample",
     "Source",
     "Streamed",
     "TokenSet",
@@ -33,6 +35,7 @@ __all__ = [
     "evaluation_batches",
     "from_texts",
     "micro_batch",
+    "sample_train",
     "share",
     "steps_per_epoch",
     "tokenise",

@@ -5,11 +5,12 @@ Depends on `config` and `errors`.
 
 from vae_ds.model import gaussian
 from vae_ds.model.bases import check_base, load_tokenizer, model_dir, read_export
-from vae_ds.model.shapes import check_base_weights, check_latent_dim, check_start, skeleton
+from vae_ds.model.shapes import base_shapes, check_base_weights, check_latent_dim, check_start, skeleton
 from vae_ds.model.t5vae import T5VAE
 
 __all__ = [
     "T5VAE",
+    "base_shapes",
     "check_base",
     "check_base_weights",
     "check_latent_dim",

@@ -41,6 +41,18 @@ def shapes_of(model: torch.nn.Module) -> Shapes:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
+def base_shapes(base: str) -> Shapes:
+    """Names and shapes of the parameters of the pretrained T5 itself, with a tied output head left out.
+
+    Raises ConfigError if the base's configuration cannot be used.
+    """
+    config, raw, _ = base_config(base)
+    with torch.device("meta"):
+        t5 = FAMILIES[config.model_type][1](config)
+        tie(t5, head=raw.get("tie_word_embeddings") is not False)
+    return shapes_of(t5)
+
+
 def check_latent_dim(settings: ModelConfig) -> None:
     """Raise ConfigError for more latent units than the base has dimensions: mu is a linear map of one such vector."""
     width = int(base_config(settings.base)[0].d_model)

@@ -3,6 +3,7 @@
 from vae_ds.config import DataConfig
 from vae_ds.data.corpora import dataset, docstrings, grammar, layouts, prose, splits, stream, text, wordnet
 from vae_ds.data.corpora.corpus import Corpus
+from vae_ds.data.corpora.naming import named
 from vae_ds.data.corpora.splits import split_of
 from vae_ds.data.corpora.stream import LineStream, open_stream
 
@@ -13,6 +14,7 @@ __all__ = [
     "docstrings",
     "grammar",
     "load",
+    "named",
     "open_stream",
     "prose",
     "split_of",
