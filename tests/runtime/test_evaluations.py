@@ -59,7 +59,7 @@ def test_a_mean_is_taken_in_float64() -> None:
     assert evaluations.estimate([3, 5]) == (4.0, pytest.approx(1.0))
     assert evaluations.estimate([3]) == (3.0, None)
     assert str(evaluations.Estimate(63.883, 0.42)) == "63.9 ± 0.4"
-    with pytest.raises(ValueError, match="^no values to average$"):
+    with pytest.raises(ValueError, match="no values to average"):
         evaluations.estimate([])
 
 
