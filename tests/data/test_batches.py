@@ -25,6 +25,7 @@ from vae_ds.data.batches import (
     tokenise,
 )
 from vae_ds.data.tokens import tokenizer_fingerprint
+from vae_ds.distributed import stream
 from vae_ds.errors import ConfigError, DataError
 
 WORDS = [
@@ -344,6 +345,30 @@ def test_buckets_save_padding_and_batches_come_in_mixed_order(lengths_N: np.ndar
     assert 0.2 < (np.diff(means_S) > 0).mean() < 0.8
 
 
+def by_length(index: np.ndarray, lengths_N: np.ndarray, sign: int) -> list[int]:
+    """Sorted by Python, whose sort keeps the order of equal lengths on each machine; numpy's default does not."""
+    return sorted(index.tolist(), key=lambda sentence: sign * int(lengths_N[sentence]))
+
+
+def test_an_epoch_is_a_permutation_sorted_within_its_chunks(lengths_N: np.ndarray) -> None:
+    """Many sentences have the same length. An order of them that depends on the machine is another training run."""
+    order = stream(3, "order", 1, 2).permutation(1003)[:960]
+    chunks = [order[start : start + 4 * 64] for start in range(0, 960, 4 * 64)]
+    expected = np.concatenate([by_length(chunk, lengths_N, 1) for chunk in chunks]).reshape(15, 64)
+    found = epoch_batches(lengths_N, 64, 4, 3, 1, 2)
+    assert sorted(found.tolist()) == sorted(expected.tolist())
+    assert found.tolist() != expected.tolist()
+
+
+def test_a_share_is_the_same_on_each_machine(lengths_N: np.ndarray) -> None:
+    index_G = np.random.default_rng(0).permutation(1003)[:960].astype(np.int32)
+    # Unsigned lengths have no negative: without a wider type, the shortest would come first.
+    parts = [share(index_G, lengths_N.astype(np.uint16), rank, 4, 6) for rank in range(4)]
+    steps = [piece for step in zip(*parts, strict=True) for piece in step]
+    assert np.concatenate(steps).tolist() == by_length(index_G, lengths_N, -1)
+    assert {piece.dtype for piece in steps} == {np.dtype(np.int64)}
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro", [1, 2, 4, 8])
 def test_ranks_and_micro_batches_divide_the_global_batch(world: int, micro: int, lengths_N: np.ndarray) -> None:
@@ -380,7 +405,7 @@ def test_a_global_batch_that_does_not_divide(lengths_N: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "world", "expected"), [(64, 1, 64), (64, 4, 16), (192, 1, 64), (200, 2, 50), (9, 3, 3)]
+    ("batch", "world", "expected"), [(64, 1, 64), (64, 4, 16), (192, 1, 64), (200, 2, 50), (9, 3, 3), (130, 2, 13)]
 )
 def test_the_automatic_micro_batch(batch: int, world: int, expected: int) -> None:
     assert micro_batch(batch, world, "auto") == expected
@@ -406,6 +431,17 @@ def test_evaluation_sees_each_sentence_once(count: int, world: int, batch: int, 
         assert weight_B.dtype == np.float32
         np.add.at(seen, index_B, weight_B)
     assert (seen == 1).all()
+
+
+def test_an_evaluation_begins_with_the_longest_and_fills_with_the_shortest(lengths_N: np.ndarray) -> None:
+    """What does not fit into memory fails at once, and a filler costs little. Equal lengths stay in order."""
+    lengths_N = lengths_N[:321].astype(np.uint16)
+    ranks = [evaluation_batches(lengths_N, 5, rank, 4) for rank in range(4)]
+    steps = [pair for step in zip(*ranks, strict=True) for pair in step]
+    real = np.concatenate([index_B[weight_B > 0] for index_B, weight_B in steps])
+    expected = by_length(np.arange(321), lengths_N, -1)
+    assert real.tolist() == expected
+    assert [index_B.tolist() for index_B, weight_B in steps if not weight_B.all()] == [[expected[-1]]] * 3
 
 
 # What a batch holds
@@ -434,6 +470,8 @@ def test_a_batch_without_noise(rows) -> None:
     assert batch.tokens == (batch.labels_BT != -100).sum()
     assert batch.positions == 3 * longest
     assert set(batch.arguments()) == {"input_ids_BT", "attention_mask_BT", "labels_BT", "eps_BL"}
+    model_inputs = (batch.input_ids_BT, batch.attention_mask_BT, batch.labels_BT)
+    assert {ids_BT.dtype for ids_BT in model_inputs} == {torch.int64}
     moved = batch.to("meta")
     assert moved.labels_BT.device.type == "meta"
     assert moved.tokens == batch.tokens
@@ -578,7 +616,12 @@ def test_fillers_count_no_tokens(rows) -> None:
         weight_B=np.array([1, 0], np.float32),
     )
     assert batch.weight_B.tolist() == [1, 0]
+    narrow = np.array([3, 4], np.int32)
+    other = collate(rows, narrow, pad_id=0, latent_dim=1, seed=0, keys=(), weight_B=np.ones(2))  # type: ignore[arg-type]
+    assert (other.index_B.dtype, other.weight_B.dtype) == (torch.int64, torch.float32)
     assert batch.tokens == rows.target_lengths_N[3]
+    nothing = collate(rows, np.array([], np.int64), pad_id=0, latent_dim=1, seed=0, keys=())
+    assert nothing.labels_BT.shape == nothing.input_ids_BT.shape == (0, 0)
 
 
 def test_the_numbers_drawn_stay_what_they_are(byt5: ByT5Tokenizer) -> None:
@@ -588,6 +631,8 @@ def test_the_numbers_drawn_stay_what_they_are(byt5: ByT5Tokenizer) -> None:
     expected_BL = torch.tensor([[1.6015534, 1.6802435, -0.1302885]])
     torch.testing.assert_close(batch.eps_BL, expected_BL, rtol=1e-5, atol=1e-6)
     assert batch.input_ids_BT.tolist() == [[100, 102, 105, 106, 1]]
+    evaluated = collate(three, np.array([2]), pad_id=0, latent_dim=3, seed=0, keys=(0, 1), eval=True)
+    torch.testing.assert_close(evaluated.eps_BL, torch.tensor([[-1.4746, -1.3001, -0.5966]]), rtol=1e-3, atol=1e-3)
     assert epoch_batches(np.arange(8), 4, 1, 0, 0, 0).tolist() == [[1, 2, 3, 4], [0, 5, 6, 7]]
 
 

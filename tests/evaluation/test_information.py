@@ -114,6 +114,19 @@ def test_the_error_of_a_perplexity_is_what_repeated_splits_show():
     assert np.mean([one["ppl_se"] for one in drawn]) == pytest.approx(spread, rel=0.1)
 
 
+def test_a_perplexity_of_two_sentences_by_hand():
+    """6 nats over 4 words; the sentences are 1/2 nat above and below what their words cost on average."""
+    found = perplexity("ppl", np.array([2.0, 4.0]), np.array([1, 3]))
+    value = math.exp(6 / 4)
+    assert found == {"ppl": pytest.approx(value), "ppl_se": pytest.approx(value * 0.5 / 2)}
+    assert perplexity("ppl", np.array([2.0]), np.array([1])) == {"ppl": pytest.approx(math.exp(2)), "ppl_se": None}
+    assert perplexity("ppl", None, np.array([1, 3])) == {"ppl": None, "ppl_se": None}
+    # The largest float is about e^709.78.
+    assert perplexity("ppl", np.array([709.0]), np.array([1]))["ppl"] == pytest.approx(math.exp(709))
+    for nats, words in ((710.0, 1), (0.0, 0), (math.nan, 1)):
+        assert perplexity("ppl", np.array([nats] * 2), np.array([words] * 2)) == {"ppl": math.inf, "ppl_se": None}
+
+
 def test_the_error_of_a_mean_is_what_repeated_splits_show():
     random = np.random.default_rng(0)
     drawn = [with_errors(rec=random.gamma(3.0, 20.0, size=200)) for _ in range(500)]

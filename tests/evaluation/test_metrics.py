@@ -417,7 +417,51 @@ def test_what_a_verdict_looks_at(base, tokens):
         ({"kl": None}, None, "language model"),
     ):
         assert verdict(own | changes, beta).word == word, changes
-    assert verdict(own | {"z_gain": None}) is None
+    for missing in ("kl", "mi", "mi_ceiling", "au", "kl_per_dim", "z_gain"):
+        assert verdict({key: value for key, value in own.items() if key != missing}) is None
+        assert missing == "kl" or verdict(own | {missing: None}) is None
+
+
+MEASURED = {"kl": 12.0, "mi": 2.0, "mi_ceiling": 7.6, "au": 3, "kl_per_dim": [3.0] * 4, "z_gain": 8.0}
+Z_GAIN = "with the z of another sentence, rec is {} nats higher (z_gain), "
+
+
+@pytest.mark.parametrize(
+    ("changes", "beta", "reason"),
+    [
+        ({}, None, f"the decoder uses the code: {Z_GAIN.format('8.00')}at least 6.00, 50% of KL; PAID; UNITS"),
+        ({}, 1.0, f"the decoder uses the code: {Z_GAIN.format('8.00')}at least 6.00, 50% of KL; PAID; UNITS"),
+        ({}, 0.5, f"the decoder uses the code: {Z_GAIN.format('8.00')}at least 3.00, 50% of beta * KL; PAID; UNITS"),
+        ({}, 0.0, f"the decoder uses the code: {Z_GAIN.format('8.00')}at least 1; PAID; UNITS"),
+        (
+            {"z_gain": 5.9},
+            2.0,
+            f"PAID, but the decoder hardly uses it: {Z_GAIN.format('5.90')}below 6.00, 50% of KL; UNITS",
+        ),
+        ({"mi": 0.5}, None, "PAID, but it does not identify the sentence: mi 0.50 nats, below 1; UNITS"),
+        (
+            {"mi": 0.3, "mi_ceiling": math.log(2)},
+            None,
+            "PAID, but it does not identify the sentence: mi 0.30 nats, below 0.35; UNITS",
+        ),
+        ({"kl": 0.5}, None, "the code is nearly the same for all sentences: KL 0.50 nats, below 1; UNITS"),
+        # At a threshold, it is reached.
+        (
+            {"kl": 1.0, "z_gain": 1.0},
+            None,
+            f"the decoder uses the code: {Z_GAIN.format('1.00')}at least 1; the code costs KL 1.00 nats; UNITS",
+        ),
+        (
+            {"kl": 2.0, "mi": 1.0, "z_gain": 1.0},
+            None,
+            f"the decoder uses the code: {Z_GAIN.format('1.00')}at least 1; the code costs KL 2.00 nats; UNITS",
+        ),
+        ({"kl": None}, None, "the model has no latent code"),
+    ],
+)
+def test_the_reason_of_a_verdict_has_its_numbers_and_its_threshold(changes, beta, reason):
+    expected = reason.replace("PAID", "the code costs KL 12.00 nats").replace("UNITS", "3 of 4 units active")
+    assert verdict(MEASURED | changes, beta).reason == expected
 
 
 @pytest.mark.parametrize(
@@ -434,6 +478,19 @@ def test_what_a_verdict_looks_at(base, tokens):
         (
             {"above_yardstick": 0.1, "above_yardstick_se": 0.06, "iw_sentences": 200},
             "not distinguishable: 0.10 ± 0.06 nats per sentence above the yardstick on 200 sentences (iw_nll)",
+        ),
+        (
+            {"above_yardstick": -0.1, "above_yardstick_se": 0.06, "iw_sentences": 200},
+            "not distinguishable: -0.10 ± 0.06 nats per sentence above the yardstick on 200 sentences (iw_nll)",
+        ),
+        # Two standard errors are stated, and a single sentence has none.
+        (
+            {"above_yardstick": -0.25, "above_yardstick_se": 0.125, "iw_sentences": 200},
+            "0.25 ± 0.12 nats per sentence better than the yardstick on 200 sentences (iw_nll)",
+        ),
+        (
+            {"above_yardstick": 0.1, "above_yardstick_se": None, "iw_sentences": 1},
+            "0.10 nats per sentence worse than the yardstick on 1 sentences (iw_nll)",
         ),
         (
             {"nelbo_above_yardstick": 3.2, "nelbo_above_yardstick_se": 0.3},

@@ -25,6 +25,10 @@ def test_densities_and_kl_agree_with_torch(posterior):
     torch.testing.assert_close(gaussian.kl_per_dim(mu_BL, logvar_BL), kl_divergence(q, prior))
     torch.testing.assert_close(gaussian.log_density(z_BL, mu_BL, logvar_BL), q.log_prob(z_BL).sum(-1))
     torch.testing.assert_close(gaussian.log_prior(z_BL), prior.log_prob(z_BL).sum(-1))
+    # The last axis has the units, whatever is before it: several samples of each sentence, too.
+    z_KBL = torch.stack([z_BL, -z_BL, 3 * z_BL])
+    torch.testing.assert_close(gaussian.log_density(z_KBL, mu_BL, logvar_BL), q.log_prob(z_KBL).sum(-1))
+    torch.testing.assert_close(gaussian.log_prior(z_KBL), prior.log_prob(z_KBL).sum(-1))
 
 
 def test_kl_is_never_negative_near_the_prior():
@@ -41,6 +45,9 @@ def test_sample_has_the_posterior_s_moments_and_eps_zero_is_the_mean():
     torch.testing.assert_close(z_BL.mean(0), mu_BL[0], atol=0.02, rtol=0)
     torch.testing.assert_close(z_BL.var(0), logvar_BL[0].exp(), rtol=0.02, atol=0)
     assert torch.equal(gaussian.sample(mu_BL, logvar_BL, torch.zeros(1, 2)), mu_BL)
+    # With the other sign, the moments are the same, but a resumed or repeated run has other samples.
+    one_above_BL = gaussian.sample(torch.tensor([[3.0]]), torch.tensor([[2 * math.log(5.0)]]), torch.ones(1, 1))
+    assert one_above_BL.item() == pytest.approx(3 + 5)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 2048])
@@ -57,7 +64,8 @@ def test_aggregate_is_torch_s_mixture_whatever_the_chunks(posterior, chunk):
 
 def test_aggregate_keeps_its_digits_at_small_variances_and_far_from_the_origin():
     draw = torch.Generator().manual_seed(5)
-    mu_ML = 50 + torch.randn(400, 16, generator=draw)
+    # Each unit has its own place: a centre that all units share would leave them far from it.
+    mu_ML = 500 * torch.linspace(-1, 1, 16) + torch.randn(400, 16, generator=draw)
     logvar_ML = torch.full((400, 16), -14.0)
     z_NL = gaussian.sample(mu_ML, logvar_ML, torch.randn(400, 16, generator=draw))
     # At this width the components do not overlap: log q(z) = log q(z | x) - ln M to far below a nat.
@@ -69,6 +77,12 @@ def test_aggregate_of_nothing_is_an_error_and_no_samples_are_none():
     assert gaussian.log_aggregate(torch.zeros(0, 2), torch.zeros(3, 2), torch.zeros(3, 2)).shape == (0,)
     with pytest.raises(ValueError, match="at least one"):
         gaussian.log_aggregate(torch.zeros(3, 2), torch.zeros(0, 2), torch.zeros(0, 2))
+
+
+def test_means_and_variances_of_different_sentences_are_no_mixture():
+    """Whole chunks fit together. Without an error, the components past the shorter of the two would be left out."""
+    with pytest.raises(ValueError, match="shorter"):
+        gaussian.log_aggregate(torch.zeros(3, 2), torch.zeros(6, 2), torch.zeros(4, 2), chunk=2)
 
 
 def test_mutual_information_of_a_linear_gaussian_model():
@@ -107,6 +121,9 @@ def test_active_units_counts_variances_of_the_mean_above_the_threshold():
     mu_ML = 3 + spread_L * torch.randn(5000, 4, generator=draw)
     assert gaussian.active_units(mu_ML) == 2
     assert gaussian.active_units(mu_ML, threshold=0.001) == 3
+    # The variance over exactly these sentences, 1/4 here, and not an estimate for others, 1/2; above and not at it.
+    of_two_ML = torch.tensor([[0.0], [1.0]])
+    assert [gaussian.active_units(of_two_ML, threshold) for threshold in (0.24, 0.25, 0.26)] == [1, 0, 0]
 
 
 KL_BL = torch.tensor([[0.5, 4.0, 3.5], [2.0, 1.0, 0.0]])
@@ -142,6 +159,11 @@ def test_free_bits_total_holds_a_sentence_below_the_floor_without_gradient():
 def test_lambda_zero_and_no_units_leave_the_raw_kl(mode):
     assert torch.equal(gaussian.thresholded_kl(KL_BL, mode, 0.0, torch.zeros(3)), KL_BL.sum(1))
     assert torch.equal(gaussian.thresholded_kl(torch.zeros(2, 0), mode, 3.0, torch.zeros(0)), torch.zeros(2))
+
+
+def test_the_held_means_of_a_checkpoint_may_be_on_another_device():
+    held_L, kl_BL = torch.ones(3), torch.zeros(2, 3, device="meta")
+    assert gaussian.thresholded_kl(kl_BL, "per_dim_batch", 3.0, held_L).shape == (2,)
 
 
 def test_paper_s_threshold_is_a_floor_of_96_nats():

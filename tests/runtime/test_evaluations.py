@@ -1,6 +1,7 @@
 """The files of an evaluation: what is refused, and how differences are paired."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -19,6 +20,21 @@ def write(run, rec_N, fingerprint=FINGERPRINT, **further):
     return run
 
 
+def command(run):
+    return f"`vae-ds evaluate {run} --split test`"
+
+
+def test_the_file_has_4_bytes_per_sentence_and_quantity_and_fits_its_metrics(tmp_path):
+    """The mean of the float32 values differs from that of the metrics; the file is not of another evaluation."""
+    rec_N = np.random.default_rng(0).gamma(3.0, 20.0, size=999)
+    run = write(tmp_path / "run", rec_N)
+    assert evaluations.values_file(run, "test").stat().st_size < 4 * 999 + 400
+    found_N = evaluations.read_values(run, "test")["rec"]
+    assert found_N.dtype == np.float64
+    assert found_N.tolist() == rec_N.astype(np.float32).tolist()
+    assert found_N.mean() != rec_N.mean()
+
+
 def test_values_come_back(tmp_path):
     run = write(tmp_path / "run", [1.5, 2.5, 4.0], kl=np.array([0.5, 0.5, 1.0]), iw_nll=np.array([2.0]))
     found = evaluations.read_values(run, "test")
@@ -28,8 +44,23 @@ def test_values_come_back(tmp_path):
         "iw_nll": [2.0],
     }
     assert found["rec"].dtype == np.float64
+    assert evaluations.nll_of(found, "rec").tolist() == [1.5, 2.5, 4.0]
     assert evaluations.nll_of(found, "nelbo").tolist() == [2.0, 3.0, 5.0]
     assert evaluations.nll_of(found, "iw_nll").tolist() == [2.0]
+    del found["iw_nll"]
+    assert evaluations.nll_of(found, "iw_nll") is None
+
+
+def test_a_mean_is_taken_in_float64() -> None:
+    """In float32, 10^8 sentences would have no digit left after the point."""
+    found = evaluations.estimate(np.array([2.0**24, 1, 1, 1], np.float32))
+    assert found.mean == 2.0**22 + 0.75
+    assert found.se == pytest.approx((2.0**24 - 1) / 4)
+    assert evaluations.estimate([3, 5]) == (4.0, pytest.approx(1.0))
+    assert evaluations.estimate([3]) == (3.0, None)
+    assert str(evaluations.Estimate(63.883, 0.42)) == "63.9 ± 0.4"
+    with pytest.raises(ValueError, match="no values to average"):
+        evaluations.estimate([])
 
 
 def test_a_difference_is_paired_by_sentence_over_those_that_both_have():
@@ -47,21 +78,29 @@ def test_the_values_of_a_language_model_are_exact_likelihoods():
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda run: evaluations.values_file(run, "test").unlink(), "no such file; write it with `vae-ds evaluate"),
+        (lambda run: evaluations.values_file(run, "test").unlink(), "no such file; write it with RUN"),
         (lambda run: evaluations.values_file(run, "test").write_bytes(b"\x05nonsense"), "not the values of an evalu"),
         (lambda run: evaluations.metrics_file(run, "test").write_text("{"), "not an evaluation"),
         (lambda run: evaluations.metrics_file(run, "test").write_text("[]"), "not an evaluation: a list"),
-        (lambda run: evaluations.metrics_file(run, "test").unlink(), "no such file; write it with `vae-ds evaluate"),
-        (lambda run: evaluations.metrics_file(run, "test").write_text('{"rec": 2.0}'), "has no data_fingerprint, so"),
+        (lambda run: evaluations.metrics_file(run, "test").unlink(), "no such file; write it with RUN"),
+        (
+            lambda run: evaluations.metrics_file(run, "test").write_text('{"rec": 2.0}'),
+            "has no data_fingerprint, so .* again with RUN",
+        ),
     ],
 )
 def test_a_missing_broken_or_old_file_is_one_line(tmp_path, spoil, message):
     run = write(tmp_path / "run", [1.0, 2.0])
     spoil(run)
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(CheckpointError, match=message.replace("RUN", command(run))) as caught:
         evaluations.read_values(run, "test")
     assert "\n" not in str(caught.value)
-    assert str(run) in str(caught.value)
+    assert f"{run}/eval-test." in str(caught.value)
+
+
+def test_a_directory_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/none: no such directory$"):
+        evaluations.read(tmp_path / "none", "test")
 
 
 @pytest.mark.parametrize("change", [{"sentences": 3}, {"rec": 1.6}, {"data_fingerprint": FINGERPRINT | {"texts": "y"}}])
@@ -69,7 +108,9 @@ def test_values_of_another_evaluation_are_refused(tmp_path, change):
     run = write(tmp_path / "run", [1.0, 2.0])
     path = evaluations.metrics_file(run, "test")
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(CheckpointError, match=r"belongs to another evaluation than eval-test\.json"):
+    with pytest.raises(
+        CheckpointError, match=rf"another evaluation than eval-test\.json; write both with {command(run)}$"
+    ):
         evaluations.read_values(run, "test")
 
 
@@ -95,10 +136,15 @@ def test_other_data_is_named(change, words):
         (63.883, 0.096, "63.88 ± 0.10"),
         (63.883, 0.0004, "63.88 ± 0.00"),
         (63.883, 1.4, "63.9 ± 1.4"),
+        (63.883, 1.6, "63.9 ± 1.6"),
+        (63.883, 0.18, "63.88 ± 0.18"),
+        (63.883, 0.195, "63.9 ± 0.2"),
         (163.883, 1.96, "164 ± 2"),
         (163.883, 23.0, "164 ± 23"),
         (63.883, 0.0, "63.88 ± 0.00"),
         (63.883, None, "63.88"),
+        (63.883, math.inf, "63.88"),
+        (math.inf, 0.4, "inf"),
     ],
 )
 def test_a_value_is_rounded_by_its_error(value, se, shown):

@@ -47,11 +47,12 @@ def test_a_validation_is_at_the_beta_of_the_update_before_it(beta: dict[str, Any
     assert final_steps(plan(beta=beta)) == list(expected)
 
 
-@pytest.mark.parametrize(("kl", "is_near"), [(7.1, False), (7.3, True), (8.7, True), (8.9, False), (None, True)])
+@pytest.mark.parametrize(("kl", "is_near"), [(7.19, False), (7.21, True), (8.79, True), (8.81, False), (None, True)])
 def test_a_target_is_reached_by_the_kl(kl: float | None, is_near: bool) -> None:
     target = plan(beta={"schedule": "target", "kl": 8.0})
     assert target.beta.final() is None
     assert target.beta.is_final(1, kl) is is_near
+    assert Choice.begin(target, 50).takes(target, 1, valid(9.0, kl=kl)) is is_near
 
 
 def test_only_better_validations_that_use_z_are_taken() -> None:
@@ -72,6 +73,8 @@ def test_only_better_validations_that_use_z_are_taken() -> None:
     ]
     assert taken == [False, False, False, False, False, True, False, True]
     assert (choice.step, choice.nelbo) == (110, 8.0)
+    counted = {"collapsed": 1, "unused KL": 1, "without a verdict": 1, "without a finite nelbo": 1, "uses z": 3}
+    assert choice.verdicts == counted
     assert choice.reason() == "model/ is the validation of step 110 (nelbo 8.00, the best of 3 that use z)"
 
 
@@ -80,16 +83,34 @@ def test_the_last_weights_are_explained() -> None:
     assert choice.reason() == "model/ has the last weights: no validation at the final beta was compared"
     for done in (10, 20):
         assert not choice.takes(plan(), done, valid(2.0, "collapsed"))
-    assert facts(choice, 110)["step"] == 110
     assert choice.reason() == "model/ has the last weights: no validation at the final beta used z (2 collapsed)"
+    assert not choice.takes(plan(), 30, valid(2.0, "unused KL"))
+    assert choice.reason().endswith(" used z (2 collapsed, 1 unused KL)")
+    told = facts(choice, 110)
+    assert (told["step"], told["nelbo"], told["reason"]) == (110, None, choice.reason())
     target = Choice.begin(plan(beta={"schedule": "target", "kl": 8.0}), 50)
-    assert "near the target KL" in target.reason()
+    assert target.reason() == "model/ has the last weights: no validation near the target KL was compared"
+    reason = "model/ has the last weights, as `export: last` asks"
+    assert facts(None, 110) == {"step": 110, "nelbo": None, "reason": reason}
+
+
+def test_the_best_is_said_to_be_the_best_of_those_that_were_compared() -> None:
+    one = plan()
+    choice = Choice.begin(one, 50)
+    assert choice == Choice(phase=1, beta=1.0, sentences=50)
+    choice.takes(one, 10, valid(9.0))
+    assert choice.reason() == "model/ is the validation of step 20 (nelbo 9.00, the only one that uses z)"
+    choice.takes(one, 20, valid(9.5))
+    assert choice.reason() == "model/ is the validation of step 20 (nelbo 9.00, the best of 2 that use z)"
+    assert facts(choice, 110) == asdict(choice) | {"reason": choice.reason()}
 
 
 def test_a_language_model_competes_without_z() -> None:
     choice = Choice.begin(plan(), 50)
     assert choice.takes(plan(), 10, valid(9.0, "language model", None))
     assert choice.reason() == "model/ is the validation of step 20 (nelbo 9.00, the only one)"
+    assert choice.takes(plan(), 20, valid(8.0, "language model", None))
+    assert choice.reason() == "model/ is the validation of step 30 (nelbo 8.00, the best of 2)"
 
 
 def chosen(of: PhasePlan, done: int, nelbo: float = 9.0) -> Choice:

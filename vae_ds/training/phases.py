@@ -77,11 +77,12 @@ def _beta(phase: PhaseConfig, steps: int, steps_per_epoch: int | None) -> schedu
     if isinstance(beta, CyclicalBeta):
         return schedules.Cyclical(beta.max, steps, beta.cycles, beta.zero, beta.ramp)
     if isinstance(beta, LinearBeta):
-        length = max(1.0, float(beta.over_fraction or 0) * steps)
         if beta.over_steps is not None:
-            length = beta.over_steps
+            length: float = beta.over_steps
         elif beta.over_epochs is not None:
             length = beta.over_epochs * (steps_per_epoch or 0)
+        else:
+            length = float(beta.over_fraction or 0) * steps
         return schedules.Linear(beta.max, length, steps, beta.start)
     return schedules.Target(beta.kl, beta.start, beta.rate, beta.max)
 
