@@ -215,7 +215,7 @@ class RunConfig(Settings):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
-    precision: Precision = Field("auto", description="number format (auto: bf16 on GPUs, fp32 on CPUs)")
+    precision: Precision = Field("auto", description="number format (auto: bf16 on GPUs with native bf16, else fp32)")
     deepspeed: str = Field("zero1", description="a ZeRO stage (zero0 to zero3), a shipped ds_config, or a JSON file")
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
     validation: ValidationConfig = ValidationConfig()

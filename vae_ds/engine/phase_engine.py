@@ -57,18 +57,6 @@ class PhaseState:
     generators: dict[str, Any] | None = None
 
 
-def precision_for(precision: str, device: torch.device | str, deepspeed: str | None = None) -> str:
-    """Resolve `auto`: the precision of the ds_config, else bf16 on GPUs (fp16 if they have no bf16), fp32 on CPUs."""
-    if precision != ds_config.AUTO:
-        return precision
-    stated = ds_config.stated_precision(deepspeed) if deepspeed else None
-    if stated is not None:
-        return stated
-    if torch.device(device).type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-
-
 def resolve(
     deepspeed: str,
     precision: str,
