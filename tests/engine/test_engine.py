@@ -17,12 +17,13 @@ import torch
 
 from support import engine_cases
 from support.launch import Finished, clean_environment, launch
-from vae_ds.config.settings import OptimizerConfig
+from vae_ds.config.settings import ModelConfig, OptimizerConfig
 from vae_ds.distributed.ranks import Ranks
-from vae_ds.engine import ds_config, nvme
+from vae_ds.engine import ds_config, groups, nvme
 from vae_ds.engine.phase_engine import PhaseEngine, builds_async_io, resolve
 from vae_ds.engine.precision import precision_for
 from vae_ds.errors import ConfigError
+from vae_ds.model import T5VAE
 
 PROCESSES = 2
 # Ten minutes of processor time, once an environment.
@@ -97,6 +98,22 @@ def test_every_shipped_ds_config_that_a_cpu_can_start_was_started(session: Sessi
     expected = [name for name in ds_config.shipped_names() if belongs(name)]
     assert expected
     assert session.answers[0].get("started") == expected
+
+
+def test_parameter_groups_on_one_rank(tmp_path: Path) -> None:
+    finished = launch([Path(engine_cases.__file__), tmp_path, "alone"], processes=1, timeout_s=560, check=False)
+    answers = json.loads((tmp_path / "rank0.json").read_text())
+    for case in engine_cases.cases("alone"):
+        assert answers.get(case) == "ok", answers.get(case, f"not reached\n{finished.report()}")
+
+
+def test_what_of_a_t5_does_not_decay() -> None:
+    model = T5VAE.from_base(ModelConfig(injection="self_attention+embedding"))
+    kept = {name for name, parameter in model.named_parameters() if not groups.decays(name, parameter)}
+    expected = {name for name, _ in model.named_parameters() if "layer_norm" in name or "attention_bias" in name}
+    assert kept == expected
+    assert sum("attention_bias" in name for name in kept) == 2
+    assert sum("layer_norm" in name for name in kept) > 10
 
 
 def test_importing_the_room_does_not_import_deepspeed(tmp_path: Path) -> None:
