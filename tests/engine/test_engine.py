@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import torch
 
 from support import engine_cases
 from support.launch import Finished, clean_environment, launch
-from vae_ds.config.settings import OptimizerConfig
+from vae_ds.config.settings import ModelConfig, OptimizerConfig
 from vae_ds.distributed.ranks import Ranks
-from vae_ds.engine import ds_config, nvme
-from vae_ds.engine.phase_engine import PhaseEngine, builds_async_io, precision_for, resolve
+from vae_ds.engine import ds_config, groups, nvme
+from vae_ds.engine.phase_engine import PhaseEngine, builds_async_io, resolve
+from vae_ds.engine.precision import precision_for
 from vae_ds.errors import ConfigError
+from vae_ds.model import T5VAE
 
 PROCESSES = 2
 # Ten minutes of processor time, once an environment.
@@ -95,6 +98,22 @@ def test_every_shipped_ds_config_that_a_cpu_can_start_was_started(session: Sessi
     expected = [name for name in ds_config.shipped_names() if belongs(name)]
     assert expected
     assert session.answers[0].get("started") == expected
+
+
+def test_parameter_groups_on_one_rank(tmp_path: Path) -> None:
+    finished = launch([Path(engine_cases.__file__), tmp_path, "alone"], processes=1, timeout_s=560, check=False)
+    answers = json.loads((tmp_path / "rank0.json").read_text())
+    for case in engine_cases.cases("alone"):
+        assert answers.get(case) == "ok", answers.get(case, f"not reached\n{finished.report()}")
+
+
+def test_what_of_a_t5_does_not_decay() -> None:
+    model = T5VAE.from_base(ModelConfig(injection="self_attention+embedding"))
+    kept = {name for name, parameter in model.named_parameters() if not groups.decays(name, parameter)}
+    expected = {name for name, _ in model.named_parameters() if "layer_norm" in name or "attention_bias" in name}
+    assert kept == expected
+    assert sum("attention_bias" in name for name in kept) == 2
+    assert sum("layer_norm" in name for name in kept) > 10
 
 
 def test_importing_the_room_does_not_import_deepspeed(tmp_path: Path) -> None:
@@ -410,3 +429,22 @@ def test_precision_auto_follows_the_ds_config_then_the_device(write: Callable[[A
     assert precision_for("auto", "cpu", str(ds_config.shipped_dir() / "zero2_bf16.json")) == "bf16"
     assert precision_for("auto", "cpu", write({"bf16": {"enabled": True}})) == "bf16"
     assert precision_for("fp32", "cpu", write({"bf16": {"enabled": True}})) == "fp32"
+
+
+@pytest.mark.parametrize(("major", "expected"), [(7, "fp32"), (8, "bf16"), (9, "bf16")])
+def test_precision_auto_does_not_take_emulated_bf16(
+    major: int, expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch's own rule, on the properties of a V100 or T4 (7), an A100 (8) and an H100 (9). All accept bf16 tensors."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    assert torch.cuda.is_bf16_supported()
+    assert precision_for("auto", "cuda:0") == expected
+    assert not caplog.messages
+    assert precision_for("auto", "cuda:0", tell=True) == expected
+    assert len(caplog.messages) == (expected == "fp32")
+    assert all("precision=fp16" in message for message in caplog.messages)
+    assert precision_for("auto", "cuda:0", "zero2_fp16", tell=True) == "fp16"
+    assert precision_for("bf16", "cuda:0", tell=True) == "bf16"

@@ -223,6 +223,21 @@ def test_nats_are_those_of_transformers_and_ignore_padding(tokenizer: Any) -> No
     assert nats(0)[0].item() == pytest.approx(mean.item() * labels_BT.numel(), rel=1e-5)
 
 
+def test_float16_does_not_overflow(tokenizer: Any) -> None:
+    """Feed-forward outputs past 65504, float16's largest number; an engine casts all weights."""
+    model = TextToText(build_t5(SMALL, tokenizer, seed=1)).eval()
+    t5: Any = model.t5
+    with torch.no_grad():
+        for block in (*t5.encoder.block, *t5.decoder.block):
+            wo = block.layer[-1].DenseReluDense.wo.weight
+            wo.mul_(1e4 / wo.abs().max())
+            block.layer[-1].layer_norm.weight.mul_(200.0)
+    ids_BT = torch.tensor([[9, 8, 7, 1], [6, 5, 4, 1]])
+    expected = model(ids_BT, torch.ones_like(ids_BT), ids_BT)
+    found = model.half()(ids_BT, torch.ones_like(ids_BT), ids_BT)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+
+
 def test_weights_of_sizes_that_suit_adam_are_the_stock_models_when_exported(tokenizer: Any) -> None:
     stock = build_t5(SMALL, tokenizer, seed=1)
     model = TextToText(build_t5(SMALL, tokenizer, seed=1))

@@ -225,6 +225,7 @@ def test_a_point_that_is_not_notable_has_no_label(tmp_path: Path) -> None:
         ({"sample_posterior": False}, "z = posterior mean"),
         ({"reset_decoder": True}, "decoder reset"),
         ({"optimizer": {"weight_decay": 0.1}}, "optimizer weight decay 0.1"),
+        ({"optimizer": {"new_weights_lr_factor": 2}}, "2 times the learning rate for the new weights"),
     ],
 )
 def test_a_legend_says_what_differs_in_words(change: dict[str, Any], words: str) -> None:

@@ -25,10 +25,13 @@ from vae_ds.engine.phase_engine import PhaseEngine, PhaseState, StepOutcome, res
 
 STAGES = (0, 1, 2, 3)
 PRECISIONS = ("fp32", "bf16")
-# Each session is one launch. `nvme` contains both precisions.
+# Each session is one launch of two ranks. `nvme` contains both precisions. The session `alone` has one rank.
 SESSIONS = (*PRECISIONS, "nvme")
 GLOBAL, WORDS, TOKENS = 8, 11, 3
 FROZEN = "middle."
+# The weights of the network that do not decay, and those that a case trains with a rate of their own.
+VECTORS = ("middle.bias", "norm.weight", "norm.bias", "out.bias")
+NEW, FACTOR = "mu.", 3.0
 # Widths that are not divisible by two ranks or by DeepSpeed's alignments. Only partitions of at least 1 MiB go to NVMe:
 # with WIDE these are the weights of `middle` and `mu`, also at two ranks in 16 bits.
 NARROW, WIDE = (6, 7, 5), (1201, 901, 1501)
@@ -85,6 +88,7 @@ def engine(
     precision: str,
     accumulation: int = 2,
     half_of: Callable[[str], str] | None = None,
+    is_new: Callable[[str], bool] | None = None,
     **optimizer: Any,
 ) -> PhaseEngine:
     """An engine. `stage` may name a shipped variant (`2_offload`) and a change from CHANGES (`3_nvme-pipelined`)."""
@@ -106,6 +110,7 @@ def engine(
         precision=precision,
         ds_config=tree,
         half_of=half_of,
+        is_new=is_new,
     )
 
 
@@ -183,13 +188,23 @@ def assert_replicas(state: PhaseState) -> None:
     assert all(torch.equal(row, rows[0]) for row in rows), "the ranks have different states"
 
 
+def plain_adam(model: nn.Module, half_of: Callable[[str], str] = str, **settings: Any) -> torch.optim.AdamW:
+    """Torch's AdamW, with a group for each trainable parameter. Norms and biases do not decay."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p], "half": half_of(name), "name": name, **({"weight_decay": 0.0} if name in VECTORS else {})}
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, **{"weight_decay": 0.1, **settings})
+
+
 def parity(ranks: Ranks, stage: int | str, clip: float, freeze: str | None = FROZEN) -> None:
     """Float32 training equals plain torch on the global batch: losses, norms, weights, moments; frozen parts stay."""
     # The smallest gradients of a wide network are noise. With a small epsilon, AdamW scales them up like all others.
     eps = 1e-4 if "nvme" in str(stage) else 1e-8
     plain = network(stage, freeze=freeze)
     trainable = [parameter for parameter in plain.parameters() if parameter.requires_grad]
-    adam = torch.optim.AdamW(trainable, lr=0.0, betas=(0.9, 0.999), eps=eps, weight_decay=0.1)
+    adam = plain_adam(plain, betas=(0.9, 0.999), eps=eps)
     trained = engine(network(stage, freeze=freeze), ranks, stage, "fp32", clip=clip, eps=eps)
     clipped = False
     for step in range(4):
@@ -198,7 +213,8 @@ def parity(ranks: Ranks, stage: int | str, clip: float, freeze: str | None = FRO
         expected = plain(ids_GT, labels_G).loss_B.mean()
         expected.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(trainable, clip if clip > 0 else math.inf))
-        adam.param_groups[0]["lr"] = lr_at(step)
+        for group in adam.param_groups:
+            group["lr"] = lr_at(step)
         adam.step()
         adam.zero_grad()
         clipped |= 0 < clip < norm
@@ -304,11 +320,7 @@ def halves(ranks: Ranks, stage: int | str, precision: str) -> None:
 
     trained = engine(network(stage), ranks, stage, precision, half_of=half_of)
     plain = network(stage)
-    groups = [
-        {"params": [p for n, p in plain.named_parameters() if half_of(n) == half and p.requires_grad], "half": half}
-        for half in ("encoder", "decoder")
-    ]
-    adam = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.1)
+    adam = plain_adam(plain, half_of)
     before = trained.state()
     for step, half in enumerate(("encoder", "decoder", None, "encoder")):
         assert train_step(trained, ranks, step, half=half)[1].applied
@@ -335,6 +347,59 @@ def halves(ranks: Ranks, stage: int | str, precision: str) -> None:
     twin.close()
 
 
+def groups(ranks: Ranks, stage: int | str) -> None:
+    """New weights with a rate of their own, norms and biases without decay: as torch's AdamW with these groups.
+
+    The engine resumes from a state that was made without groups. A phase that freezes the new weights has no group of
+    them.
+    """
+
+    def is_new(name: str) -> bool:
+        return name.startswith(NEW)
+
+    def plain_step(step: int, factor: float) -> None:
+        adam.zero_grad()
+        plain(*batch(step)).loss_B.mean().backward()
+        for group in adam.param_groups:
+            group["lr"] = lr_at(step) * (factor if is_new(group["name"]) else 1.0)
+        adam.step()
+
+    plain = network(stage)
+    adam = plain_adam(plain, weight_decay=0.0)
+    before = engine(network(stage), ranks, stage, "fp32", weight_decay=0.0)
+    assert len(before._adam.param_groups) == 1
+    for step in range(2):
+        assert train_step(before, ranks, step)[1].applied
+        plain_step(step, 1.0)
+    state = before.state()
+    before.close()
+    settings: dict[str, Any] = {"is_new": is_new, "new_weights_lr_factor": FACTOR}
+    after = engine(network(stage), ranks, stage, "fp32", **settings)
+    assert len(after._adam.param_groups) == 3
+    after.load(state)
+    for group in adam.param_groups:
+        group["weight_decay"] = 0.0 if group["name"] in VECTORS else 0.1
+    for step in range(2, 6):
+        assert train_step(after, ranks, step)[1].applied
+        plain_step(step, FACTOR)
+    state = after.state()
+    after.close()
+    assert state.steps == 6
+    for name, parameter in plain.named_parameters():
+        assert torch.allclose(state.weights[name], parameter, rtol=0, atol=1e-5), name
+        if parameter.requires_grad:
+            for key in MOMENTS:
+                assert torch.allclose(state.moments[key][name], adam.state[parameter][key], rtol=1e-3, atol=1e-6), name
+    assert_replicas(state)
+
+    frozen = engine(network(stage, state.weights, freeze=NEW), ranks, stage, "fp32", **settings)
+    assert train_step(frozen, ranks, 6)[1].applied
+    moved = frozen.state().weights
+    frozen.close()
+    for name, value in state.weights.items():
+        assert torch.equal(moved[name], value) == is_new(name), name
+
+
 def cases(session: str) -> dict[str, Callable[[Ranks], None]]:
     """All cases of a session by name, in the order in which they run."""
     found: dict[str, Callable[[Ranks], None]] = {}
@@ -346,6 +411,11 @@ def cases(session: str) -> dict[str, Callable[[Ranks], None]]:
         for work in (phases, skipped):
             add(f"{work.__name__}-zero{stage}-{precision}", work, stage, precision)
 
+    if session in ("fp32", "alone"):
+        for stage in (*STAGES, *(["2_offload", "3_offload_params"] if session == "fp32" else [])):
+            add(f"groups-zero{stage}", groups, stage)
+    if session == "alone":
+        return found
     offloads = ["1_offload", "2_offload", "3_offload", "3_offload_params"]
     if session == "nvme":
         add("parity-zero3_nvme", parity, "3_nvme", 0.05)

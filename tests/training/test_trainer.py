@@ -29,6 +29,8 @@ ENGINES = {
     "accumulation": ["batch.micro=4", "deepspeed=zero2"],
     "activation-checkpointing": ["model.gradient_checkpointing=true"],
 }
+# Decay, and a rate of their own for the new weights, in the second phase.
+GROUPS = ("phases.1.optimizer={lr: 2.0e-3, clip: 50, weight_decay: 0.1, new_weights_lr_factor: 3.0}",)
 # One run on 2, 1, 2 and 1 processes: stage, micro batch, and the step at which each but the last is stopped.
 ELASTIC = [(2, 0, 16, 7), (1, 1, 4, 24), (2, 3, 8, 43), (1, 2, 16, None)]
 
@@ -106,6 +108,8 @@ def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for phase, stop_at in (("warmup", 11), ("full", 42)):
         two.append(job(recipe, folder / f"stopped-{phase}", *dropout, stop_at=stop_at))
         two.append(job(recipe, folder / f"stopped-{phase}", *dropout))
+    two.append(job(recipe, folder / "groups-two", *GROUPS, "deepspeed=zero3"))
+    one.append(job(recipe, folder / "groups-one", *GROUPS, "deepspeed=zero1"))
     aggressive = ("phases.1.aggressive={inner_steps: 5, check_every: 2}", "validation.every_steps=8")
     two.append(job(recipe, folder / "aggressive-two", *aggressive, "deepspeed=zero2"))
     two.append(job(recipe, folder / "aggressive-stopped", *aggressive, "deepspeed=zero2", stop_at=41))
@@ -127,8 +131,12 @@ def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(recipe: Path) -> list[dict[str, float]]:
+    return plain_loop(recipe)
+
+
+def plain_loop(recipe: Path, *overrides: str) -> list[dict[str, float]]:
     """The recipe as a plain PyTorch loop: torch's AdamW, whole global batches, the schedules by their formulas."""
-    config = configuration.load(RunConfig, str(recipe))
+    config = configuration.load(RunConfig, str(recipe), overrides)
     tokenizer = load_tokenizer(config.model.base)
     tokens = from_texts(ENGLISH[:300], tokenizer, config.data.max_tokens)
     model = T5VAE.from_base(config.model, config.seed).train()
@@ -136,7 +144,20 @@ def plain(recipe: Path) -> list[dict[str, float]]:
     for index, phase in enumerate(config.phases):
         freeze(model, phase.freeze)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        adam = torch.optim.AdamW(trainable, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+        decay, factor = phase.optimizer.weight_decay, phase.optimizer.new_weights_lr_factor
+        adam = torch.optim.AdamW(
+            [
+                {
+                    "params": [parameter],
+                    "weight_decay": 0.0 if "layer_norm" in name or "relative_attention_bias" in name else decay,
+                    "factor": factor if groups_by_module(model)[name] in ("bottleneck", "memory") else 1.0,
+                }
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+            ],
+            betas=(0.9, 0.999),
+            eps=1e-8,
+        )
         for step in range(STEPS):
             warm = min(1.0, (step + 1) / 3)
             cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - 3) / (STEPS - 3)))
@@ -152,7 +173,8 @@ def plain(recipe: Path) -> list[dict[str, float]]:
             adam.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trainable, 50.0)
-            adam.param_groups[0]["lr"] = lr
+            for group in adam.param_groups:
+                group["lr"] = lr * group["factor"]
             adam.step()
             row = {"loss": loss, "rec": terms.rec_B.mean(), "kl": terms.kl_BL.sum(1).mean(), "grad_norm": norm}
             rows.append({key: value.item() for key, value in row.items()} | {"beta": beta, "lr": lr})
@@ -189,6 +211,16 @@ def test_every_engine_is_the_plain_loop(runs: Path, plain: list[dict[str, float]
     for step, (found, wanted) in enumerate(zip(steps, plain, strict=True)):
         for key, value in wanted.items():
             assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (step, key, found, wanted)
+
+
+@pytest.mark.parametrize("name", ["groups-one", "groups-two"])
+def test_weight_decay_and_the_rate_of_the_new_weights(runs: Path, recipe: Path, name: str) -> None:
+    """At ZeRO 1 and 3, as in the plain loop; the logged rate is that of the pretrained weights."""
+    wanted = plain_loop(recipe, *GROUPS)
+    assert wanted[-1]["loss"] != pytest.approx(curve(runs / "stage1")[-1]["loss"], rel=1e-3), "the groups do nothing"
+    for step, (found, row) in enumerate(zip(curve(runs / name), wanted, strict=True)):
+        for key, value in row.items():
+            assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (step, key, found, row)
 
 
 @pytest.mark.parametrize("mode", FREE_BITS)

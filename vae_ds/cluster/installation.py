@@ -18,7 +18,7 @@ from vae_ds.cluster.checks import GB, Check, disk, output_of
 
 INSTALL = "pip install -c launchers/constraints.txt -e . in a checkout of vae_ds"
 SHOWN = ("vae_ds", "torch", "transformers", "deepspeed", "datasets")
-# The first compute capability whose hardware supports the type.
+# The first compute capability whose hardware supports the type. torch has the same limit for native bf16.
 BF16_SINCE, FP16_SINCE = (8, 0), (5, 3)
 # If less than this fraction of a GPU's memory is free, another process uses the GPU.
 LEAST_FREE = 0.5
@@ -174,7 +174,7 @@ def _gpu(index: int) -> Check:
     capability = torch.cuda.get_device_capability(index)
     kinds = {"bf16": capability >= BF16_SINCE, "fp16": capability >= FP16_SINCE}
     found = f"{name}, {free / GB:.1f} of {total / GB:.1f} GB free, compute capability {capability[0]}.{capability[1]}, "
-    found += ", ".join(f"{kind} {'yes' if has else 'no'}" for kind, has in kinds.items())
+    found += ", ".join(f"native {kind} {'yes' if has else 'no'}" for kind, has in kinds.items())
     numbers = {"name": name, "free_gb": free / GB, "all_gb": total / GB, "capability": capability}
     facts = {"gpus": {str(index): numbers | kinds}}
     if not correct:
@@ -184,7 +184,8 @@ def _gpu(index: int) -> Check:
     if free < LEAST_FREE * total:
         return Check(title, "warn", found, "another process uses the rest; `nvidia-smi` shows it", facts)
     if not kinds["bf16"]:
-        return Check(title, "warn", found, "set precision to fp16 or fp32: bf16 is only emulated", facts)
+        advice = "bf16 is only emulated, so `precision: auto` is fp32; precision=fp16 is possible too (ZeRO 1 to 3)"
+        return Check(title, "warn", found, advice, facts)
     return Check(title, "ok", found, facts=facts)
 
 

@@ -107,7 +107,10 @@ class OptimizerConfig(Settings):
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of Adam's two moments")
     eps: float = Field(1e-8, gt=0, description="added to the square root of the second moment")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    new_weights_lr_factor: float = Field(
+        1.0, gt=0, description="learning rate of the new weights (bottleneck, memory), as a multiple of `lr`"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay, not of layer norms and biases")
     clip: float = Field(0.0, ge=0, description="maximum gradient norm of the loss in nats per sentence; 0: no clipping")
 
 
@@ -215,7 +218,7 @@ class RunConfig(Settings):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
-    precision: Precision = Field("auto", description="number format (auto: bf16 on GPUs, fp32 on CPUs)")
+    precision: Precision = Field("auto", description="number format (auto: bf16 on GPUs with native bf16, else fp32)")
     deepspeed: str = Field("zero1", description="a ZeRO stage (zero0 to zero3), a shipped ds_config, or a JSON file")
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
     validation: ValidationConfig = ValidationConfig()
@@ -286,6 +289,10 @@ class PretrainConfig(Settings):
             raise ValueError("`data.streaming` works only for VAEs: pretraining shuffles the whole text in each epoch")
         if self.checkpoint.keep_best is not None:
             raise ValueError("`checkpoint.keep_best` works only for VAEs: pretraining does not compute these metrics")
+        if self.optimizer.new_weights_lr_factor != 1.0:
+            raise ValueError(
+                "`optimizer.new_weights_lr_factor` works only for VAEs: in pretraining all weights are new"
+            )
         return self
 
 

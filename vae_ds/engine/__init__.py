@@ -9,9 +9,9 @@ from vae_ds.engine.phase_engine import (
     PhaseState,
     StepOutcome,
     builds_async_io,
-    precision_for,
     resolve,
 )
+from vae_ds.engine.precision import precision_for
 
 __all__ = [
     "MOMENTS",

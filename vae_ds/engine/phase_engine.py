@@ -24,7 +24,7 @@ from torch import nn
 from vae_ds import distributed
 from vae_ds.config import OptimizerConfig
 from vae_ds.distributed import Ranks
-from vae_ds.engine import ds_config, ds_keys, nvme
+from vae_ds.engine import ds_config, ds_keys, groups, nvme
 from vae_ds.engine.masters import MOMENTS, Masters
 from vae_ds.errors import CheckpointError, ConfigError
 
@@ -55,18 +55,6 @@ class PhaseState:
     scaler: dict[str, float] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     generators: dict[str, Any] | None = None
-
-
-def precision_for(precision: str, device: torch.device | str, deepspeed: str | None = None) -> str:
-    """Resolve `auto`: the precision of the ds_config, else bf16 on GPUs (fp16 if they have no bf16), fp32 on CPUs."""
-    if precision != ds_config.AUTO:
-        return precision
-    stated = ds_config.stated_precision(deepspeed) if deepspeed else None
-    if stated is not None:
-        return stated
-    if torch.device(device).type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
 def resolve(
@@ -129,8 +117,12 @@ class PhaseEngine:
         precision: str,
         ds_config: dict[str, Any],
         half_of: Callable[[str], str] | None = None,
+        is_new: Callable[[str], bool] | None = None,
     ) -> None:
-        """`half_of` maps a parameter name to its part of the model, for steps that update only one part."""
+        """`half_of` maps a parameter name to its part of the model, for steps that update only one part.
+
+        `is_new` says whether a parameter has the learning rate of the new weights.
+        """
         parameters = dict(module.named_parameters())
         wrong = [name for name, p in parameters.items() if p.dtype != torch.float32 or p.device.type != "cpu"]
         if wrong:
@@ -143,17 +135,7 @@ class PhaseEngine:
         self._frozen = {name: p.detach().clone() for name, p in parameters.items() if not p.requires_grad}
         exact = {name: p.detach().clone() for name, p in self._trainable.items()} if precision != "fp32" else {}
         self._ranks = ranks
-        halves: dict[str, list[nn.Parameter]] = {}
-        for name, parameter in self._trainable.items():
-            halves.setdefault(half_of(name) if half_of else "", []).append(parameter)
-        self._adam = torch.optim.AdamW(
-            [{"params": members, "half": half} for half, members in halves.items()],
-            lr=0.0,  # `step` sets the rate of each step
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
+        self._adam = groups.adamw(self._trainable, optimizer, half_of, is_new)
         filled = _fill(ds_config, optimizer, micro, accumulation, ranks, precision, parameters.values())
         self._swap = nvme.claim(filled, parameters.values(), ranks, 4 if precision == "fp32" else 2)
         self._stage = int(filled.get("zero_optimization", {}).get("stage", 0))
@@ -185,12 +167,12 @@ class PhaseEngine:
     def step(self, lr: float, half: str | None = None) -> StepOutcome | None:
         """Call this after each backward. Returns None inside an accumulation, else the outcome of the optimizer step.
 
+        `lr` is the rate of the pretrained weights; the new weights have `new_weights_lr_factor` times this rate.
         With `half`, a name that `half_of` returns, all other parameters stay unchanged, but their moments are updated.
         A step with non-finite gradients is skipped on every rank: weights, moments and AdamW's step stay unchanged.
         """
         is_boundary = self._engine.is_gradient_accumulation_boundary()
-        for group in self._adam.param_groups:
-            group["lr"] = lr if half in (None, group["half"]) else 0.0
+        groups.set_rates(self._adam, lr, half)
         norm = None
         if is_boundary and self._is_plain:
             norm = self._gradient_norm()

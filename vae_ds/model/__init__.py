@@ -5,6 +5,7 @@ Depends on `config` and `errors`.
 
 from vae_ds.model import gaussian
 from vae_ds.model.bases import check_base, load_tokenizer, model_dir, read_export
+from vae_ds.model.injection import guard_half
 from vae_ds.model.shapes import base_shapes, check_base_weights, check_latent_dim, check_start, skeleton
 from vae_ds.model.t5vae import T5VAE
 
@@ -16,6 +17,7 @@ __all__ = [
     "check_latent_dim",
     "check_start",
     "gaussian",
+    "guard_half",
     "load_tokenizer",
     "model_dir",
     "read_export",

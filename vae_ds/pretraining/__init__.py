@@ -1,6 +1,6 @@
 """Pretrain a small T5 from scratch: vocabulary, span corruption and language-model examples, training, model card.
 
-Depends on `training`, `engine`, `data`, `distributed`, `runtime` and `config`.
+Depends on `training`, `engine`, `data`, `model`, `distributed`, `runtime` and `config`.
 """
 
 from vae_ds.pretraining.pretrainer import pretrain

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vae_ds.config import ArchitectureConfig
+from vae_ds.model import guard_half
 from vae_ds.pretraining.span_corruption import IGNORED
 from vae_ds.pretraining.vocabulary import save_tokenizer, sentinel_ids
 
@@ -36,6 +37,7 @@ class TextToText(nn.Module):
     def __init__(self, t5: nn.Module) -> None:
         """Changes the weights of `t5` in place."""
         super().__init__()
+        guard_half(t5)
         self.t5 = t5
         with torch.no_grad():
             for name, parameter in self.named_parameters():

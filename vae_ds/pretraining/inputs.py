@@ -58,7 +58,7 @@ class Setup:
 def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Setup:
     """Check the settings, read the corpus, learn the vocabulary, and tokenise. Raises UserError."""
     distributed.rank0_first(lambda: corpora.check(config.data))
-    precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
+    precision = engine.precision_for(config.precision, ranks.device, config.deepspeed, tell=ranks.is_main)
     ds_config = engine.resolve(config.deepspeed, precision, ranks.device.type)
     micro = micro_batch(config.batch.global_size, ranks.world, config.batch.micro, cap=512)
     corpus = distributed.rank0_first(lambda: corpora.load(config.data))

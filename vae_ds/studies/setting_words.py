@@ -159,6 +159,7 @@ _WORDS: dict[str, Callable[[Any], str]] = {
     "latent_dim": lambda value: f"{value} units",
     "max_tokens": lambda value: f"at most {value} tokens",
     "optimizer.lr": lambda value: f"learning rate {value:g}",
+    "optimizer.new_weights_lr_factor": lambda value: f"{value:g} times the learning rate for the new weights",
     "phases": lambda value: f"phases {' + '.join(value)}" if len(value) > 1 else f"one phase ({value[0]})",
     "pool_layers": lambda value: f"{value} layer{'s' if value == 'all' else ''}",
     "pooling": lambda value: f"{value} pooling",

@@ -45,4 +45,5 @@ def build_engine(setup: Setup, plan: PhasePlan, model: T5VAE) -> PhaseEngine:
         precision=setup.precision,
         ds_config=setup.ds_config,
         half_of=half_of if plan.settings.aggressive else None,
+        is_new=phases.is_new,
     )

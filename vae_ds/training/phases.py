@@ -111,6 +111,11 @@ def group_of(name: str) -> str:
     raise ValueError(f"parameter {name} belongs to no group")
 
 
+def is_new(name: str) -> bool:
+    """Whether a parameter of T5VAE is one of the new weights, which the pretrained T5 does not have."""
+    return group_of(name) in ("bottleneck", "memory")
+
+
 def frozen_names(names: Iterable[str], patterns: Sequence[str], where: str = "freeze") -> set[str]:
     """The parameters that `patterns` freeze: groups, or shell patterns of parameter names.
 

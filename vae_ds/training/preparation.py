@@ -46,7 +46,7 @@ def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
     run_dirs.check_writable(run_dir)
     distributed.rank0_first(lambda: corpora.check(config.data))
     check_model(config)
-    precision = engine.precision_for(config.precision, ranks.device, config.deepspeed)
+    precision = engine.precision_for(config.precision, ranks.device, config.deepspeed, tell=ranks.is_main)
     clips = {"gradient_clipping": [phase.optimizer.clip for phase in config.phases]}
     ds_config = engine.resolve(config.deepspeed, precision, ranks.device, stated=clips)
     micro = micro_batch(config.batch.global_size, ranks.world, config.batch.micro)
