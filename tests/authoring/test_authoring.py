@@ -160,6 +160,20 @@ def test_a_strange_name_stays_a_name(name: str, tmp_path: Path, monkeypatch: pyt
 # The rules
 
 
+def test_at_least_the_percentage_is_kept_whole() -> None:
+    """Not a length between two sentences: 99 % of ten sentences are ten sentences."""
+    lengths = np.arange(21, 31)
+    assert [rules.length_at(lengths, percentile) for percentile in (50, 51, 90, 91, 99, 100)] == [
+        25,
+        26,
+        29,
+        30,
+        30,
+        30,
+    ]
+    assert [rules.max_tokens(lengths, percentile) for percentile in (10, 40, 41)] == [24, 24, 32]
+
+
 def test_the_anchor_is_the_shipped_base() -> None:
     sizes = {name: prod(shape) for name, shape in base_shapes("tiny").items()}
     assert sum(sizes.values()) - sizes["shared.weight"] == rules.ANCHOR_PARAMETERS
@@ -170,6 +184,9 @@ def test_an_untied_head_is_not_counted(text: Path) -> None:
     shapes = base_shapes(base("v1_1"))
     assert shapes["lm_head.weight"] == shapes["shared.weight"]
     assert "lm_head.weight" not in base_shapes(base("t5"))
+    body = sum(prod(shape) for name, shape in shapes.items() if name not in ("lm_head.weight", "shared.weight"))
+    said = " ".join(re.sub(r"\n *#", " ", draft(Wishes(base=base("v1_1"), data=str(text)))).split())
+    assert f"this base has {body / 1e6:.2f} million" in said
 
 
 @pytest.mark.parametrize(
