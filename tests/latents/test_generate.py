@@ -1,9 +1,12 @@
 """The uses of the latent space: right shapes and ends, deterministic by seed, clear errors."""
 
+import json
+
 import pytest
 import torch
 
-from support import tiny
+from support import partitioned_decoding, tiny
+from support.launch import launch
 from vae_ds.config.settings import ModelConfig
 from vae_ds.data.batches import collate, from_texts
 from vae_ds.errors import ConfigError, DataError
@@ -41,6 +44,24 @@ def model(base, tokenizer):
 @pytest.fixture(scope="module")
 def plain(base):
     return T5VAE.from_base(ModelConfig(base=base, injection="none"))
+
+
+@pytest.mark.timeout(300)
+def test_ranks_decode_texts_of_different_lengths_with_a_divided_model(model, tokenizer, tmp_path):
+    """ZeRO 3 gathers weights in each step: a rank that stops at its own end gets out of step with the other."""
+    model.save_pretrained(tmp_path / "model", tokenizer)
+    wanted = {
+        text: [generate.reconstruct(model, tokenizer, [text], max_new_tokens=40, beams=n) for n in (1, 2)]
+        for text in TEXTS
+    }
+    steps = {text: len(tokenizer(found[0][0])["input_ids"]) for text, found in wanted.items()}
+    texts = [min(steps, key=steps.get), max(steps, key=steps.get)]
+    assert steps[texts[0]] < steps[texts[1]] < 40
+    script = [partitioned_decoding.__file__, tmp_path / "model", tmp_path, json.dumps(texts)]
+    finished = launch(script, timeout_s=200, check=False)
+    assert not finished.timed_out, finished.report()
+    for rank, text in enumerate(texts):
+        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == wanted[text], finished.report()
 
 
 def by_hand(model, tokenizer, z_L):

@@ -3,6 +3,9 @@
 Shapes: B sentences or latents in a batch, N in total, L latent units, T tokens.
 Latents are float32 on the device of the model. Texts are returned in the order of the input. Every function takes the
 fields of `Decoding` as keyword arguments.
+
+With a model that ZeRO 3 divides, all ranks make the same number of calls, with the same number of batches in each. The
+texts may differ in length.
 """
 
 import warnings
@@ -278,7 +281,8 @@ def shown(
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Examples to show during training: `sources` with their reconstructions, and as many samples from the prior.
 
-    A plain language model has samples only, with drawn tokens. Every rank makes the same texts, as ZeRO 3 requires.
+    A plain language model has samples only, with drawn tokens. Every rank makes the same texts: ZeRO 3 needs
+    the same number of calls on all ranks.
     """
     if model.bottleneck is None:
         drawn = sample(model, tokenizer, len(sources), seed, max_new_tokens=max_new_tokens, temperature=1.0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -230,10 +231,13 @@ class T5VAE(nn.Module):
 
         `generate_kwargs` are passed to the `generate` of transformers (`do_sample`, `num_beams`, ...).
         For injection `none`, pass z None and a `batch_size`.
+        If ZeRO 3 divides the weights among ranks, this is a collective: each rank may have its own z, and runs the
+        decoder until the longest text of all ranks is complete.
         """
         device = self.t5.shared.weight.device if z_BL is None else z_BL.device
         memory_B1L = self._memory(z_BL, batch_size, device)
-        options: dict[str, Any] = {"do_sample": False, "num_beams": 1, **generate_kwargs}
+        options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "synced_gpus": self._is_divided()}
+        options |= generate_kwargs
         own_cache = options.get("cache_implementation") in (None, "dynamic", "static")
         if own_cache and options.get("use_cache", True) and options.get("past_key_values") is None:
             options["past_key_values"] = self._cache(options.pop("cache_implementation", None), max_new_tokens + 1)
@@ -256,6 +260,14 @@ class T5VAE(nn.Module):
         if size is None:
             raise ValueError("a model with injection `none` needs batch_size, because it has no z")
         return torch.zeros(size, 1, 1, device=device)
+
+    def _is_divided(self) -> bool:
+        """Whether ZeRO 3 divides the weights among several ranks. Each forward call is then a collective.
+
+        transformers notices this only if DeepSpeed was set up through its own integration.
+        """
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return several and any(hasattr(parameter, "ds_id") for parameter in self.parameters())
 
     def _cache(self, implementation: str | None, length: int) -> Cache:
         """A cache with the depth of the decoder; transformers 5 uses the depth of the encoder. No layer caches z."""
