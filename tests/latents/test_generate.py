@@ -48,7 +48,7 @@ def plain(base):
 
 @pytest.mark.timeout(300)
 def test_ranks_decode_texts_of_different_lengths_with_a_divided_model(model, tokenizer, tmp_path):
-    """ZeRO 3 gathers weights in each step: a rank that stops at its own end would leave the other waiting forever."""
+    """ZeRO 3 gathers weights in each step: a rank that stops at its own end gets out of step with the other."""
     model.save_pretrained(tmp_path / "model", tokenizer)
     wanted = {
         text: [generate.reconstruct(model, tokenizer, [text], max_new_tokens=40, beams=n) for n in (1, 2)]

@@ -2,7 +2,8 @@
 
 The texts are made in groups of a fixed size, which are divided among the ranks. A group does not depend on the number
 of ranks, so neither does a metric. Each metric states what counts as a word. The ranks make different numbers of
-forward calls. Therefore each rank needs the whole model, not one partitioned by ZeRO 3.
+forward calls. Therefore each rank needs the whole model, not one partitioned by ZeRO 3: the ranks run different numbers
+of groups, and `generate` only equalises the steps within a call.
 """
 
 import math
