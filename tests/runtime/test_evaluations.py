@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from vae_ds.errors import CheckpointError, DataError
 from vae_ds.runtime import evaluations
@@ -20,13 +21,23 @@ def write(run, rec_N, fingerprint=FINGERPRINT, **further):
     return run
 
 
+def change_metrics(run, **change):
+    path = evaluations.metrics_file(run, "test")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def values_alone(run, **values):
+    """Values that do not say of which data they are."""
+    evaluations.values_file(run, "test").write_bytes(save(values))
+
+
 def command(run):
     return f"`vae-ds evaluate {run} --split test`"
 
 
 def test_the_file_has_4_bytes_per_sentence_and_quantity_and_fits_its_metrics(tmp_path):
     """The mean of the float32 values differs from that of the metrics; the file is not of another evaluation."""
-    rec_N = np.random.default_rng(0).gamma(3.0, 20.0, size=999)
+    rec_N = np.full(999, 0.1)
     run = write(tmp_path / "run", rec_N)
     assert evaluations.values_file(run, "test").stat().st_size < 4 * 999 + 400
     found_N = evaluations.read_values(run, "test")["rec"]
@@ -64,8 +75,9 @@ def test_a_mean_is_taken_in_float64() -> None:
 
 
 def test_a_difference_is_paired_by_sentence_over_those_that_both_have():
-    one_N = np.array([10.0, 21.0, 29.0, 77.0])
-    found = evaluations.paired(one_N, np.array([9.0, 19.0, 28.0]))
+    one_N, other_N = np.array([10.0, 21.0, 29.0, 77.0]), np.array([9.0, 19.0, 28.0])
+    found = evaluations.paired(one_N, other_N)
+    assert evaluations.paired(other_N, one_N).mean == -found.mean
     assert found.mean == pytest.approx(4 / 3)
     assert found.se == pytest.approx(np.std([1, 2, 1], ddof=1) / 3**0.5)  # that of two unpaired means is about 8
 
@@ -87,6 +99,8 @@ def test_the_values_of_a_language_model_are_exact_likelihoods():
             lambda run: evaluations.metrics_file(run, "test").write_text('{"rec": 2.0}'),
             "has no data_fingerprint, so .* again with RUN",
         ),
+        (lambda run: change_metrics(run, data_fingerprint={"texts": "x"}), "has no data_fingerprint, so"),
+        (lambda run: values_alone(run, rec=np.ones(2)), "belongs to another evaluation"),
     ],
 )
 def test_a_missing_broken_or_old_file_is_one_line(tmp_path, spoil, message):
@@ -103,11 +117,19 @@ def test_a_directory_that_does_not_exist_is_named(tmp_path):
         evaluations.read(tmp_path / "none", "test")
 
 
+@pytest.mark.parametrize("values", [{"kl": [1.0, 2.0]}, {"rec": [1.0, 2.0], "kl": [1.0]}])
+def test_values_without_rec_or_of_different_sentences_are_refused(tmp_path, values):
+    run = write(tmp_path / "run", [1.0, 2.0])
+    metrics = evaluations.read(run, "test")
+    evaluations.write(run, "test", metrics, {name: np.array(part) for name, part in values.items()})
+    with pytest.raises(CheckpointError, match="belongs to another evaluation"):
+        evaluations.read_values(run, "test")
+
+
 @pytest.mark.parametrize("change", [{"sentences": 3}, {"rec": 1.6}, {"data_fingerprint": FINGERPRINT | {"texts": "y"}}])
 def test_values_of_another_evaluation_are_refused(tmp_path, change):
     run = write(tmp_path / "run", [1.0, 2.0])
-    path = evaluations.metrics_file(run, "test")
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    change_metrics(run, **change)
     with pytest.raises(
         CheckpointError, match=rf"another evaluation than eval-test\.json; write both with {command(run)}$"
     ):

@@ -144,6 +144,9 @@ def test_what_does_not_compare_is_dropped() -> None:
     another = Choice(2, begun.beta, 50)  # a third phase follows
     assert another.resumed(saved, facts(saved, 110)) == another
     assert begun.resumed(None, facts(saved, 110)) == begun
+    counted = Choice(**asdict(Choice.begin(plan(), 60)) | {"verdicts": {"collapsed": 3}})
+    assert begun.resumed(counted, None) == begun, "its validations were counted on other sentences"
+    assert begun.resumed(counted, facts(saved, 110)) == begun
 
 
 def test_model_decides_what_is_chosen() -> None:

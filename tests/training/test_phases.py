@@ -103,10 +103,13 @@ def test_learning_rates() -> None:
 
 
 def test_phases_follow_each_other() -> None:
-    first, second = phases.plan([phase(epochs=0.5), phase(name="two", steps=7)], 10)
-    assert (first.first_step, first.steps, second.first_step, second.steps) == (0, 5, 5, 7)
-    assert [plan.index for plan in (first, second)] == [0, 1]
-    assert first.steps_per_epoch == 10
+    plans = phases.plan([phase(epochs=0.5), phase(name="two", steps=7), phase(name="three", steps=2)], 10)
+    assert [(plan.first_step, plan.steps) for plan in plans] == [(0, 5), (5, 7), (12, 2)]
+    assert [(plan.index, plan.name, plan.steps_per_epoch) for plan in plans] == [
+        (0, "one", 10),
+        (1, "two", 10),
+        (2, "three", 10),
+    ]
     assert planned(epochs=0.1).steps == 1
     with pytest.raises(ConfigError, match=r"^phases\.0\.epochs: 0\.01 epochs of 10 steps is less than one step$"):
         phases.plan([phase(epochs=0.01)], 10)

@@ -108,7 +108,7 @@ def share(index_G: Ints, lengths_N: Ints, rank: int, world: int, micro: int) -> 
     """
     if len(index_G) % (world * micro):
         raise ConfigError(f"{len(index_G)} sentences do not divide over {world} ranks in micro batches of {micro}")
-    order = index_G[np.argsort(-lengths_N[index_G].astype(np.int64), kind="stable")].astype(np.int64)
+    order = index_G[np.argsort(-lengths_N[index_G], kind="stable")].astype(np.int64)
     return list(order.reshape(-1, world, micro)[:, rank])
 
 
@@ -118,7 +118,7 @@ def evaluation_batches(lengths_N: Ints, batch: int, rank: int, world: int) -> li
     All ranks get the same number of batches, each of at most `batch` sentences of similar length. If the last sentences
     do not suffice for all ranks, a rank gets one filler sentence of weight 0.
     """
-    order = np.argsort(-lengths_N.astype(np.int64), kind="stable")
+    order = np.argsort(-lengths_N, kind="stable")
     batches = []
     for start in range(0, len(order), batch * world):
         piece = np.array_split(order[start : start + batch * world], world)[rank]
@@ -232,7 +232,7 @@ def _keep_mask(
         if end > start:
             chance = own.random(end - start)
             # Keep the token with the largest draw, so that at least one token stays.
-            chance[chance.argmax()] = max(chance.max(), denoise)
+            chance[chance.argmax()] = 1.0
             chances[start:end] = chance
     return chances >= denoise
 

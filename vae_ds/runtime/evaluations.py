@@ -175,7 +175,7 @@ def nll_of(values: Mapping[str, np.ndarray], quantity: str) -> np.ndarray | None
 
     Its `rec` is its exact negative log-likelihood. Returns None if the model has no such values.
     """
-    if quantity == "rec" or "kl" not in values:
+    if "kl" not in values:
         return values["rec"]
     return values["rec"] + values["kl"] if quantity == "nelbo" else values.get(quantity)
 
