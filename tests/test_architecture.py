@@ -19,7 +19,8 @@ LAYERS = (
     {"latents", "cluster"},
     {"evaluation"},
     {"training"},
-    {"studies", "pretraining", "bench", "authoring"},
+    {"studies", "pretraining", "authoring"},
+    {"bench"},
     {"cli"},
 )
 LAYER = {wing: number for number, wings in enumerate(LAYERS) for wing in wings}

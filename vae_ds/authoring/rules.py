@@ -11,6 +11,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from vae_ds.authoring import budget
+
 # The tiny T5, for which the rate of `recommended` was chosen, without its embeddings (test_rules compares it).
 ANCHOR_PARAMETERS = 1_838_080
 TOKEN_MULTIPLE = 8
@@ -81,21 +83,12 @@ def recomputes(parameters: int, tokens: int) -> bool:
 def deepspeed(parameters: int, gpus: int, gpu_gb: float) -> tuple[str, float]:
     """The ds_config for 16 bits, and the memory in GB that it takes on each GPU besides activations.
 
-    The first one that takes at most USED_SHARE of the GPU's memory; if there is none, the last. The bytes per parameter
-    and the order are those of the tables in ds_configs/README.md.
+    The first one of `budget.ORDER` that takes at most USED_SHARE of the GPU's memory; if there is none, the last.
     """
-    gathered, buckets = min(2 * parameters, 2e9), 1e9
-    bytes_of = {
-        "zero1": (8 + 12 / gpus) * parameters,
-        "zero2": (2 + 16 / gpus) * parameters + buckets,
-        "zero3": 22 / gpus * parameters + gathered + buckets,
-        "zero2_offload": 2 * parameters + buckets,
-        "zero3_offload": 2 / gpus * parameters + gathered + buckets,
-        "zero3_offload_params": gathered + buckets,
-    }
-    fits = [name for name, size in bytes_of.items() if size <= USED_SHARE * gpu_gb * 1e9]
-    chosen = fits[0] if fits else "zero3_offload_params"
-    return chosen, bytes_of[chosen] / 1e9
+    sizes = {name: budget.states(name, "bf16", parameters, 0, gpus).device for name in budget.ORDER}
+    fits = [name for name, size in sizes.items() if size <= USED_SHARE * gpu_gb * 1e9]
+    chosen = fits[0] if fits else budget.ORDER[-1]
+    return chosen, sizes[chosen] / 1e9
 
 
 def _floored(number: int) -> int:

@@ -1,8 +1,8 @@
 """Measurements of the package itself. Each measurement is a module and a command of `vae-ds bench`.
 
-Imports `runtime` and `config`. The measurements start `vae-ds train` in separate processes.
+Imports `authoring`, `training`, `runtime` and `config`. The measurements start trainings in separate processes.
 """
 
-from vae_ds.bench import soak
+from vae_ds.bench import memory, soak
 
-__all__ = ["soak"]
+__all__ = ["memory", "soak"]

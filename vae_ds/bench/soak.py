@@ -9,11 +9,9 @@ run.
 import itertools
 import json
 import math
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,16 +23,15 @@ import torch
 from safetensors.torch import load_file
 
 from vae_ds import config as configuration
+from vae_ds.bench import ranks
 from vae_ds.config import RunConfig
 from vae_ds.errors import ConfigError, Failed
-from vae_ds.runtime import free_port, records
+from vae_ds.runtime import records
 
 WARM_STEPS = 400  # at the start of each stretch: allocators and caches fill, and the first validation allocates memory
 SAMPLE_S = 0.25
 WINDOW = 40  # readings per sample; the sample is their minimum
 END_S = 90.0
-# By default glibc keeps freed memory for reuse. The amount varies by tens of MB from step to step.
-RETURN_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
 
 
 @dataclass
@@ -151,7 +148,7 @@ def _stretch(
 ) -> Stretch:
     """Start the ranks and sample their memory. Kill one after `kill_after_s`, and wait until all have ended."""
     stretch = Stretch()
-    ranks = _start(recipe, run, overrides, processes)
+    started = _start(recipe, run, overrides, processes)
     since = time.time()
     advanced_s: float | None = None
     validations = _validations(run)
@@ -162,9 +159,9 @@ def _stretch(
             stretch.validated_step = step
 
     try:
-        while all(rank.poll() is None for rank in ranks):
+        while all(rank.poll() is None for rank in started):
             time.sleep(SAMPLE_S)
-            step, memory_mb = _last_step(run, since), _memory_mb(ranks)
+            step, memory_mb = _last_step(run, since), _memory_mb(started)
             if step is None or memory_mb is None:
                 continue
             if stretch.first_step is None:
@@ -182,13 +179,13 @@ def _stretch(
             # After its last step, a run only validates and writes. A resumed run would have nothing to train.
             if due and step < (records.read_status(run) or {}).get("total_steps", math.inf):
                 stretch.rank_killed = victim
-                ranks[victim].send_signal(signal.SIGKILL)
+                started[victim].send_signal(signal.SIGKILL)
                 break
         deadline_s = time.monotonic() + END_S
-        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline_s:
+        while any(rank.poll() is None for rank in started) and time.monotonic() < deadline_s:
             time.sleep(0.1)
     finally:
-        for rank in ranks:
+        for rank in started:
             rank.kill()
             rank.wait()
     stretch.last_step = _last_step(run, since) or 0
@@ -197,30 +194,14 @@ def _stretch(
 
 
 def _start(recipe: str, run: Path, overrides: Sequence[str], processes: int) -> list[subprocess.Popen[bytes]]:
-    """Start the ranks of one training as child processes, so that each can be measured and killed separately."""
-    run.parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, "-m", "vae_ds", "train", recipe, "--run-dir", str(run)]
-    words += ["--set", *overrides] if overrides else []
-    common = {
-        **os.environ,
-        **RETURN_FREED_MEMORY,
-        "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "PYTHONUNBUFFERED": "1",
-    }
-    common |= {"MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": str(processes)}
-    ranks = []
-    with (run.parent / "output.log").open("ab") as log:
-        for rank in range(processes):
-            env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
-    return ranks
+    words = ["-m", "vae_ds", "train", recipe, "--run-dir", str(run)]
+    return ranks.start([*words, "--set", *overrides] if overrides else words, processes, run.parent / "output.log")
 
 
-def _memory_mb(ranks: Sequence[subprocess.Popen[bytes]]) -> list[float] | None:
+def _memory_mb(started: Sequence[subprocess.Popen[bytes]]) -> list[float] | None:
     """The resident set size of each rank. None if one of them has ended; a zombie has no memory."""
     try:
-        memory_mb = [psutil.Process(rank.pid).memory_info().rss / 1e6 for rank in ranks]
+        memory_mb = [psutil.Process(rank.pid).memory_info().rss / 1e6 for rank in started]
     except psutil.Error:
         return None
     return memory_mb if all(memory_mb) else None

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vae_ds.cli.options import add_command, add_overrides, overrides_of, positive
+from vae_ds.cli.options import add_command, add_json, add_overrides, add_set, overrides_of, positive
 from vae_ds.runtime import outlive_terminal, run_dirs
 
 
@@ -58,6 +58,65 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--no-compare", action="store_true", help="skip the undisturbed run and the comparison of the weights"
     )
+    _add_memory(benches)
+
+
+def _add_memory(benches: Any) -> None:
+    parser = add_command(
+        benches,
+        "memory",
+        memory,
+        "measure the memory of a rank in each part of a run, on CPUs",
+        "Trains a T5 with random weights for a few steps per ds_config, and prints a table beside the estimate of"
+        " `vae-ds plan`. t5-base needs about 10 GB of memory and 3 GB of disk per ds_config.",
+        [
+            "vae-ds bench memory --run-dir runs/memory",
+            "vae-ds bench memory --size t5-base --ds-configs zero0 zero1 --processes 1",
+        ],
+    )
+    parser.add_argument(
+        "--run-dir", default="runs/memory", metavar="DIR", help="a directory for the runs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--size",
+        choices=("tiny", "t5-small", "t5-base", "t5-large"),
+        default="t5-small",
+        help="the shape of the T5 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ds-configs",
+        nargs="+",
+        default=["zero0", "zero1", "zero2", "zero3"],
+        metavar="NAME",
+        help="ds_configs without the precision (default: zero0 zero1 zero2 zero3)",
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="the number format (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--processes", type=positive, default=1, metavar="N", help="number of ranks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=positive, default=8, metavar="N", help="sentences per step on all ranks (default: %(default)s)"
+    )
+    add_set(parser, "settings of the recipe `demo`, such as data.max_tokens=128 (default: none)")
+    add_json(parser, "one JSON list instead of a table")
+
+
+def memory(arguments: argparse.Namespace) -> None:
+    run_dirs.check_writable(Path(arguments.run_dir))
+    from vae_ds.bench import memory
+
+    rows = memory.memory(
+        Path(arguments.run_dir),
+        size=arguments.size,
+        ds_configs=arguments.ds_configs,
+        precision=arguments.precision,
+        processes=arguments.processes,
+        batch=arguments.batch,
+        overrides=arguments.set or (),
+    )
+    print(json.dumps([asdict(row) for row in rows]) if arguments.json else memory.table(rows))
 
 
 def soak(arguments: argparse.Namespace) -> None:

@@ -1,11 +1,20 @@
-"""`vae-ds recipes`."""
+"""`vae-ds recipes` and `plan`."""
 
 import argparse
 import json
 import shlex
 from typing import Any
 
-from vae_ds.cli.options import above_zero, add_command, add_json, add_set, positive
+from vae_ds.cli.options import (
+    above_zero,
+    add_command,
+    add_json,
+    add_overrides,
+    add_set,
+    overrides_of,
+    positive,
+    recipe_of,
+)
 from vae_ds.errors import ConfigError
 
 
@@ -38,6 +47,53 @@ def add(subparsers: Any) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="the recipe for `show`: a shipped name or a YAML file")
     add_json(parser, "`list` and `keys` as one JSON list, and the recipe of `show` and `new` as one JSON object")
     _add_new(parser)
+    _add_plan(subparsers)
+
+
+def _add_plan(subparsers: Any) -> None:
+    parser = add_command(
+        subparsers,
+        "plan",
+        plan,
+        "estimate the memory and the time of a recipe on some GPUs",
+        "Prints the memory of each ds_config, the largest micro batch that fits beside it, and which one to take."
+        " Nothing is trained: activations and operations are counted on tensors without numbers. The text is prepared"
+        " as for a training. Neither the memory on a GPU nor the time was compared with a GPU yet.",
+        examples=[
+            "vae-ds plan recommended --gpus 8 --gpu-memory 80 --set model.base=google-t5/t5-large",
+            "vae-ds plan mine.yaml --tflops 150",
+        ],
+    )
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    add_overrides(parser)
+    parser.add_argument(
+        "--gpus", type=positive, default=1, metavar="N", help="GPUs of the training (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=above_zero,
+        default=80.0,
+        metavar="GB",
+        help="memory of each GPU, in 10^9 bytes (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--tflops",
+        type=above_zero,
+        metavar="N",
+        help="10^12 floating-point operations a second that one GPU reaches in training, for an estimate of the time"
+        " (default: no estimate)",
+    )
+    add_json(parser)
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    from vae_ds import config as configuration
+
+    config = configuration.load(configuration.RunConfig, recipe_of(arguments), overrides_of(arguments))
+    from vae_ds import authoring
+
+    found = authoring.plan(configuration.absolute(config), arguments.gpus, arguments.gpu_memory, arguments.tflops)
+    print(json.dumps(found.as_dict()) if arguments.json else authoring.text(found))
 
 
 def _add_new(parser: argparse.ArgumentParser) -> None:

@@ -79,7 +79,9 @@ def train(arguments: argparse.Namespace) -> None:
 
     options: dict[str, Any] = {name: getattr(arguments, name) for name in ("resume", "changed_data", "until")}
     if arguments.dry_run:
-        told = training.dry_run(config, run_dir, **options)
+        from vae_ds import authoring
+
+        told = training.dry_run(config, run_dir, **options, memory=authoring.memory)
         if own_rank() == "0":
             print(told)
         return

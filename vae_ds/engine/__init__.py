@@ -3,6 +3,7 @@
 Depends on `distributed`, `config` and `errors`.
 """
 
+from vae_ds.engine.ds_config import stated_precision
 from vae_ds.engine.masters import MOMENTS
 from vae_ds.engine.phase_engine import (
     PhaseEngine,
@@ -21,4 +22,5 @@ __all__ = [
     "builds_async_io",
     "precision_for",
     "resolve",
+    "stated_precision",
 ]

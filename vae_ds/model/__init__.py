@@ -5,17 +5,20 @@ Depends on `config` and `errors`.
 
 from vae_ds.model import gaussian
 from vae_ds.model.bases import check_base, load_tokenizer, model_dir, read_export
+from vae_ds.model.footprint import Footprint, footprint
 from vae_ds.model.injection import guard_half
 from vae_ds.model.shapes import base_shapes, check_base_weights, check_latent_dim, check_start, skeleton
 from vae_ds.model.t5vae import T5VAE
 
 __all__ = [
     "T5VAE",
+    "Footprint",
     "base_shapes",
     "check_base",
     "check_base_weights",
     "check_latent_dim",
     "check_start",
+    "footprint",
     "gaussian",
     "guard_half",
     "load_tokenizer",

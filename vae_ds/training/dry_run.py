@@ -1,6 +1,6 @@
 """A start without a training: every check of a start, and what the run would be."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,14 @@ def dry_run(
     resume: str = "auto",
     changed_data: bool = False,
     until: str | None = None,
+    memory: Callable[[RunConfig, str, int, int], list[str]] | None = None,
 ) -> str:
     """Check what `train` would check with the same arguments. Returns the recipe and the facts of the run as YAML.
 
     The facts are comments: sentences and tokens of each split, parameters, steps and epochs, ranks. The data are
     prepared, as for a training. A collective. Raises UserError.
+
+    memory: gives further facts, from the resolved recipe, precision, number of ranks and micro batch.
     """
     config = recipe if isinstance(recipe, RunConfig) else configuration.load(RunConfig, recipe, overrides)
     config = configuration.absolute(config)
@@ -41,6 +44,8 @@ def dry_run(
     sizes = {name: parameter.numel() for name, parameter in skeleton(setup.config.model).named_parameters()}
     of_run = [_start(setup, is_done, changed_data), *_data(setup)]
     facts = [*of_run, _model(sizes), *_phases(setup, last, sizes), _ranks(setup)]
+    if memory is not None:
+        facts += memory(setup.config, setup.precision, ranks.world, setup.micro)
     return "\n".join([configuration.dump(config).rstrip(), *(f"# {fact}" for fact in facts)])
 
 

@@ -1,0 +1,88 @@
+"""One rank of `vae-ds bench memory`: python -m vae_ds.bench.memory_rank RUN TO SETTINGS... trains and reads its memory.
+
+Writes TO-RANK.json: `own`, the bytes before the model is loaded, and `parts`, the largest number of bytes in each part
+of the run. Only anonymous memory counts: pages of a mapped file can be dropped at any time.
+"""
+
+import gc
+import json
+import os
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+from vae_ds import config as configuration
+from vae_ds import distributed, engine, training
+from vae_ds.config import RunConfig
+
+SAMPLE_S = 0.005
+# The part of a run, by the innermost of these functions of the package that is running.
+PARTS = {
+    "restore": "restore",
+    "build_model": "load",
+    "build_engine": "engine",
+    "step": "step",
+    "validate": "validation",
+    "save": "checkpoint",
+    "validated": "export",
+    "last": "export",
+    "finish": "export",
+    "load": "engine",
+    "state": "hand-over",
+}
+
+
+class Sampler(threading.Thread):
+    """Keeps the largest memory of each part."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.parts: dict[str, int] = {}
+        self.is_over = threading.Event()
+        self._main = threading.main_thread().ident
+
+    def run(self) -> None:
+        while not self.is_over.wait(SAMPLE_S):
+            used = anonymous_bytes()
+            part = _part(sys._current_frames().get(self._main or 0))
+            self.parts[part] = max(used, self.parts.get(part, 0))
+
+
+def anonymous_bytes() -> int:
+    """Resident anonymous memory of this process."""
+    found = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.M)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def _part(frame: FrameType | None) -> str:
+    while frame is not None:
+        if "vae_ds/training" in frame.f_code.co_filename and frame.f_code.co_name in PARTS:
+            return PARTS[frame.f_code.co_name]
+        frame = frame.f_back
+    return "other"
+
+
+def main(run_dir: str, to: str, settings: list[str]) -> None:
+    """Measure one training."""
+    config = configuration.load(RunConfig, "demo", settings)
+    ranks = distributed.start()
+    engine.resolve(config.deepspeed, config.precision)  # loads DeepSpeed
+    gc.collect()
+    own = anonymous_bytes()
+    sampler = Sampler()
+    sampler.start()
+    training.train(config, run_dir)
+    sampler.is_over.set()
+    sampler.join()
+    Path(f"{to}-{ranks.rank}.json").write_text(json.dumps({"own": own, "parts": sampler.parts}), encoding="utf-8")
+    time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    sys.stdout.flush()
+    os._exit(0)
