@@ -1,6 +1,6 @@
 """Bytes of weights, gradients and optimizer states of a rank, for each ds_config: the tables of ds_configs/README.md.
 
-Activations are not part of it; `model.footprint` measures them.
+Activations are not part of it; `model.cost` measures them.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """`vae-ds plan`: the memory of a rank, the ds_config and micro batch that fit, and the time of a run.
 
 Nothing is trained and no weights are loaded. Bytes of weights and states are those of `budget`, activations are
-measured by `model.footprint`. A GB is 10^9 bytes.
+measured by `model.cost`. A GB is 10^9 bytes.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from vae_ds.config import RunConfig
 from vae_ds.data import corpora, from_texts, sample_train, steps_per_epoch
 from vae_ds.engine import stated_precision
 from vae_ds.errors import ConfigError
-from vae_ds.model import Footprint, footprint, load_tokenizer, skeleton
+from vae_ds.model import Footprint, footprint, load_tokenizer, operations, skeleton
 from vae_ds.training import phases
 
 SAMPLED = 5000
@@ -244,7 +244,7 @@ def _text(config: RunConfig) -> tuple[int | None, float]:
 def _needs(config: RunConfig, phase: phases.PhasePlan, precision: str, mean_tokens: float) -> PhaseNeeds:
     freeze, longest = phase.settings.freeze, config.data.max_tokens
     one, two = (_footprint(config, freeze, count, longest, precision) for count in (1, 2))
-    usual = _footprint(config, freeze, 1, max(1, round(mean_tokens)), precision)
+    flops = operations(config.model, 1, max(1, round(mean_tokens)), _frozen(config, freeze))
     trained, frozen = _sizes(config, freeze)
     return PhaseNeeds(
         name=phase.name,
@@ -254,13 +254,16 @@ def _needs(config: RunConfig, phase: phases.PhasePlan, precision: str, mean_toke
         first_bytes=one.peak_bytes,
         each_bytes=two.peak_bytes - one.peak_bytes,
         logits_bytes=two.logits_bytes - one.logits_bytes,
-        flops=float(usual.flops) * config.batch.global_size * phase.steps,
+        flops=float(flops) * config.batch.global_size * phase.steps,
     )
 
 
 def _footprint(config: RunConfig, freeze: Sequence[str], sentences: int, tokens: int, precision: str) -> Footprint:
-    names = [name for name, _ in skeleton(config.model).named_parameters()]
-    return footprint(config.model, sentences, tokens, precision, phases.frozen_names(names, freeze))
+    return footprint(config.model, sentences, tokens, precision, _frozen(config, freeze))
+
+
+def _frozen(config: RunConfig, freeze: Sequence[str]) -> set[str]:
+    return phases.frozen_names([name for name, _ in skeleton(config.model).named_parameters()], freeze)
 
 
 def _sizes(config: RunConfig, freeze: Sequence[str]) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from vae_ds import authoring
+from vae_ds import authoring, engine
 from vae_ds import config as configuration
 from vae_ds.bench import ranks
 from vae_ds.config import RunConfig
@@ -73,6 +73,8 @@ def memory(
     """
     if size not in SIZES:
         raise ConfigError(f"--size {size}: the sizes are {', '.join(SIZES)}")
+    for name in ds_configs:
+        engine.resolve(name, precision)
     base = _base(run_dir / "base", size)
     settings = [
         *(f"model.base={base}", f"batch.global={batch}", f"phases.0.steps={STEPS}", f"phases.1.steps={STEPS}"),

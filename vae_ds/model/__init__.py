@@ -5,7 +5,7 @@ Depends on `config` and `errors`.
 
 from vae_ds.model import gaussian
 from vae_ds.model.bases import check_base, load_tokenizer, model_dir, read_export
-from vae_ds.model.footprint import Footprint, footprint
+from vae_ds.model.cost import Footprint, footprint, operations
 from vae_ds.model.injection import guard_half
 from vae_ds.model.shapes import base_shapes, check_base_weights, check_latent_dim, check_start, skeleton
 from vae_ds.model.t5vae import T5VAE
@@ -23,6 +23,7 @@ __all__ = [
     "guard_half",
     "load_tokenizer",
     "model_dir",
+    "operations",
     "read_export",
     "skeleton",
 ]

@@ -24,16 +24,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Footprint:
-    """One forward and backward pass.
+    """The memory of one forward and backward pass.
 
     peak_bytes: largest sum of all tensors that exist at one time, except the weights and their gradients.
     logits_bytes: part of the peak that grows with the vocabulary: the logits, their softmax, and their gradients.
-    flops: floating-point operations, two for a multiplication with an addition. Frozen weights need no gradients.
     """
 
     peak_bytes: int
     logits_bytes: int
-    flops: int
 
 
 def footprint(
@@ -43,11 +41,29 @@ def footprint(
 
     frozen: names of the parameters that the phase freezes.
 
-    A kernel of a device can keep less than the operators that `meta` knows, such as the flash kernels of attention.
+    A kernel of a device can keep less than the operators that are counted here, such as the flash kernels of attention.
     Raises ConfigError if the base's configuration cannot be used.
     """
+    memory = _Memory()
+    vocabulary = _pass(memory, settings, sentences, tokens, precision, frozen)
+    return Footprint(memory.peak, memory.peak_of(vocabulary))
+
+
+def operations(settings: ModelConfig, sentences: int, tokens: int, frozen: Iterable[str] = ()) -> int:
+    """The floating-point operations of the pass of `footprint`, two for a multiplication with an addition.
+
+    Frozen weights need no gradients. With gradient checkpointing, the second forward pass counts too.
+    """
+    counter = FlopCounterMode(display=False)
+    _pass(counter, settings, sentences, tokens, "fp32", frozen)
+    return counter.get_total_flops()
+
+
+def _pass(
+    mode: TorchDispatchMode, settings: ModelConfig, sentences: int, tokens: int, precision: str, frozen: Iterable[str]
+) -> int:
+    """One pass on fake tensors inside `mode`. Returns the size of the vocabulary."""
     fixed = set(frozen)
-    memory, counter = _Memory(), FlopCounterMode(display=False)
     model = skeleton(settings).train()
     with FakeTensorMode():
         _fill(model, DTYPES[precision])
@@ -59,11 +75,12 @@ def footprint(
         ids_BT = torch.zeros(sentences, tokens, dtype=torch.long)
         mask_BT = torch.ones_like(ids_BT)
         eps_BL = torch.zeros(sentences, max(1, model.latent_dim))
-        memory.leave_out(model.parameters())
-        with memory, counter:
+        if isinstance(mode, _Memory):
+            mode.leave_out(model.parameters())
+        with mode:
             terms = model(ids_BT, mask_BT, ids_BT, eps_BL)
             (terms.rec_B.sum() + terms.kl_BL.sum()).backward()
-    return Footprint(memory.peak, memory.peak_of(model.t5.config.vocab_size), counter.get_total_flops())
+    return int(model.t5.config.vocab_size)
 
 
 def _fill(model: nn.Module, dtype: torch.dtype) -> None:
