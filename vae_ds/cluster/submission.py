@@ -51,7 +51,9 @@ def site(path: str | None) -> SiteConfig:
     default = Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "vae_ds" / "site.yaml"
     if chosen is None and not default.is_file():
         return SiteConfig()
-    return configuration.load(SiteConfig, chosen or str(default))
+    found = configuration.load(SiteConfig, chosen or str(default))
+    _check_image(found.container, chosen or str(default))
+    return found
 
 
 def launchers_dir() -> Path:
@@ -149,6 +151,18 @@ def _options(
         if not option.startswith("--") or re.search(r"[^!-~]", option):
             raise ConfigError(f"a batch file cannot contain {option!r}; write --option=value, without spaces")
     return options
+
+
+def _check_image(container: str | None, source: str) -> None:
+    """Raise ConfigError if an Apptainer image is not there. An image without a file is found by pyxis."""
+    if container is None or not container.endswith(".sif"):
+        return
+    if not Path(container).is_absolute():
+        raise ConfigError(f"{source}: container: write an absolute path, not {container!r}")
+    if not Path(container).is_file():
+        raise ConfigError(
+            f"{source}: container: no such image file {container}; see launchers/README.md"
+        )
 
 
 def _environment(site_config: SiteConfig) -> list[str]:

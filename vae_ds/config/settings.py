@@ -334,10 +334,12 @@ class SiteConfig(Settings):
     cpus_per_task: int | None = Field(None, ge=1, description="cores per rank")
     options: list[Word] = Field([], description="further sbatch options, such as --exclusive")
     modules: list[Word] = Field([], description="modules for `module load`")
-    container: Word | None = Field(None, description="image for srun's --container-image (pyxis)")
-    container_mounts: list[Word] = Field([], description="SOURCE:TARGET, for srun's --container-mounts")
+    container: Word | None = Field(
+        None, description="an Apptainer image (.sif), or an image for srun's --container-image (pyxis)"
+    )
+    container_mounts: list[Word] = Field([], description="SOURCE:TARGET, directories that the container sees")
     python: Word | None = Field(
-        None, description="Python with vae_ds, in the container if there is one; null: the Python of the launchers"
+        None, description="Python with vae_ds; null: `python` of the container, or else the Python of the launchers"
     )
     interface: Word | None = Field(None, description="network interface between nodes, such as ib0")
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
