@@ -160,9 +160,7 @@ def _check_image(container: str | None, source: str) -> None:
     if not Path(container).is_absolute():
         raise ConfigError(f"{source}: container: write an absolute path, not {container!r}")
     if not Path(container).is_file():
-        raise ConfigError(
-            f"{source}: container: no such image file {container}; see launchers/README.md"
-        )
+        raise ConfigError(f"{source}: container: no such image file {container}; see launchers/README.md")
 
 
 def _environment(site_config: SiteConfig) -> list[str]:
