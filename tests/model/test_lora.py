@@ -1,4 +1,4 @@
-"""Adapters: the model begins as the base, trains nothing of an adapted stack itself, and its export is a plain model."""
+"""Adapters: the model begins as the base, trains nothing else of an adapted stack, and its export is a plain model."""
 
 import json
 import sys
@@ -48,7 +48,7 @@ def outputs(model: T5VAE, kind: str) -> list[Tensor]:
 @pytest.mark.parametrize("injection", INJECTIONS)
 @pytest.mark.parametrize("kind", ["t5", "v1_1"])
 def test_the_model_begins_as_the_one_without_adapters(kind: str, injection: str) -> None:
-    """The same new weights, the same values, and no draw from the global generator, which gives the order of dropout."""
+    """The same new weights, the same values, and no draw from the global generator, which draws dropout."""
     plain = build(kind, injection=injection)
     before = torch.get_rng_state()
     adapted = build(kind, injection=injection, lora=EVERY)
@@ -164,14 +164,24 @@ def test_an_adapted_run_starts_from_a_trained_vae(tmp_path: Path) -> None:
     ("kind", "injection", "lora", "message"),
     [
         ("t5", "none", {"where": "encoder"}, r"injection `none` has no encoder, so there is nothing to adapt$"),
-        ("t5", "none", {"modules": ["q", "query"]}, r"no layer `query` in the decoder; the layers are k, o, q, v, wi, wo$"),
+        (
+            "t5",
+            "none",
+            {"modules": ["q", "query"]},
+            r"no layer `query` in the decoder; the layers are k, o, q, v, wi, wo$",
+        ),
         (
             "v1_1",
             "cross_attention",
             {"modules": ["wi"]},
             r"no layer `wi` in the encoder and decoder; the layers are k, o, q, v, wi_0, wi_1, wo$",
         ),
-        ("t5", "cross_attention", {"modules": ["memory"]}, r"no layer `memory` in the encoder and decoder; the layers are"),
+        (
+            "t5",
+            "cross_attention",
+            {"modules": ["memory"]},
+            r"no layer `memory` in the encoder and decoder; the layers are",
+        ),
     ],
 )
 def test_what_cannot_be_adapted(kind: str, injection: str, lora: dict, message: str) -> None:

@@ -120,7 +120,8 @@ def _targets(t5: Any, settings: LoraConfig) -> list[str]:
     known = sorted({name.rpartition(".")[2] for name in layers})
     if unknown := [module for module in settings.modules if module not in known]:
         raise ConfigError(
-            f"model.lora.modules: no layer `{unknown[0]}` in the {' and '.join(stacks)}; the layers are {', '.join(known)}"
+            f"model.lora.modules: no layer `{unknown[0]}` in the {' and '.join(stacks)}; the layers are "
+            f"{', '.join(known)}"
         )
     return [name for name in layers if name.rpartition(".")[2] in settings.modules]
 
