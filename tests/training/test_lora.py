@@ -80,7 +80,7 @@ def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs[2].append(job(recipe, folder / "stopped", *dropout, stop_at=STEPS + 3))
     jobs[2].append(job(recipe, folder / "stopped", *dropout))
     for world, listed in jobs.items():
-        run_jobs(world, listed, folder)
+        run_jobs(world, listed, folder, timeout_s=800)
     return folder
 
 
@@ -145,17 +145,41 @@ def test_the_own_weights_of_the_base_never_move(runs: Path, name: str) -> None:
             assert torch.equal(after, before) != phases.is_new(key), key
 
 
-@pytest.mark.timeout(300)
-def test_a_phase_that_freezes_a_stack_freezes_its_adapters(recipe: Path, tmp_path: Path) -> None:
-    """After the warm-up alone, the decoder's adapters are as they began; those of the encoder have moved."""
-    warm = tmp_path / "warm.yaml"
+@pytest.fixture(scope="module")
+def warm(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the warm-up alone, and one more that starts from its model."""
+    folder = tmp_path_factory.mktemp("warm")
     text = recipe.read_text(encoding="utf-8")
-    warm.write_text(text.replace(text[text.index("  - name: full") : text.index("validation:")], ""), encoding="utf-8")
-    run_jobs(2, [job(warm, tmp_path / "run", "deepspeed=zero2")], tmp_path)
-    start, trained = start_of(tmp_path / "run"), adapters(tmp_path / "run")
+    path = folder / "warm.yaml"
+    path.write_text(text.replace(text[text.index("  - name: full") : text.index("validation:")], ""), encoding="utf-8")
+    first, then = folder / "first", folder / "then"
+    run_jobs(2, [job(path, first), job(path, then, f"model.weights={first}", "deepspeed=zero2")], folder)
+    return folder
+
+
+@pytest.mark.timeout(500)
+def test_a_phase_that_freezes_a_stack_freezes_its_adapters(warm: Path) -> None:
+    """After the warm-up alone, the decoder's adapters are as they began; those of the encoder have moved."""
+    start, trained = start_of(warm / "first"), adapters(warm / "first")
     assert trained
     for name, tensor in trained.items():
         assert torch.equal(tensor, start[name]) == name.startswith("t5.decoder."), name
+
+
+@pytest.mark.timeout(500)
+def test_adapters_on_a_trained_vae(warm: Path) -> None:
+    """The merged matrices of the first run are those that the second leaves as they are."""
+    start, ends, trained = exported(warm / "first"), exported(warm / "then"), adapters(warm / "then")
+    adapted = {name.partition(".lora_")[0] for name in trained if name.startswith("t5.encoder.")}
+    assert adapted
+    for name, before in start.items():
+        layer = name.removesuffix(".weight")
+        if layer in adapted:
+            a_RI, b_OR = (trained[f"{layer}.lora_{half}.default.weight"] for half in "AB")
+            torch.testing.assert_close(ends[name], before + 4 * b_OR @ a_RI, atol=1e-6, rtol=1e-6)
+            assert not torch.equal(ends[name], before), name
+        else:
+            assert torch.equal(ends[name], before) != phases.is_new(name), name
 
 
 def test_a_resumed_run_is_the_run_never_stopped(runs: Path) -> None:
@@ -209,14 +233,13 @@ def test_the_start_says_how_many_parameters_train() -> None:
 
 def test_adapters_that_no_phase_trains_are_an_error(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
-    settings = [f"model.base={base}", "model.latent_dim=4", "phases.0.freeze=[decoder]", "model.lora.rank=2"]
-    check_model(configuration.load(RunConfig, "demo", settings))
+    warmup = [f"model.base={base}", "model.latent_dim=4", "phases.0.freeze=[decoder]", "model.lora.where=decoder"]
+    check_model(configuration.load(RunConfig, "demo", warmup))
     for freeze in ("[decoder]", "[t5.decoder.*]"):
-        config = configuration.load(RunConfig, "demo", [*settings, f"phases.1.freeze={freeze}"])
-        with pytest.raises(
-            ConfigError, match=r"^model\.lora: every phase freezes the adapters of the decoder, so they"
-        ):
-            check_model(config)
+        frozen = [*warmup, f"phases.1.freeze={freeze}"]
+        with pytest.raises(ConfigError, match=r"^model\.lora: every phase freezes all adapters, so they would stay 0"):
+            check_model(configuration.load(RunConfig, "demo", frozen))
+        check_model(configuration.load(RunConfig, "demo", [*frozen, "model.lora.where=both"]))
     with pytest.raises(ConfigError, match=r"^--set model\.lora\.rank=0: .*greater than or equal to 1; found 0$"):
         configuration.load(RunConfig, "demo", ["model.lora.rank=0"])
 

@@ -106,14 +106,13 @@ def check_model(config: RunConfig) -> None:
     check_base_weights(model.base)
     check_start(model)
     names = [name for name, _ in skeleton(model).named_parameters()]
-    idle = {name for name in names if is_adapter(name)}
+    adapters = {name for name in names if is_adapter(name)}
+    idle = adapters.copy()
     for index, phase in enumerate(config.phases):
         idle &= phases.frozen_names(names, phase.freeze, f"phases.{index}.freeze")
-    if idle:
-        stack = phases.group_of(min(idle))
+    if adapters and idle == adapters:
         raise ConfigError(
-            f"model.lora: every phase freezes the adapters of the {stack}, so they would stay 0; change `freeze`, or "
-            "`model.lora.where`"
+            "model.lora: every phase freezes all adapters, so they would stay 0; change `freeze` or `model.lora.where`"
         )
 
 
