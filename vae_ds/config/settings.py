@@ -14,6 +14,18 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SCHEDULES = ("constant", "linear", "cyclical", "target")
 
 
+class LoraConfig(Settings):
+    """Low-rank adapters in the stacks of the T5 (Hu et al. 2021). They train in place of the stacks' own weights."""
+
+    rank: int = Field(8, ge=1, description="rank of the adapters; without `model.lora`, there are none")
+    alpha: int = Field(16, ge=1, description="an adapter is multiplied by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate of the input of an adapter")
+    where: Literal["both", "encoder", "decoder"] = Field("both", description="the stacks with adapters")
+    modules: tuple[str, ...] = Field(
+        ("q", "v"), min_length=1, description="the layers with adapters: q, k, v, o, wo, and wi or wi_0, wi_1"
+    )
+
+
 class ModelConfig(Settings):
     """The parts added to the pretrained T5 (docs/method.md)."""
 
@@ -32,6 +44,7 @@ class ModelConfig(Settings):
     memory_std: float | None = Field(None, gt=0, description="initial std of W_proj; null: 1/sqrt(latent_dim)")
     dropout: float | None = Field(None, ge=0, lt=1, description="dropout rate; null: that of the base model")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    lora: LoraConfig | None = None
 
 
 class BatchConfig(Settings):

@@ -3,7 +3,7 @@
 import torch
 
 from vae_ds.engine import PhaseEngine
-from vae_ds.model import T5VAE
+from vae_ds.model import T5VAE, plain_name
 from vae_ds.training import phases
 from vae_ds.training.aggressive import half_of
 from vae_ds.training.phases import PhasePlan
@@ -22,8 +22,9 @@ def build_model(setup: Setup, plan: PhasePlan, weights: Weights | None, is_start
     """
     model = T5VAE.from_base(setup.config.model, setup.config.seed)
     if weights is None and setup.config.model.weights is not None:
-        start = T5VAE.from_pretrained(setup.config.model.weights)
-        weights = {name: parameter.detach() for name, parameter in start.named_parameters()}
+        start = dict(T5VAE.from_pretrained(setup.config.model.weights).named_parameters())
+        # An export has no adapters: those of the new model begin as they are.
+        weights = {name: start.get(plain_name(name), own).detach() for name, own in model.named_parameters()}
     is_reset = is_start and plan.settings.reset_decoder
     if weights is not None:
         with torch.no_grad():

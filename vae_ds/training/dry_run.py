@@ -9,7 +9,7 @@ from vae_ds import config as configuration
 from vae_ds import distributed
 from vae_ds.config import RunConfig
 from vae_ds.data import TokenSet
-from vae_ds.model import skeleton
+from vae_ds.model import is_adapter, skeleton
 from vae_ds.training import checkpoint, phases, resumption
 from vae_ds.training.preparation import Setup, prepare
 
@@ -40,7 +40,7 @@ def dry_run(
     setup = prepare(config, directory, ranks)
     sizes = {name: parameter.numel() for name, parameter in skeleton(setup.config.model).named_parameters()}
     of_run = [_start(setup, is_done, changed_data), *_data(setup)]
-    facts = [*of_run, _model(sizes), *_phases(setup, last, sizes), _ranks(setup)]
+    facts = [*of_run, _model(sizes), *_adapters(sizes), *_phases(setup, last, sizes), _ranks(setup)]
     return "\n".join([configuration.dump(config).rstrip(), *(f"# {fact}" for fact in facts)])
 
 
@@ -85,6 +85,16 @@ def _model(sizes: dict[str, int]) -> str:
         counts[group] = counts.get(group, 0) + size
     parts = ", ".join(f"{group} {count:,}" for group, count in counts.items())
     return f"model: {sum(counts.values()):,} parameters: {parts}"
+
+
+def _adapters(sizes: dict[str, int]) -> list[str]:
+    of_stacks: dict[str, list[int]] = {}
+    for name, size in sizes.items():
+        if is_adapter(name):
+            of_stacks.setdefault(phases.group_of(name), []).append(size)
+    # An adapter is two matrices.
+    parts = [f"{stack} {sum(found):,} in {len(found) // 2} layers" for stack, found in of_stacks.items()]
+    return [f"adapters: {', '.join(parts)}; the other weights of these stacks and the embeddings stay"] if parts else []
 
 
 def _phases(setup: Setup, last: int, sizes: dict[str, int]) -> list[str]:

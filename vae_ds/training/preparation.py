@@ -13,7 +13,15 @@ from vae_ds.data import Source, Streamed, TokenSet, Whole, cache_dir, corpora, m
 from vae_ds.distributed import Ranks
 from vae_ds.errors import ConfigError
 from vae_ds.evaluation import agreed_fingerprint, yardstick_values
-from vae_ds.model import check_base, check_base_weights, check_latent_dim, check_start, load_tokenizer, skeleton
+from vae_ds.model import (
+    check_base,
+    check_base_weights,
+    check_latent_dim,
+    check_start,
+    is_adapter,
+    load_tokenizer,
+    skeleton,
+)
 from vae_ds.runtime import records, run_dirs
 from vae_ds.training import phases
 from vae_ds.training.phases import PhasePlan
@@ -98,8 +106,14 @@ def check_model(config: RunConfig) -> None:
     check_base_weights(model.base)
     check_start(model)
     names = [name for name, _ in skeleton(model).named_parameters()]
+    adapters = {name for name in names if is_adapter(name)}
+    idle = adapters.copy()
     for index, phase in enumerate(config.phases):
-        phases.frozen_names(names, phase.freeze, f"phases.{index}.freeze")
+        idle &= phases.frozen_names(names, phase.freeze, f"phases.{index}.freeze")
+    if adapters and idle == adapters:
+        raise ConfigError(
+            "model.lora: every phase freezes all adapters, so they would stay 0; change `freeze` or `model.lora.where`"
+        )
 
 
 def write_headers(run_dir: Path, config: Settings, ranks: Ranks) -> None:

@@ -148,7 +148,9 @@ class Trainer:
         if self.state.step >= plan.steps and weights is not None:
             return weights
         is_start = resumed is None and not any(self.state.place)
-        engine = build_engine(self.setup, plan, build_model(self.setup, plan, weights, is_start))
+        model = build_model(self.setup, plan, weights, is_start)
+        facts = phases.sizes(model)  # the engine may divide the parameters
+        engine = build_engine(self.setup, plan, model)
         if plan.settings.aggressive and self.state.aggressive is None:
             self.state.aggressive = Aggressive()
         self.state.choice = self.state.choice or self.exporter.begin(plan)
@@ -156,7 +158,7 @@ class Trainer:
         distributed.seed_everything(self.setup.config.seed, self.setup.ranks.rank, plan.index)
         if resumed is not None:
             engine.load(resumed)
-        self.monitor.begin_phase(plan.name, plan.steps, self.state.step)
+        self.monitor.begin_phase(plan.name, plan.steps, self.state.step, facts)
         self.status.begin_phase(self.state)
         phases.train_mode(engine.module)
         try:
