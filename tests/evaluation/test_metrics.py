@@ -701,8 +701,6 @@ def inside_engine(base, ranks):
     engine = PhaseEngine(
         build(base).train(),
         optimizer=OptimizerConfig(),
-        micro=4,
-        accumulation=1,
         ranks=ranks,
         precision="fp32",
         ds_config=resolve("zero3", "fp32"),
