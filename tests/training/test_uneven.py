@@ -15,11 +15,11 @@ from vae_ds.data.cuts import limits_of, share
 from vae_ds.model.t5vae import T5VAE, load_tokenizer
 
 STEPS, GLOBAL, LR, EPS, FREE_NATS = 3, 32, 1e-3, 1e-3, 0.1
-# The ranks, and the settings of the cut. 32 sentences do not divide over 3 ranks, nor a rank's share by 5.
+# The ranks, and the settings of the cut. 32 sentences do not divide over 3 ranks, nor a rank's share by 5 or 3.
 CUTS = {
     "one-micro": (1, "batch.micro=5", "deepspeed=zero0"),
     "one-tokens": (1, "batch.tokens=70", "deepspeed=zero1"),
-    "two-micro": (2, "batch.micro=5", "deepspeed=zero2"),
+    "two-micro": (2, "batch.micro=3", "deepspeed=zero2"),
     "two-tokens": (2, "batch.tokens=70", "deepspeed=zero3"),
     "two-alone": (2, "batch.tokens=1", "deepspeed=zero1"),
     "three-tokens": (3, "batch.tokens=70", "deepspeed=zero2"),
@@ -120,6 +120,6 @@ def test_the_cuts_of_these_runs_are_unequal(recipe: Path, plain: list[dict[str, 
         numbers[name] = {len(pieces) for pieces in cuts}
         fillers[name] = any((weight_B == 0).any() for pieces in last for _, weight_B in pieces)
         if not name.endswith("alone"):
-            assert all(len({len(index_B) for index_B, _ in pieces}) > 1 for pieces in cuts), name
+            assert any(len({len(index_B) for index_B, _ in pieces}) > 1 for pieces in cuts), name
     assert len(numbers["two-tokens"]) > 1, numbers
     assert [name for name, has in fillers.items() if has] == ["three-alone"]
