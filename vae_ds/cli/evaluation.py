@@ -72,13 +72,15 @@ def add(subparsers: Any) -> None:
         "--bleu-sentences",
         type=count,
         metavar="N",
-        help="sentences reconstructed for BLEU, 0 for none (default: evaluation.bleu_sentences of the recipe)",
+        help="sentences reconstructed for BLEU, 0 for none (default: evaluation.bleu_sentences of the recipe, 256 if "
+        "it does not say)",
     )
     parser.add_argument(
         "--samples",
         type=count,
         metavar="N",
-        help="prior samples for the text metrics, 0 for none (default: evaluation.samples of the recipe)",
+        help="prior samples for the text metrics, 0 for none (default: evaluation.samples of the recipe, 256 if it "
+        "does not say)",
     )
     parser.add_argument("--recipe", help="the recipe whose data and settings are used (default: the recipe of the run)")
     parser.add_argument(

@@ -269,7 +269,7 @@ class _Work:
         settings, world = self.settings, self.ranks.world
         length_M = self.tokens.lengths_N[: settings.iw_sentences]
         samples = f"iw_nll with {settings.iw_samples:,} samples for each of {len(length_M):,} sentences"
-        tasks = {"rec and kl": own, "z_gain": own}
+        tasks: dict[str, float] = {"rec and kl": own, "z_gain": own}
         tasks[f"{samples} (--iw-samples, --iw-sentences)"] = settings.iw_samples * float(length_M.sum()) / world
         return Forecast(self.ranks, tasks, len(self.shares))
 
