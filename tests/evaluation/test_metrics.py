@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from vae_ds import distributed
 from vae_ds.config.settings import EvaluationConfig, ModelConfig, OptimizerConfig
 from vae_ds.data.batches import collate, from_texts
 from vae_ds.errors import DataError
+from vae_ds.evaluation import forecast
 from vae_ds.evaluation import metrics as evaluation
 from vae_ds.evaluation.metrics import Training, derangement, evaluate, importance_nll, log_weights
 from vae_ds.evaluation.verdict import cost, verdict
@@ -136,6 +138,7 @@ class Solvable(nn.Module):
         super().__init__()
         self.world, self.shift = world, shift
         self.bottleneck, self.latent_dim = nn.Identity(), 3
+        self.t5 = SimpleNamespace(config=SimpleNamespace(vocab_size=100))
         self.row_of = {tuple(tokens[i]): i for i in range(len(tokens))}
         self.pairs = []
 
@@ -321,6 +324,48 @@ def test_the_batch_size_changes_nothing(base, tokens, batch):
     expected = measure(model, tokens)
     found = measure(model, tokens, SETTINGS.model_copy(update={"batch": batch}))
     assert dict(logs(found)) == close_to(expected)
+
+
+@pytest.mark.parametrize("limit", [1, 30, 77])
+def test_the_limit_of_tokens_changes_nothing(base, tokens, limit):
+    """Every forward pass of every metric is within the limit: the logits of one above it may not fit."""
+    model = build(base)
+    expected = measure(model, tokens, **beside(base, tokens))
+    sizes = []
+
+    def note(module, args, kwargs):
+        sizes.append(tuple(kwargs["input_ids"].shape))
+
+    for stack in (model.t5.encoder, model.t5.decoder):
+        stack.register_forward_pre_hook(note, with_kwargs=True)
+    found = measure(model, tokens, SETTINGS.model_copy(update={"tokens": limit}), **beside(base, tokens))
+    assert dict(logs(found)) == close_to(expected, 1e-5)
+    assert all(count == 1 or count * length <= limit for count, length in sizes)
+    assert max(count for count, _ in sizes) == {1: 1, 30: 3, 77: SETTINGS.batch}[limit]
+
+
+def test_a_long_evaluation_is_announced_with_what_it_is_for(base, tokens, capsys, monkeypatch):
+    model = build(base)
+    measure(model, tokens)
+    assert "this evaluation" not in capsys.readouterr().err
+    # A second per token: 17 sentences with their padding twice, and 5 sentences with 7 samples each.
+    clock = iter([0.0, float(forecast_tokens(tokens))])
+    monkeypatch.setattr(forecast, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    measure(model, tokens)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "this evaluation" in line]
+    lengths = sorted(tokens.lengths_N.tolist(), reverse=True)
+    own = sum(len(lengths[at : at + 4]) * lengths[at] for at in range(0, 17, 4))
+    samples = 7 * int(tokens.lengths_N[:5].sum())
+    assert line == (
+        f"the forward passes of this evaluation take about {(2 * own + samples) / 60:.0f} minutes: {own / 60:.0f} "
+        f"minutes for rec and kl, {own / 60:.0f} minutes for z_gain, {samples / 60:.0f} minutes for iw_nll with 7 "
+        "samples for each of 5 sentences (--iw-samples, --iw-sentences)"
+    )
+
+
+def forecast_tokens(tokens):
+    """The tokens of the second forward pass, the one that is timed: the first is slower than all others."""
+    return 4 * sorted(tokens.lengths_N.tolist(), reverse=True)[4]
 
 
 def test_no_forward_pass_holds_more_than_a_batch(base, tokens):
@@ -659,11 +704,11 @@ def test_two_processes_find_what_one_finds(base):
     assert after["rec"] != before["rec"]
 
 
-def close_to(metrics):
+def close_to(metrics, tolerance=1e-6):
     """What float32 leaves equal when sentences are batched otherwise; perplexities by their logarithm."""
     exact = (str, type(None))
     return {
-        key: value if isinstance(value, exact) else pytest.approx(value, rel=1e-6, abs=5e-6)
+        key: value if isinstance(value, exact) else pytest.approx(value, rel=tolerance, abs=5e-6)
         for key, value in logs(metrics)
     }
 
@@ -701,15 +746,16 @@ def inside_engine(base, ranks):
     engine = PhaseEngine(
         build(base).train(),
         optimizer=OptimizerConfig(),
-        micro=4,
-        accumulation=1,
         ranks=ranks,
         precision="fp32",
         ds_config=resolve("zero3", "fp32"),
     )
 
+    # The pairs of sentence and sample in a forward pass follow the lengths, which differ between the ranks.
+    settings = SETTINGS.model_copy(update={"tokens": 77})
+
     def measured():
-        return evaluate(engine.module, tokens, ranks, SETTINGS, seed=SEED, pad_id=0, **beside(base, tokens)).metrics
+        return evaluate(engine.module, tokens, ranks, settings, seed=SEED, pad_id=0, **beside(base, tokens)).metrics
 
     before = measured()
     batch = collate(tokens, np.arange(4), pad_id=0, latent_dim=LATENT, seed=0, keys=())

@@ -450,7 +450,10 @@ def test_a_job_in_an_apptainer_image(nodes: Cluster, settings: list[str], tmp_pa
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--gpus-per-node", "3"], "batch.global 64 does not divide over 3 ranks; nearest that do: 63, 66"),
+        (
+            ["--gpus-per-node", "65"],
+            "batch.global 64 has fewer sentences than there are ranks (65)",
+        ),
         (["--time", "tomorrow"], "--time tomorrow: use SLURM's format"),
         (["--sbatch=--mail user"], "a batch file cannot contain '--mail user'"),
         (["--set", "phases.0.stepss=3"], "stepss"),

@@ -28,6 +28,7 @@ PRECISIONS = ("fp32", "bf16")
 # Each session is one launch of two ranks. `nvme` contains both precisions. The session `alone` has one rank.
 SESSIONS = (*PRECISIONS, "nvme")
 GLOBAL, WORDS, TOKENS = 8, 11, 3
+CUTS = ((5,), (2, 5), (), (3,))  # where the micro batches of a step end, step by step
 FROZEN = "middle."
 # The weights of the network that do not decay, and those that a case trains with a rate of their own.
 VECTORS = ("middle.bias", "norm.weight", "norm.bias", "out.bias")
@@ -86,7 +87,6 @@ def engine(
     ranks: Ranks,
     stage: int | str,
     precision: str,
-    accumulation: int = 2,
     half_of: Callable[[str], str] | None = None,
     is_new: Callable[[str], bool] | None = None,
     **optimizer: Any,
@@ -104,8 +104,6 @@ def engine(
     return PhaseEngine(
         model,
         optimizer=OptimizerConfig(**{"weight_decay": 0.1, **optimizer}),
-        micro=GLOBAL // ranks.world // accumulation,
-        accumulation=accumulation,
         ranks=ranks,
         precision=precision,
         ds_config=tree,
@@ -136,25 +134,26 @@ def train_step(
     trained: PhaseEngine,
     ranks: Ranks,
     step: int,
-    accumulation: int = 2,
     spoil: bool = False,
     half: str | None = None,
 ) -> tuple[float, StepOutcome]:
-    """Train on one global batch. Returns the global mean loss and the outcome. `spoil`: NaN loss on the last rank."""
+    """Train on one global batch. Returns the global mean loss and the outcome. `spoil`: NaN loss on the last rank.
+
+    The number of micro batches differs between the steps, and their sizes differ within a step and between the ranks.
+    """
     ids_GT, labels_G = batch(step)
-    micro = GLOBAL // ranks.world // accumulation
+    pieces = torch.arange(GLOBAL).tensor_split(CUTS[step % len(CUTS)])
     total = torch.zeros(())
     outcome = None
-    for number in range(accumulation):
+    for number, piece in enumerate(pieces):
         assert outcome is None, "an outcome inside an accumulation"
-        start = (number * ranks.world + ranks.rank) * micro
-        rows = slice(start, start + micro)
+        rows = piece.tensor_split(ranks.world)[ranks.rank]
         output = trained.forward(ids_BT=ids_GT[rows], labels_B=labels_G[rows])
         total += output.loss_B.detach().sum()
-        loss = output.loss_B.mean()
+        loss = output.loss_B.sum() * (ranks.world / GLOBAL)
         if spoil and number == 0 and ranks.rank == ranks.world - 1:
             loss = loss * math.nan
-        trained.backward(loss)
+        trained.backward(loss, is_last=number == len(pieces) - 1)
         outcome = trained.step(lr_at(step), half)
     assert outcome is not None, "no outcome at the boundary"
     return float(distributed.all_sum(total)) / GLOBAL, outcome

@@ -27,12 +27,13 @@ ENGINES = {
     **{f"offload{stage}": [f"deepspeed=zero{stage}_fp32_offload"] for stage in (1, 2, 3)},
     "offload-params": ["deepspeed=zero3_fp32_offload_params"],
     "accumulation": ["batch.micro=4", "deepspeed=zero2"],
+    "tokens": ["batch.tokens=100", "deepspeed=zero3"],
     "activation-checkpointing": ["model.gradient_checkpointing=true"],
 }
 # Decay, and a rate of their own for the new weights, in the second phase.
 GROUPS = ("phases.1.optimizer={lr: 2.0e-3, clip: 50, weight_decay: 0.1, new_weights_lr_factor: 3.0}",)
-# One run on 2, 1, 2 and 1 processes: stage, micro batch, and the step at which each but the last is stopped.
-ELASTIC = [(2, 0, 16, 7), (1, 1, 4, 24), (2, 3, 8, 43), (1, 2, 16, None)]
+# One run on 2, 1, 2 and 3 processes: stage, micro batch, and the step at which each but the last is stopped.
+ELASTIC = [(2, 0, 16, 7), (1, 1, 5, 24), (2, 3, 8, 43), (3, 2, 5, None)]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vae_ds import config as configuration
 from vae_ds.config import RunConfig, SiteConfig
-from vae_ds.data import micro_batch
+from vae_ds.data import limits_of
 from vae_ds.errors import ConfigError
 
 # SLURM's formats: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, and so on.
@@ -75,9 +75,10 @@ def batch_file(
     """The text of the batch file: the options of sbatch, the environment of the site, and the call of train.sbatch.
 
     `train` are the arguments of `vae-ds train` that produced `config`; `extra` are additional options of sbatch. Raises
-    ConfigError if the global batch does not divide over the ranks, or if a batch file cannot contain an option.
+    ConfigError if the global batch has fewer sentences than the job has ranks, or if a batch file cannot contain an
+    option.
     """
-    micro_batch(config.batch.global_size, resources.nodes * resources.ranks_per_node, config.batch.micro)
+    limits_of(config.batch, resources.nodes * resources.ranks_per_node, config.data.max_tokens)
     return _text("train.sbatch", train, _options(config.name, run_dir, resources, site_config, extra), site_config)
 
 

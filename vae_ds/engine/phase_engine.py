@@ -101,8 +101,7 @@ def resolve(
 class PhaseEngine:
     """The DeepSpeed engine of one phase.
 
-    `module` is in float32 on the CPU, with `requires_grad` already set; the engine keeps it. `micro` is the number of
-    sentences per rank and forward pass, `accumulation` the number of forward passes per step. Every method is a
+    `module` is in float32 on the CPU, with `requires_grad` already set; the engine keeps it. Every method is a
     collective. Raises ConfigError if nothing is trainable, or if the ds_config conflicts with the recipe.
     """
 
@@ -111,8 +110,6 @@ class PhaseEngine:
         module: nn.Module,
         *,
         optimizer: OptimizerConfig,
-        micro: int,
-        accumulation: int,
         ranks: Ranks,
         precision: str,
         ds_config: dict[str, Any],
@@ -136,7 +133,7 @@ class PhaseEngine:
         exact = {name: p.detach().clone() for name, p in self._trainable.items()} if precision != "fp32" else {}
         self._ranks = ranks
         self._adam = groups.adamw(self._trainable, optimizer, half_of, is_new)
-        filled = _fill(ds_config, optimizer, micro, accumulation, ranks, precision, parameters.values())
+        filled = _fill(ds_config, optimizer, ranks, precision, parameters.values())
         self._swap = nvme.claim(filled, parameters.values(), ranks, 4 if precision == "fp32" else 2)
         self._stage = int(filled.get("zero_optimization", {}).get("stage", 0))
         self._is_plain = self._stage == 0 and precision == "fp32"
@@ -160,8 +157,12 @@ class PhaseEngine:
         """The module's output for a micro batch."""
         return self._engine(*args, **kwargs)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate the gradient of `loss`, the mean over this rank's micro batch in nats per sentence."""
+    def backward(self, loss: torch.Tensor, is_last: bool = True) -> None:
+        """Accumulate the gradient of `loss`: summed over the micro batches of a step, averaged over the ranks.
+
+        `is_last` says that the step has no further micro batch. All ranks have the same number of them in a step.
+        """
+        self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss)
 
     def step(self, lr: float, half: str | None = None) -> StepOutcome | None:
@@ -177,9 +178,8 @@ class PhaseEngine:
         if is_boundary and self._is_plain:
             norm = self._gradient_norm()
             if not math.isfinite(norm):
-                # Torch's AdamW would apply the step. Count the micro step, so that the next boundary does not move.
+                # Torch's AdamW would apply the step.
                 self._engine.zero_grad()
-                self._engine.micro_steps += 1
                 return StepOutcome(applied=False, grad_norm=norm)
         self._engine.step()
         if not is_boundary:
@@ -337,16 +337,14 @@ def _library() -> ModuleType:
 def _fill(
     tree: dict[str, Any],
     optimizer: OptimizerConfig,
-    micro: int,
-    accumulation: int,
     ranks: Ranks,
     precision: str,
     parameters: Iterable[nn.Parameter],
 ) -> dict[str, Any]:
     owned = nvme.owned(tree, parameters, ranks.world) | {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro * accumulation * ranks.world,
+        # The number of micro batches differs between steps, so `backward` is told which one is the last.
+        **dict.fromkeys(ds_config.BATCH_SIZES, 1),
+        "train_batch_size": ranks.world,
         "gradient_clipping": optimizer.clip,
         "bf16.enabled": precision == "bf16",
         "fp16.enabled": precision == "fp16",

@@ -40,8 +40,6 @@ def build_engine(setup: Setup, plan: PhasePlan, model: T5VAE) -> PhaseEngine:
     return PhaseEngine(
         model,
         optimizer=plan.settings.optimizer,
-        micro=setup.micro,
-        accumulation=setup.accumulation,
         ranks=setup.ranks,
         precision=setup.precision,
         ds_config=setup.ds_config,

@@ -11,6 +11,7 @@ from vae_ds.config import RunConfig
 from vae_ds.data import TokenSet
 from vae_ds.model import is_adapter, skeleton
 from vae_ds.training import checkpoint, phases, resumption
+from vae_ds.training.memory import describe_limits
 from vae_ds.training.preparation import Setup, prepare
 
 PERCENTILES = (50, 95, 99)
@@ -110,6 +111,6 @@ def _phases(setup: Setup, last: int, sizes: dict[str, int]) -> list[str]:
 
 def _ranks(setup: Setup) -> str:
     return (
-        f"ranks: {setup.ranks.world}, {setup.precision}, {setup.config.batch.global_size} sentences per step, "
-        f"micro batch {setup.micro}, accumulation {setup.accumulation}"
+        f"ranks: {setup.ranks.world}, {setup.precision}, {setup.config.batch.global_size} sentences per step, at most "
+        f"{describe_limits(setup)} per rank and forward pass"
     )

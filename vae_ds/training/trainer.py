@@ -16,7 +16,7 @@ import torch
 
 from vae_ds import config as configuration
 from vae_ds import distributed, latents
-from vae_ds.config import RunConfig
+from vae_ds.config import FreeBits, RunConfig
 from vae_ds.data import Batch, Feed, collate, share
 from vae_ds.engine import PhaseEngine, PhaseState, StepOutcome
 from vae_ds.errors import Stopped
@@ -28,7 +28,7 @@ from vae_ds.training.aggressive import Aggressive
 from vae_ds.training.build import Weights, build_engine, build_model
 from vae_ds.training.export import Exporter
 from vae_ds.training.holding import check_free, hold
-from vae_ds.training.memory import STEP_ADVICE, explain_out_of_memory
+from vae_ds.training.memory import STEP_ADVICE, explain_out_of_memory, limits_for
 from vae_ds.training.monitor import Monitor
 from vae_ds.training.phases import PhasePlan
 from vae_ds.training.preparation import Setup, prepare, write_headers
@@ -82,8 +82,10 @@ def train(
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What the schedules say for one optimizer step."""
+    """What the phase and its schedules say for one optimizer step, and the sentences of its global batch."""
 
+    sentences: int
+    free_bits: FreeBits
     beta: float
     lr: float
     half: str | None  # the half of the model that the step updates, None for all of it (aggressive.py)
@@ -96,6 +98,7 @@ class Trainer:
     def __init__(self, setup: Setup, changed_data: bool, stop: StopFlag) -> None:
         self.setup, self.changed_data = setup, changed_data
         self.state = TrainState()
+        self.limits = setup.limits
         self.stop = stop
         logging = setup.config.logging
         self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress)
@@ -151,6 +154,7 @@ class Trainer:
         model = build_model(self.setup, plan, weights, is_start)
         facts = phases.sizes(model)  # the engine may divide the parameters
         engine = build_engine(self.setup, plan, model)
+        self.limits = limits_for(self.setup, engine)
         if plan.settings.aggressive and self.state.aggressive is None:
             self.state.aggressive = Aggressive()
         self.state.choice = self.state.choice or self.exporter.begin(plan)
@@ -201,37 +205,42 @@ class Trainer:
         """One optimizer step on a global batch. Returns what the ranks request after it."""
         index_G = feed.take()
         self.state.bad_lines = feed.bad_lines
-        now = self._step_settings(plan)
+        now = self._step_settings(plan, len(index_G))
         sums = self._new_sums(engine)
         outcome = None
-        for index_B in self._share(index_G, feed):
-            batch = self._collate(plan, engine, feed, index_B)
+        ranks = self.setup.ranks
+        pieces = share(index_G, feed.tokens.lengths_N, ranks.rank, ranks.world, self.limits)
+        for number, piece in enumerate(pieces, start=1):
+            batch = self._collate(plan, engine, feed, piece)
             self.watch.advance()
-            with explain_out_of_memory(f"a step of phase {plan.name}", STEP_ADVICE.format(self.setup.micro)):
-                outcome = self.forward_backward_update(plan, engine, batch, now, sums)
+            with explain_out_of_memory(f"a step of phase {plan.name}", STEP_ADVICE.format(self.limits)):
+                outcome = self.forward_backward_update(engine, batch, now, sums, number == len(pieces))
         self.watch.advance()
         totals, requests = self.reduce(sums)
         if outcome is None or not outcome.applied:
-            self._count_skipped()
+            self.state.count_skipped(self.setup.config.max_skipped_steps)
         else:
             self._count_applied(plan, totals, now, len(index_G), outcome.grad_norm)
         return requests
 
     def forward_backward_update(
-        self, plan: PhasePlan, engine: PhaseEngine, batch: Batch, now: StepSettings, sums: distributed.NamedSums
+        self, engine: PhaseEngine, batch: Batch, now: StepSettings, sums: distributed.NamedSums, is_last: bool
     ) -> StepOutcome | None:
         """One micro batch: its loss rec + beta * KL, the gradient, and, after the last of a step, the update.
 
         Adds this rank's terms to `sums`. Returns the outcome of the update, None inside an accumulation.
         """
-        free_bits = plan.settings.free_bits
+        free_bits, weight_B = now.free_bits, batch.weight_B
         terms = engine.forward(**batch.arguments())
-        penalty_B = gaussian.thresholded_kl(terms.kl_BL, free_bits.mode, free_bits.nats, now.held_L)
-        loss_B = terms.rec_B + now.beta * penalty_B
-        engine.backward(loss_B.mean())
+        penalty_B = weight_B * gaussian.thresholded_kl(terms.kl_BL, free_bits.mode, free_bits.nats, now.held_L)
+        rec_B = weight_B * terms.rec_B
+        loss_B = rec_B + now.beta * penalty_B
+        # The engine averages over the ranks. Micro batches may differ in size, but each sentence counts the same.
+        engine.backward(loss_B.sum() * (self.setup.ranks.world / now.sentences), is_last)
         outcome = engine.step(now.lr, now.half)
-        sums.add(loss=loss_B.detach().sum(), rec=terms.rec_B.detach().sum(), penalty=penalty_B.detach().sum())
-        sums.add(kl_L=terms.kl_BL.detach().sum(0), tokens=batch.tokens, positions=batch.positions)
+        sums.add(loss=loss_B.detach().sum(), rec=rec_B.detach().sum(), penalty=penalty_B.detach().sum())
+        kl_L = (weight_B[:, None] * terms.kl_BL.detach()).sum(0)
+        sums.add(kl_L=kl_L, tokens=batch.tokens, positions=batch.positions)
         return outcome
 
     def reduce(self, sums: distributed.NamedSums) -> tuple[dict[str, torch.Tensor], Requests]:
@@ -244,7 +253,7 @@ class Trainer:
         """Measure the first sentences of the valid split; the best becomes model/ (export.py). Returns the metrics."""
         setup, state = self.setup, self.state
         model = _model_of(engine)
-        with explain_out_of_memory("a validation", f"lower evaluation.batch (now {setup.config.evaluation.batch})"):
+        with explain_out_of_memory("a validation", f"lower evaluation.tokens (now {setup.config.evaluation.tokens})"):
             metrics = evaluate(
                 model,
                 setup.valid,
@@ -308,9 +317,11 @@ class Trainer:
 
     # Parts of a step
 
-    def _step_settings(self, plan: PhasePlan) -> StepSettings:
+    def _step_settings(self, plan: PhasePlan, sentences: int) -> StepSettings:
         state = self.state
         return StepSettings(
+            sentences=sentences,
+            free_bits=plan.settings.free_bits,
             beta=plan.beta.at(state.step, state.beta),
             lr=plan.learning_rate.at(state.step),
             half=state.aggressive.half() if state.aggressive else None,
@@ -322,14 +333,10 @@ class Trainer:
         sizes = {"loss": 1, "rec": 1, "penalty": 1, "kl_L": units, "tokens": 1, "positions": 1}
         return distributed.NamedSums(self.setup.ranks.device, **sizes, requests=len(Requests._fields))
 
-    def _share(self, index_G: Any, feed: Feed) -> list[Any]:
-        ranks = self.setup.ranks
-        return share(index_G, feed.tokens.lengths_N, ranks.rank, ranks.world, self.setup.micro)
-
-    def _collate(self, plan: PhasePlan, engine: PhaseEngine, feed: Feed, index_B: Any) -> Batch:
+    def _collate(self, plan: PhasePlan, engine: PhaseEngine, feed: Feed, piece: Any) -> Batch:
         return collate(
             feed.tokens,
-            index_B,
+            *piece,
             pad_id=self.setup.tokenizer.pad_token_id,
             latent_dim=_model_of(engine).latent_dim,
             seed=self.setup.config.seed,
@@ -337,13 +344,6 @@ class Trainer:
             denoise=plan.settings.denoise,
             sample=plan.settings.sample_posterior,
         ).to(self.setup.ranks.device)
-
-    def _count_skipped(self) -> None:
-        state, limit = self.state, self.setup.config.max_skipped_steps
-        state.skipped += 1
-        state.skipped_in_row += 1
-        if state.skipped_in_row >= limit:
-            raise RuntimeError(f"{limit} steps in a row had non-finite gradients and were skipped; try a lower lr")
 
     def _count_applied(
         self, plan: PhasePlan, totals: dict[str, torch.Tensor], now: StepSettings, sentences: int, grad_norm: float
