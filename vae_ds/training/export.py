@@ -7,6 +7,8 @@ choice, are the same on each; rank 0 alone uses the disk.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from vae_ds import distributed
 from vae_ds.engine import PhaseEngine
 from vae_ds.errors import CheckpointError
@@ -78,8 +80,8 @@ class Exporter:
 
     def _gather(self, engine: PhaseEngine) -> Weights:
         """All weights, whole, on rank 0; nothing on the others, which take part."""
-        gathered: Weights = {}
-        for _, name, _, tensor in engine.tensors(moments=False):
+        gathered: dict[str, torch.Tensor] = {}
+        for name, _, tensor in engine.tensors(moments=False):
             if self._setup.ranks.is_main:
                 gathered[name] = tensor
         return gathered

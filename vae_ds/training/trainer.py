@@ -18,7 +18,7 @@ from vae_ds import config as configuration
 from vae_ds import distributed, latents
 from vae_ds.config import RunConfig
 from vae_ds.data import Batch, Feed, collate, share
-from vae_ds.engine import PhaseEngine, PhaseState, StepOutcome
+from vae_ds.engine import PhaseEngine, StepOutcome
 from vae_ds.errors import Stopped
 from vae_ds.evaluation import evaluate
 from vae_ds.model import T5VAE, gaussian
@@ -34,6 +34,7 @@ from vae_ds.training.phases import PhasePlan
 from vae_ds.training.preparation import Setup, prepare, write_headers
 from vae_ds.training.saver import Requests, Saver
 from vae_ds.training.schedules import Target
+from vae_ds.training.shards import Stored
 from vae_ds.training.state import TrainState
 from vae_ds.training.status import Status
 from vae_ds.training.watch import Watch
@@ -128,7 +129,7 @@ class Trainer:
         else:
             self._write_status("stopped", f"after phase {self.setup.plans[last_phase].name}, as requested", code=0)
 
-    def _run_phases(self, resumed: PhaseState | None, last_phase: int) -> Weights:
+    def _run_phases(self, resumed: Stored | None, last_phase: int) -> Weights:
         weights = None if resumed is None else resumed.weights
         for plan in self.setup.plans[self.state.phase : last_phase + 1]:
             if plan.index != self.state.phase:
@@ -140,7 +141,7 @@ class Trainer:
         assert weights is not None, "a run has at least one phase"
         return weights
 
-    def run_phase(self, plan: PhasePlan, weights: Weights | None, resumed: PhaseState | None) -> Weights:
+    def run_phase(self, plan: PhasePlan, weights: Weights | None, resumed: Stored | None) -> Weights:
         """Train one phase on an engine of its own. Returns the float32 weights that the next phase starts from.
 
         After the last phase they are those to export, if model/ is not chosen already: on rank 0 alone.
@@ -274,9 +275,9 @@ class Trainer:
             "data": self.setup.train.facts,
             "valid": {key: valid[key] for key in checkpoint.BETTER if key in valid},
         }
-        self.saver.begin(lambda: engine.state(share=True), progress, must)
+        self.saver.begin(engine.part, progress, must)
 
-    def restore(self) -> PhaseState | None:
+    def restore(self) -> Stored | None:
         """Continue from the newest checkpoint. Returns its weights and moments, None if there is no checkpoint."""
         setup = self.setup
         found = checkpoint.resume(setup.run_dir, setup.ranks, setup.train.facts, self.changed_data)
