@@ -65,7 +65,7 @@ def save(run_dir: Path, part: Callable[[], Part], progress: dict, ranks: Ranks) 
 
 
 def write_version_1(path: Path, state: PhaseState, manifest: dict[str, Any]) -> None:
-    """Write a checkpoint as version 0.3 of vae_ds did: whole tensors, parameter i in shard i mod world."""
+    """Write a checkpoint as version 0.2 of vae_ds did: whole tensors, parameter i in shard i mod world."""
     path.mkdir(parents=True)
     entries = []
     for rank in range(manifest["world"]):

@@ -124,6 +124,7 @@ class Pretrainer:
         try:
             if resumed is not None:
                 trained.load(resumed)
+                resumed.close()
             self.monitor.begin_phase("pretrain", setup.config.steps, self.state.step)
             trained.train()
             self.steps(trained)

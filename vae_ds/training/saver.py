@@ -20,6 +20,7 @@ from vae_ds.engine import Part
 from vae_ds.errors import CheckpointError, StorageError
 from vae_ds.training import checkpoint, shards
 from vae_ds.training.monitor import Monitor
+from vae_ds.training.shards import Stored
 
 _log = logging.getLogger(__name__)
 
@@ -105,6 +106,12 @@ class Saver:
                 stall_s=self._stall_s + time.monotonic() - began_s,
                 write_s=writer.duration_s,
             )
+
+    def stored(self, step: int) -> Stored | None:
+        """The state in the checkpoint of `step`, if it is the newest one and could be written. A collective."""
+        if self.newest != checkpoint.name_of(step):
+            return None
+        return checkpoint.stored_at(self._run_dir, step, self._ranks)
 
     def _publish(self, writing: Path, manifest: dict[str, Any]) -> None:
         if self._ranks.is_main:

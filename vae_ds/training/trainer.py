@@ -25,8 +25,9 @@ from vae_ds.model import T5VAE, gaussian
 from vae_ds.runtime import StopFlag, heeded
 from vae_ds.training import checkpoint, phases, resumption, window
 from vae_ds.training.aggressive import Aggressive
-from vae_ds.training.build import Weights, build_engine, build_model
+from vae_ds.training.build import build_engine, build_model
 from vae_ds.training.export import Exporter
+from vae_ds.training.handover import Start, hand_over
 from vae_ds.training.holding import check_free, hold
 from vae_ds.training.memory import STEP_ADVICE, explain_out_of_memory
 from vae_ds.training.monitor import Monitor
@@ -34,7 +35,6 @@ from vae_ds.training.phases import PhasePlan
 from vae_ds.training.preparation import Setup, prepare, write_headers
 from vae_ds.training.saver import Requests, Saver
 from vae_ds.training.schedules import Target
-from vae_ds.training.shards import Stored
 from vae_ds.training.state import TrainState
 from vae_ds.training.status import Status
 from vae_ds.training.watch import Watch
@@ -109,7 +109,7 @@ class Trainer:
 
     def run(self, last_phase: int) -> None:
         """Train from the newest checkpoint to the end of a phase; after the last phase of all, export the model."""
-        resumed = self.restore()
+        start = self.restore()
         if self.state.phase > last_phase:
             self.monitor.close()
             return
@@ -118,52 +118,50 @@ class Trainer:
         self.monitor.begin_run(self.setup.config.model_dump(mode="json", by_alias=True))
         self._write_status("running")
         with self.watch:
-            weights = self._run_phases(resumed, last_phase)
-            self.saver.finish(must=True)
+            end = self._run_phases(start, last_phase)
             if self._is_last(last_phase):
-                self.exporter.finish(weights, self.state)
+                self.exporter.finish(end.weights or {}, self.state)
                 self.monitor.end_run()
+            end.close()
         self.monitor.close()
         if self._is_last(last_phase):
             self._write_status("done")
         else:
             self._write_status("stopped", f"after phase {self.setup.plans[last_phase].name}, as requested", code=0)
 
-    def _run_phases(self, resumed: Stored | None, last_phase: int) -> Weights:
-        weights = None if resumed is None else resumed.weights
+    def _run_phases(self, start: Start, last_phase: int) -> Start:
         for plan in self.setup.plans[self.state.phase : last_phase + 1]:
             if plan.index != self.state.phase:
-                # The checkpoint of the last phase's end must exist before this phase can fail.
-                self.saver.finish()
                 self.state.begin_phase(plan.index)
-            weights = self.run_phase(plan, weights, resumed)
-            resumed = None
-        assert weights is not None, "a run has at least one phase"
-        return weights
+            start = self.run_phase(plan, start, must=plan.index == last_phase)
+        return start
 
-    def run_phase(self, plan: PhasePlan, weights: Weights | None, resumed: Stored | None) -> Weights:
-        """Train one phase on an engine of its own. Returns the float32 weights that the next phase starts from.
+    def run_phase(self, plan: PhasePlan, start: Start, must: bool) -> Start:
+        """Train one phase on an engine of its own. Returns what the next phase starts from, in float32.
 
-        After the last phase they are those to export, if model/ is not chosen already: on rank 0 alone.
+        After the last phase this is what to export, if model/ is not chosen already: if gathered, on rank 0 alone.
+        With `must`, the checkpoint at the end has to be written. Closes `start`, unless the phase is complete already.
         """
-        if self.state.step >= plan.steps and weights is not None:
-            return weights
-        is_start = resumed is None and not any(self.state.place)
-        engine = build_engine(self.setup, plan, build_model(self.setup, plan, weights, is_start))
+        if self.state.step >= plan.steps and start.weights is not None:
+            return Start(start.stored, gathered=start.gathered)
+        is_start = not start.resumes and not any(self.state.place)
+        engine = build_engine(self.setup, plan, build_model(self.setup, plan, start.weights, is_start))
         if plan.settings.aggressive and self.state.aggressive is None:
             self.state.aggressive = Aggressive()
         self.state.choice = self.state.choice or self.exporter.begin(plan)
         # After the engine: building one draws random numbers, too.
         distributed.seed_everything(self.setup.config.seed, self.setup.ranks.rank, plan.index)
-        if resumed is not None:
-            engine.load(resumed)
+        if start.stored is not None and start.resumes:
+            engine.load(start.stored)
+        start.close()
         self.monitor.begin_phase(plan.name, plan.steps, self.state.step)
         self.status.begin_phase(self.state)
         phases.train_mode(engine.module)
         try:
             self.steps(plan, engine)
-            is_last = self._is_last(plan.index)
-            return self.exporter.last(engine, self.state) if is_last else engine.state().weights
+            gather = partial(self.exporter.gather, engine, self.state, self._is_last(plan.index))
+            # The checkpoint of a phase's end must exist before the next phase can fail.
+            return hand_over(self.saver, plan.first_step + plan.steps, gather, must)
         finally:
             engine.close()
 
@@ -277,21 +275,21 @@ class Trainer:
         }
         self.saver.begin(engine.part, progress, must)
 
-    def restore(self) -> Stored | None:
-        """Continue from the newest checkpoint. Returns its weights and moments, None if there is no checkpoint."""
+    def restore(self) -> Start:
+        """Continue from the newest checkpoint, if there is one."""
         setup = self.setup
         found = checkpoint.resume(setup.run_dir, setup.ranks, setup.train.facts, self.changed_data)
         if found is None:
             self.monitor.resume_from(0)
-            return None
-        saved, progress = found
+            return Start()
+        stored, progress = found
         self.state = TrainState.read(progress["state"])
         plan = setup.plans[self.state.phase]
         resumption.check_length(plan, self.state.step)
         self.state.choice = self.exporter.resume(plan, self.state.choice)
         self.monitor.resume_from(progress["global_step"])
         self.saver.newest = checkpoint.name_of(progress["global_step"])
-        return saved
+        return Start(stored, resumes=True)
 
     def log(self, plan: PhasePlan, epoch: float, duration_s: float) -> None:
         """Report the means over the steps since the last row."""
