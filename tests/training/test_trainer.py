@@ -3,12 +3,14 @@
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from support.checkpoint_cases import weights_at
 from support.launch import job, run_jobs
 from support.models import groups_by_module
 from support.processes import curve
@@ -82,13 +84,9 @@ def assert_same_curve(one: Path, other: Path, tolerance: float) -> None:
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * tolerance), (a, b)
 
 
-def checkpoint_weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+def checkpoint_weights(run_dir: Path, step: int) -> Mapping[str, torch.Tensor]:
     """All weights of the checkpoint at a global step, by parameter name."""
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in (run_dir / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
-        tensors |= load_file(shard)
-    assert tensors, f"no checkpoint of step {step} in {run_dir}"
-    return {name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")}
+    return weights_at(run_dir / "checkpoints" / f"step-{step:08d}")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from vae_ds import config as configuration
 from vae_ds import distributed
 from vae_ds.config import PretrainConfig
 from vae_ds.data import Limits, epoch_batches, evaluation_batches, logit_tokens, share
-from vae_ds.engine import PhaseEngine, PhaseState
+from vae_ds.engine import PhaseEngine
 from vae_ds.errors import Stopped
 from vae_ds.pretraining.basemodel import TextToText, build_t5, continue_text, export_t5
 from vae_ds.pretraining.inputs import Setup, prepare
@@ -29,6 +29,7 @@ from vae_ds.training import (
     Monitor,
     Requests,
     Saver,
+    Stored,
     Watch,
     check_free,
     checkpoint,
@@ -111,7 +112,7 @@ class Pretrainer:
         self.monitor.close()
         self._status("done")
 
-    def _train(self, resumed: PhaseState | None) -> None:
+    def _train(self, resumed: Stored | None) -> None:
         setup = self.setup
         trained = PhaseEngine(
             TextToText(build_t5(setup.config.architecture, setup.tokenizer, setup.config.seed)),
@@ -123,6 +124,7 @@ class Pretrainer:
         try:
             if resumed is not None:
                 trained.load(resumed)
+                resumed.close()
             self.monitor.begin_phase("pretrain", setup.config.steps, self.state.step)
             trained.train()
             self.steps(trained)
@@ -212,14 +214,14 @@ class Pretrainer:
         self.state.held_out = measure(trained.module, self.setup)
         trained.train()
         self.monitor.evaluation(self.state.step, "valid", self.state.held_out)
-        self._export(trained.module, trained.state())
+        self._export(trained)
 
     def save(self, trained: PhaseEngine, must: bool) -> None:
         """Begin a portable checkpoint. Older ones are deleted when it is complete."""
         progress = {"state": asdict(self.state), "global_step": self.state.step, "data": self._data()}
-        self.saver.begin(lambda: trained.state(share=True), progress, must)
+        self.saver.begin(trained.part, progress, must)
 
-    def _restore(self) -> PhaseState | None:
+    def _restore(self) -> Stored | None:
         found = checkpoint.resume(self.setup.run_dir, self.setup.ranks, self._data(), self.changed_data)
         if found is None:
             self.monitor.resume_from(0)
@@ -261,12 +263,15 @@ class Pretrainer:
         )
         state.window = {}
 
-    def _export(self, trained: torch.nn.Module, state: PhaseState) -> None:
-        setup = self.setup
+    def _export(self, trained: PhaseEngine) -> None:
+        setup, gathered = self.setup, {}
+        for name, _, tensor in trained.tensors(moments=False):
+            if setup.ranks.is_main:
+                gathered[name] = tensor
         if setup.ranks.is_main:
             model = build_t5(setup.config.architecture, setup.tokenizer, setup.config.seed)
-            assert isinstance(trained, TextToText)
-            weights = trained.plain(state.weights)
+            assert isinstance(trained.module, TextToText)
+            weights = trained.module.plain(gathered)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(weights[name])

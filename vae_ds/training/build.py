@@ -1,5 +1,7 @@
 """What a phase is built from: a new float32 module with the phase's freezing, and the engine that takes it over."""
 
+from collections.abc import Mapping
+
 import torch
 
 from vae_ds.engine import PhaseEngine
@@ -9,7 +11,7 @@ from vae_ds.training.aggressive import half_of
 from vae_ds.training.phases import PhasePlan
 from vae_ds.training.preparation import Setup
 
-Weights = dict[str, torch.Tensor]
+Weights = Mapping[str, torch.Tensor]
 """Float32 CPU tensors by parameter name."""
 
 

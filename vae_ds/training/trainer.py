@@ -18,15 +18,16 @@ from vae_ds import config as configuration
 from vae_ds import distributed, latents
 from vae_ds.config import FreeBits, RunConfig
 from vae_ds.data import Batch, Feed, collate, share
-from vae_ds.engine import PhaseEngine, PhaseState, StepOutcome
+from vae_ds.engine import PhaseEngine, StepOutcome
 from vae_ds.errors import Stopped
 from vae_ds.evaluation import evaluate
 from vae_ds.model import T5VAE, gaussian
 from vae_ds.runtime import StopFlag, heeded
 from vae_ds.training import checkpoint, phases, resumption, window
 from vae_ds.training.aggressive import Aggressive
-from vae_ds.training.build import Weights, build_engine, build_model
+from vae_ds.training.build import build_engine, build_model
 from vae_ds.training.export import Exporter
+from vae_ds.training.handover import Start, hand_over
 from vae_ds.training.holding import check_free, hold
 from vae_ds.training.memory import STEP_ADVICE, explain_out_of_memory, limits_for
 from vae_ds.training.monitor import Monitor
@@ -111,7 +112,7 @@ class Trainer:
 
     def run(self, last_phase: int) -> None:
         """Train from the newest checkpoint to the end of a phase; after the last phase of all, export the model."""
-        resumed = self.restore()
+        start = self.restore()
         if self.state.phase > last_phase:
             self.monitor.close()
             return
@@ -120,38 +121,34 @@ class Trainer:
         self.monitor.begin_run(self.setup.config.model_dump(mode="json", by_alias=True))
         self._write_status("running")
         with self.watch:
-            weights = self._run_phases(resumed, last_phase)
-            self.saver.finish(must=True)
+            end = self._run_phases(start, last_phase)
             if self._is_last(last_phase):
-                self.exporter.finish(weights, self.state)
+                self.exporter.finish(end.weights or {}, self.state)
                 self.monitor.end_run()
+            end.close()
         self.monitor.close()
         if self._is_last(last_phase):
             self._write_status("done")
         else:
             self._write_status("stopped", f"after phase {self.setup.plans[last_phase].name}, as requested", code=0)
 
-    def _run_phases(self, resumed: PhaseState | None, last_phase: int) -> Weights:
-        weights = None if resumed is None else resumed.weights
+    def _run_phases(self, start: Start, last_phase: int) -> Start:
         for plan in self.setup.plans[self.state.phase : last_phase + 1]:
             if plan.index != self.state.phase:
-                # The checkpoint of the last phase's end must exist before this phase can fail.
-                self.saver.finish()
                 self.state.begin_phase(plan.index)
-            weights = self.run_phase(plan, weights, resumed)
-            resumed = None
-        assert weights is not None, "a run has at least one phase"
-        return weights
+            start = self.run_phase(plan, start, must=plan.index == last_phase)
+        return start
 
-    def run_phase(self, plan: PhasePlan, weights: Weights | None, resumed: PhaseState | None) -> Weights:
-        """Train one phase on an engine of its own. Returns the float32 weights that the next phase starts from.
+    def run_phase(self, plan: PhasePlan, start: Start, must: bool) -> Start:
+        """Train one phase on an engine of its own. Returns what the next phase starts from, in float32.
 
-        After the last phase they are those to export, if model/ is not chosen already: on rank 0 alone.
+        After the last phase this is what to export, if model/ is not chosen already: if gathered, on rank 0 alone.
+        With `must`, the checkpoint at the end has to be written. Closes `start`, unless the phase is complete already.
         """
-        if self.state.step >= plan.steps and weights is not None:
-            return weights
-        is_start = resumed is None and not any(self.state.place)
-        model = build_model(self.setup, plan, weights, is_start)
+        if self.state.step >= plan.steps and start.weights is not None:
+            return Start(start.stored, gathered=start.gathered)
+        is_start = not start.resumes and not any(self.state.place)
+        model = build_model(self.setup, plan, start.weights, is_start)
         facts = phases.sizes(model)  # the engine may divide the parameters
         engine = build_engine(self.setup, plan, model)
         self.limits = limits_for(self.setup, engine)
@@ -160,15 +157,17 @@ class Trainer:
         self.state.choice = self.state.choice or self.exporter.begin(plan)
         # After the engine: building one draws random numbers, too.
         distributed.seed_everything(self.setup.config.seed, self.setup.ranks.rank, plan.index)
-        if resumed is not None:
-            engine.load(resumed)
+        if start.stored is not None and start.resumes:
+            engine.load(start.stored)
+        start.close()
         self.monitor.begin_phase(plan.name, plan.steps, self.state.step, facts)
         self.status.begin_phase(self.state)
         phases.train_mode(engine.module)
         try:
             self.steps(plan, engine)
-            is_last = self._is_last(plan.index)
-            return self.exporter.last(engine, self.state) if is_last else engine.state().weights
+            gather = partial(self.exporter.gather, engine, self.state, self._is_last(plan.index))
+            # The checkpoint of a phase's end must exist before the next phase can fail.
+            return hand_over(self.saver, plan.first_step + plan.steps, gather, must)
         finally:
             engine.close()
 
@@ -285,23 +284,23 @@ class Trainer:
             "data": self.setup.train.facts,
             "valid": {key: valid[key] for key in checkpoint.BETTER if key in valid},
         }
-        self.saver.begin(lambda: engine.state(share=True), progress, must)
+        self.saver.begin(engine.part, progress, must)
 
-    def restore(self) -> PhaseState | None:
-        """Continue from the newest checkpoint. Returns its weights and moments, None if there is no checkpoint."""
+    def restore(self) -> Start:
+        """Continue from the newest checkpoint, if there is one."""
         setup = self.setup
         found = checkpoint.resume(setup.run_dir, setup.ranks, setup.train.facts, self.changed_data)
         if found is None:
             self.monitor.resume_from(0)
-            return None
-        saved, progress = found
+            return Start()
+        stored, progress = found
         self.state = TrainState.read(progress["state"])
         plan = setup.plans[self.state.phase]
         resumption.check_length(plan, self.state.step)
         self.state.choice = self.exporter.resume(plan, self.state.choice)
         self.monitor.resume_from(progress["global_step"])
         self.saver.newest = checkpoint.name_of(progress["global_step"])
-        return saved
+        return Start(stored, resumes=True)
 
     def log(self, plan: PhasePlan, epoch: float, duration_s: float) -> None:
         """Report the means over the steps since the last row."""
