@@ -113,6 +113,9 @@ def test_mutual_information_between_its_ends():
     found = float(gaussian.mutual_information(mu_NL, logvar_NL, gaussian.sample(mu_NL, logvar_NL, eps_NL)))
     assert found <= math.log(300)
     assert found == pytest.approx(math.log(300), abs=1e-6)
+    # Of one sentence it is 0. Its two densities differ in their rounding, and an estimate above its ceiling is nonsense.
+    one = [gaussian.mutual_information(mu_NL[i, None], logvar_NL[i, None], eps_NL[i, None]) for i in range(50)]
+    assert -1e-6 < min(one) <= max(one) <= 0
 
 
 def test_active_units_counts_variances_of_the_mean_above_the_threshold():
@@ -124,6 +127,7 @@ def test_active_units_counts_variances_of_the_mean_above_the_threshold():
     # The variance over exactly these sentences, 1/4 here, and not an estimate for others, 1/2; above and not at it.
     of_two_ML = torch.tensor([[0.0], [1.0]])
     assert [gaussian.active_units(of_two_ML, threshold) for threshold in (0.24, 0.25, 0.26)] == [1, 0, 0]
+    assert [gaussian.active_units(width * of_two_ML) for width in (0.195, 0.205)] == [0, 1], "the paper's 0.01"
 
 
 KL_BL = torch.tensor([[0.5, 4.0, 3.5], [2.0, 1.0, 0.0]])

@@ -151,7 +151,6 @@ def train_mode(model: nn.Module) -> None:
     A module without parameters, such as Dropout, follows the nearest module above it that has parameters. The memory
     projection does not count: a frozen decoder with a trainable memory inside runs without dropout.
     """
-    model.train()
     _set_mode(model, "", True)
 
 
