@@ -1,6 +1,7 @@
 """Mutual information estimates against Gaussian codes whose information is known, and standard errors against draws."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,6 +98,18 @@ def test_chunks_change_nothing(monkeypatch):
     torch.testing.assert_close(
         information.against_training(split, np.arange(100), train[:2], ALONE, nothing), whole, rtol=1e-12, atol=1e-12
     )
+
+
+def test_each_rank_compares_its_share_alone_and_counts_it(monkeypatch):
+    """Each rank with all sentences would find the same mean, in the time of one rank."""
+    monkeypatch.setattr(information, "CHUNK", 7)
+    split, index_S = code(50, 5.0, seed=0), np.arange(3, 48)
+    whole_S = information.within_split(split, index_S, ALONE, nothing)
+    for rank in range(2):
+        counted = []
+        own = information.within_split(split, index_S, replace(ALONE, rank=rank, world=2), counted.append)
+        assert torch.equal(own, whole_S[rank::2])
+        assert counted == [7, 7, 7, len(own) - 21]
 
 
 # Standard errors

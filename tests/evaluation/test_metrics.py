@@ -180,6 +180,7 @@ def test_a_derangement_uses_each_sentence_once_and_none_for_itself(count):
     assert not (mate_N == np.arange(count)).any()
     assert np.array_equal(mate_N, derangement(count, 0))
     assert count < 10 or not np.array_equal(mate_N, derangement(count, 1))
+    assert count != 10 or mate_N.tolist() == [6, 5, 3, 4, 8, 9, 2, 1, 7, 0], "z_gain compares over versions"
 
 
 # The metrics
@@ -348,12 +349,19 @@ def test_the_first_sentences_are_the_subset(base, tokens):
 
 def test_during_training_there_is_no_importance_sampling(base, tokens):
     model = build(base)
-    full, quick = measure(model, tokens), measure(model, tokens, full=False)
+    # Training sentences would cost an encoder pass over all of them at each validation.
+    full, quick = measure(model, tokens), measure(model, tokens, full=False, train=Training(tokens))
     left_out = {"iw_nll", "iw_ppl", "iw_sentences", "iw_samples", "iw_nll_se", "iw_ppl_se"}
     others = {"mi_train", "mi_train_sentences", *BESIDE}
     others |= {f"{key}_se" for key in others - {"mi_train_sentences"}}
     assert {key for key, value in quick.items() if value is None} == left_out | others
     assert {key: full[key] for key in KEYS - left_out} == {key: quick[key] for key in KEYS - left_out}
+
+
+def test_the_verdict_during_training_weighs_the_kl_as_the_loss_does(base, tokens):
+    found = measure(build(base), tokens, full=False, beta=0.5)
+    assert (found["verdict"], found["verdict_reason"]) == verdict(found, 0.5)
+    assert verdict(found, 0.5) != verdict(found), "else beta could be left out"
 
 
 def test_the_seed_decides_the_samples(base, tokens):

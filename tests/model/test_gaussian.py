@@ -113,7 +113,7 @@ def test_mutual_information_between_its_ends():
     found = float(gaussian.mutual_information(mu_NL, logvar_NL, gaussian.sample(mu_NL, logvar_NL, eps_NL)))
     assert found <= math.log(300)
     assert found == pytest.approx(math.log(300), abs=1e-6)
-    # Of one sentence it is 0. Its two densities differ in their rounding, and an estimate above its ceiling is nonsense.
+    # Of one sentence it is 0. Its two densities differ in their rounding, which must not exceed the ceiling.
     one = [gaussian.mutual_information(mu_NL[i, None], logvar_NL[i, None], eps_NL[i, None]) for i in range(50)]
     assert -1e-6 < min(one) <= max(one) <= 0
 
