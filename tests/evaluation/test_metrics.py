@@ -358,6 +358,24 @@ def test_during_training_there_is_no_importance_sampling(base, tokens):
     assert {key: full[key] for key in KEYS - left_out} == {key: quick[key] for key in KEYS - left_out}
 
 
+def test_a_validation_has_the_bound_alone_beside_its_yardstick(base, tokens):
+    found = measure(build(base), tokens, full=False, yardstick_N=yardstick_of(tokens))
+    assert (found["above_yardstick"], found["above_yardstick_se"]) == (None, None)
+    assert found["nelbo_above_yardstick"] == pytest.approx(found["nelbo"] - yardstick_of(tokens).mean())
+
+
+def test_information_of_a_part_of_the_sentences_and_of_training_sentences(base, tokens):
+    model, count = build(base), len(tokens)
+    settings = SETTINGS.model_copy(update={"mi_sentences": 6})
+    part = measure(model, tokens, settings, full=False)
+    assert (part["mi_sentences"], part["mi_ceiling"]) == (6, math.log(count))
+    whole = measure(model, tokens, train=Training(tokens, np.arange(count)))
+    assert part["mi"] != whole["mi"]
+    # Of the training split itself: a sentence that is among the components is not added to them again. With all of
+    # them, the mixture is that of the split.
+    assert whole["mi_train"] == pytest.approx(whole["mi"], rel=1e-6)
+
+
 def test_the_verdict_during_training_weighs_the_kl_as_the_loss_does(base, tokens):
     found = measure(build(base), tokens, full=False, beta=0.5)
     assert (found["verdict"], found["verdict_reason"]) == verdict(found, 0.5)
