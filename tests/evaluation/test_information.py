@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.distributions import MultivariateNormal
 
 from vae_ds import distributed
 from vae_ds.evaluation import information
@@ -57,6 +58,40 @@ def test_an_information_far_below_the_limit_is_found(nats):
     split = code(2000, nats, seed=0)
     against, se = estimate_of(split, code(10_000, nats, seed=1))
     assert against == pytest.approx(nats, abs=0.02 + 3 * se)
+
+
+def test_information_of_a_linear_gaussian_model():
+    """x ~ N(0, I), q(z | x) = N(Ax, S): I(x; z) = 1/2 log det(S + AA') - 1/2 log det S, exactly."""
+    draw = torch.Generator().manual_seed(11)
+    sentences, width, units = 6000, 4, 3
+    a_LX = 0.6 * torch.randn(units, width, generator=draw, dtype=torch.float64)
+    variance_L = torch.tensor([0.5, 1.0, 0.8], dtype=torch.float64)
+    mu_NL = torch.randn(sentences, width, generator=draw, dtype=torch.float64) @ a_LX.T
+    logvar_NL = variance_L.log().expand(sentences, units)
+    z_NL = gaussian.sample(mu_NL, logvar_NL, torch.randn(sentences, units, generator=draw, dtype=torch.float64))
+    exact = 0.5 * (torch.logdet(variance_L.diag() + a_LX @ a_LX.T) - variance_L.log().sum())
+    marginal = MultivariateNormal(torch.zeros(units, dtype=torch.float64), variance_L.diag() + a_LX @ a_LX.T)
+    gain_N = gaussian.log_density(z_NL, mu_NL, logvar_NL) - marginal.log_prob(z_NL)
+    error = float(gain_N.std()) / math.sqrt(sentences)
+    found, _ = estimate_of(Posterior(mu_NL, logvar_NL, z_NL))
+    assert error < 0.02
+    assert 0.3 < exact < 3
+    assert abs(found - float(exact)) < 4 * error
+
+
+def test_information_between_its_ends():
+    draw = torch.Generator().manual_seed(2)
+    eps_NL, mu_NL = torch.randn(2, 300, 4, generator=draw, dtype=torch.float64)
+    zeros_NL = torch.zeros_like(eps_NL)
+    assert estimate_of(Posterior(zeros_NL, zeros_NL, eps_NL))[0] == pytest.approx(0, abs=1e-12)
+    mu_NL, logvar_NL = 10 * mu_NL, torch.full_like(mu_NL, -12.0)
+    z_NL = gaussian.sample(mu_NL, logvar_NL, eps_NL)
+    found, _ = estimate_of(Posterior(mu_NL, logvar_NL, z_NL))
+    assert found <= math.log(300)
+    assert found == pytest.approx(math.log(300), abs=1e-6)
+    # Of one sentence it is 0. Its two densities differ in their rounding, which must not exceed the ceiling.
+    one = [estimate_of(Posterior(mu_NL[i, None], logvar_NL[i, None], z_NL[i, None]))[0] for i in range(50)]
+    assert -1e-6 < min(one) <= max(one) <= 0
 
 
 def test_without_the_own_posterior_the_estimate_would_exceed_the_information():
