@@ -18,6 +18,7 @@ from support import ROOT, tiny
 from support.launch import launch
 from vae_ds import distributed
 from vae_ds.config.settings import EvaluationConfig, ModelConfig, OptimizerConfig
+from vae_ds.data import progress
 from vae_ds.data.batches import collate, from_texts
 from vae_ds.errors import DataError
 from vae_ds.evaluation import metrics as evaluation
@@ -374,6 +375,27 @@ def test_information_of_a_part_of_the_sentences_and_of_training_sentences(base, 
     # Of the training split itself: a sentence that is among the components is not added to them again. With all of
     # them, the mixture is that of the split.
     assert whole["mi_train"] == pytest.approx(whole["mi"], rel=1e-6)
+
+
+def test_an_evaluation_counts_each_task_to_its_end_and_a_validation_shows_none(base, tokens, monkeypatch, capsys):
+    """A bar that never fills looks like a hang. Those of a validation would be drawn into the bar of its training."""
+    monkeypatch.setattr(progress, "FIRST_S", 0.0)
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    model, training = build(base), Training(from_texts(tiny.ENGLISH[20:43], load_tokenizer(base), 24))
+    capsys.readouterr()
+    measure(model, tokens, full=False, train=training)
+    assert capsys.readouterr().err == ""
+    settings = SETTINGS.model_copy(update={"mi_sentences": 6})
+    measure(model, tokens, settings, train=training)
+    last = dict(line.rsplit(", ", 1)[0].split(": ") for line in capsys.readouterr().err.splitlines())
+    assert last == {
+        "Encoding and decoding": "17 of 17 sentences (100 %)",
+        "Decoding the z of other sentences": "17 of 17 sentences (100 %)",
+        "Importance-weighted likelihood": "35 of 35 samples (100 %)",
+        "Mutual information": "6 of 6 sentences (100 %)",
+        "Encoding training sentences": "23 of 23 sentences (100 %)",
+        "Mutual information against them": "6 of 6 sentences (100 %)",
+    }
 
 
 def test_the_verdict_during_training_weighs_the_kl_as_the_loss_does(base, tokens):
