@@ -19,6 +19,7 @@ from support import ROOT, tiny
 from support.launch import launch
 from vae_ds import distributed
 from vae_ds.config.settings import EvaluationConfig, ModelConfig, OptimizerConfig
+from vae_ds.data import progress
 from vae_ds.data.batches import collate, from_texts
 from vae_ds.errors import DataError
 from vae_ds.evaluation import forecast
@@ -183,6 +184,7 @@ def test_a_derangement_uses_each_sentence_once_and_none_for_itself(count):
     assert not (mate_N == np.arange(count)).any()
     assert np.array_equal(mate_N, derangement(count, 0))
     assert count < 10 or not np.array_equal(mate_N, derangement(count, 1))
+    assert count != 10 or mate_N.tolist() == [6, 5, 3, 4, 8, 9, 2, 1, 7, 0], "z_gain compares over versions"
 
 
 # The metrics
@@ -393,12 +395,58 @@ def test_the_first_sentences_are_the_subset(base, tokens):
 
 def test_during_training_there_is_no_importance_sampling(base, tokens):
     model = build(base)
-    full, quick = measure(model, tokens), measure(model, tokens, full=False)
+    # Training sentences would cost an encoder pass over all of them at each validation.
+    full, quick = measure(model, tokens), measure(model, tokens, full=False, train=Training(tokens))
     left_out = {"iw_nll", "iw_ppl", "iw_sentences", "iw_samples", "iw_nll_se", "iw_ppl_se"}
     others = {"mi_train", "mi_train_sentences", *BESIDE}
     others |= {f"{key}_se" for key in others - {"mi_train_sentences"}}
     assert {key for key, value in quick.items() if value is None} == left_out | others
     assert {key: full[key] for key in KEYS - left_out} == {key: quick[key] for key in KEYS - left_out}
+
+
+def test_a_validation_has_the_bound_alone_beside_its_yardstick(base, tokens):
+    found = measure(build(base), tokens, full=False, yardstick_N=yardstick_of(tokens))
+    assert (found["above_yardstick"], found["above_yardstick_se"]) == (None, None)
+    assert found["nelbo_above_yardstick"] == pytest.approx(found["nelbo"] - yardstick_of(tokens).mean())
+
+
+def test_information_of_a_part_of_the_sentences_and_of_training_sentences(base, tokens):
+    model, count = build(base), len(tokens)
+    settings = SETTINGS.model_copy(update={"mi_sentences": 6})
+    part = measure(model, tokens, settings, full=False)
+    assert (part["mi_sentences"], part["mi_ceiling"]) == (6, math.log(count))
+    whole = measure(model, tokens, train=Training(tokens, np.arange(count)))
+    assert part["mi"] != whole["mi"]
+    # Of the training split itself: a sentence that is among the components is not added to them again. With all of
+    # them, the mixture is that of the split.
+    assert whole["mi_train"] == pytest.approx(whole["mi"], rel=1e-6)
+
+
+def test_an_evaluation_counts_each_task_to_its_end_and_a_validation_shows_none(base, tokens, monkeypatch, capsys):
+    """A bar that never fills looks like a hang. Those of a validation would be drawn into the bar of its training."""
+    monkeypatch.setattr(progress, "FIRST_S", 0.0)
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    model, training = build(base), Training(from_texts(tiny.ENGLISH[20:43], load_tokenizer(base), 24))
+    capsys.readouterr()
+    measure(model, tokens, full=False, train=training)
+    assert capsys.readouterr().err == ""
+    settings = SETTINGS.model_copy(update={"mi_sentences": 6})
+    measure(model, tokens, settings, train=training)
+    last = dict(line.rsplit(", ", 1)[0].split(": ") for line in capsys.readouterr().err.splitlines())
+    assert last == {
+        "Encoding and decoding": "17 of 17 sentences (100 %)",
+        "Decoding the z of other sentences": "17 of 17 sentences (100 %)",
+        "Importance-weighted likelihood": "35 of 35 samples (100 %)",
+        "Mutual information": "6 of 6 sentences (100 %)",
+        "Encoding training sentences": "23 of 23 sentences (100 %)",
+        "Mutual information against them": "6 of 6 sentences (100 %)",
+    }
+
+
+def test_the_verdict_during_training_weighs_the_kl_as_the_loss_does(base, tokens):
+    found = measure(build(base), tokens, full=False, beta=0.5)
+    assert (found["verdict"], found["verdict_reason"]) == verdict(found, 0.5)
+    assert verdict(found, 0.5) != verdict(found), "else beta could be left out"
 
 
 def test_the_seed_decides_the_samples(base, tokens):

@@ -151,7 +151,7 @@ class _Work:
         def rows(index_B: np.ndarray) -> tuple[torch.Tensor, ...]:
             batch = self._collate(index_B, sample=True)
             if self.model.bottleneck is None:
-                nothing_B0 = torch.zeros(len(index_B), 0, dtype=torch.float64, device=self.ranks.device)
+                nothing_B0 = torch.zeros(len(index_B), 0, device=self.ranks.device)
                 return self.model.reconstruction(None, batch.labels_BT), nothing_B0, nothing_B0, nothing_B0
             mu_BL, logvar_BL = (part.double() for part in self.model.encode(*_inputs(batch)))
             z_BL = gaussian.sample(mu_BL, logvar_BL, batch.eps_BL.double())

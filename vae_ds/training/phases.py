@@ -161,7 +161,6 @@ def train_mode(model: nn.Module) -> None:
     projection does not count: a frozen decoder with a trainable memory inside runs without dropout. A block that its
     adapters train is not frozen: all of its dropout is active.
     """
-    model.train()
     every = model.named_parameters(remove_duplicate=False)
     trained = {name for name, parameter in every if parameter.requires_grad}
     _set_mode(model, "", True, trained | _adapted(model, trained))
