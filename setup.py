@@ -50,7 +50,8 @@ setup(
         "packaging>=23",  # launchers: what an environment already has
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
+        "lora": ["peft>=0.21,<1"],  # adapters (model.lora)
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "peft>=0.21,<1"],
         "dev": ["ruff>=0.9", "mypy>=1.13", "types-PyYAML"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2", "ruff>=0.9"],
     },

@@ -15,12 +15,15 @@ JOB=${JOB:-$SLURM_JOB_ID}
 field() { scontrol show job --oneliner "$JOB" | sed -n "s/.* $1=\([^ ]*\).*/\1/p"; }
 is_batch() { [[ $(field BatchFlag) == 1 ]]; }
 
-# prepare_job: set up the environment. With the lock, one job installs for all that start together on a shared disk.
+# prepare_job: set up the environment. With the lock, one job installs for all that start together on a shared disk. A
+# container brings its own.
 prepare_job() {
-  exec {lock}<"$REPO"
-  flock "$lock"
-  setup ""
-  exec {lock}<&-
+  if [[ -z ${VAE_DS_CONTAINER:-} ]]; then
+    exec {lock}<"$REPO"
+    flock "$lock"
+    setup ""
+    exec {lock}<&-
+  fi
   # A name that nobody knows before: others could put a library of theirs into a known one, and it would be loaded. A
   # new one for each start, since the lock of a build in a killed job must not block other jobs.
   local private
@@ -54,15 +57,28 @@ task_options() {
   fi
   # Newer releases of srun do not inherit it from sbatch.
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || options+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
-  [[ -z ${VAE_DS_CONTAINER:-} ]] || options+=("--container-image=$VAE_DS_CONTAINER")
+  [[ -n ${VAE_DS_CONTAINER:-} && $VAE_DS_CONTAINER != *.sif ]] || return 0
+  options+=("--container-image=$VAE_DS_CONTAINER")
   [[ -z ${VAE_DS_CONTAINER_MOUNTS:-} ]] || options+=("--container-mounts=$VAE_DS_CONTAINER_MOUNTS")
+}
+
+# python_command: set the command of a rank's Python: that of the environment, or that of the container. Apptainer opens
+# an image file (.sif) itself; any other image is for the plug-in pyxis of srun.
+python_command() {
+  python=("${VAE_DS_PYTHON:-${VAE_DS_CONTAINER:+python}}")
+  [[ -n ${python[0]} ]] || python=("$PY")
+  [[ ${VAE_DS_CONTAINER:-} == *.sif ]] || return 0
+  local mounts=${VAE_DS_CONTAINER_MOUNTS:-}
+  # --nv: the GPUs and their driver. Apptainer makes the home and the current directory visible without a mount.
+  python=(apptainer exec --nv ${mounts:+--bind "$mounts"} "$VAE_DS_CONTAINER" "${python[@]}")
 }
 
 # run_ranks COMMAND ARGUMENTS...: run a vae-ds command on all tasks of the job. Returns the exit code of rank 0.
 run_ranks() {
-  local words=() word code=0 exit_file errors logs
+  local words=() word code=0 exit_file errors logs python
   for word in "$@"; do words+=("$(fill "$word")"); done
   task_options
+  python_command
   if is_batch; then
     logs=$(log_folder)
     mkdir -p "$logs" || die "cannot create the directory $logs for the logs of the ranks"
@@ -77,7 +93,7 @@ run_ranks() {
   fi
   rm -f "$exit_file"
   errors=$(mktemp)
-  VAE_DS_EXIT_FILE=$exit_file wait_for srun "${options[@]}" "${VAE_DS_PYTHON:-$PY}" -m vae_ds "${words[@]}" \
+  VAE_DS_EXIT_FILE=$exit_file wait_for srun "${options[@]}" "${python[@]}" -m vae_ds "${words[@]}" \
     2> >(tee "$errors" >&2) || code=$?
   # The exit code of srun can differ from that of rank 0: it is 0 after scancel, and another rank's code after a fault.
   if [[ -s $exit_file ]]; then

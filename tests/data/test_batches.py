@@ -17,13 +17,11 @@ from vae_ds.data import tokens as tokens_room
 from vae_ds.data.batches import (
     collate,
     epoch_batches,
-    evaluation_batches,
     from_texts,
-    micro_batch,
-    share,
     steps_per_epoch,
     tokenise,
 )
+from vae_ds.data.cuts import Limits, share
 from vae_ds.data.tokens import tokenizer_fingerprint
 from vae_ds.distributed import stream
 from vae_ds.errors import ConfigError, DataError
@@ -360,87 +358,11 @@ def test_an_epoch_is_a_permutation_sorted_within_its_chunks(lengths_N: np.ndarra
     assert found.tolist() != expected.tolist()
 
 
-def test_a_share_is_the_same_on_each_machine(lengths_N: np.ndarray) -> None:
-    index_G = np.random.default_rng(0).permutation(1003)[:960].astype(np.int32)
-    parts = [share(index_G, lengths_N, rank, 4, 6) for rank in range(4)]
-    steps = [piece for step in zip(*parts, strict=True) for piece in step]
-    assert np.concatenate(steps).tolist() == by_length(index_G, lengths_N, -1)
-    assert {piece.dtype for piece in steps} == {np.dtype(np.int64)}
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("micro", [1, 2, 4, 8])
-def test_ranks_and_micro_batches_divide_the_global_batch(world: int, micro: int, lengths_N: np.ndarray) -> None:
-    index_G = epoch_batches(lengths_N, 96, 4, 0, 0, 0)[3]
-    parts = [share(index_G, lengths_N, rank, world, micro) for rank in range(world)]
-    assert {len(part) for part in parts} == {96 // world // micro}
-    assert {piece.shape for part in parts for piece in part} == {(micro,)}
-    union = np.concatenate([piece for part in parts for piece in part])
-    assert np.array_equal(np.sort(union), np.sort(index_G))
-
-
-def test_a_micro_batch_and_a_micro_step_hold_like_lengths(lengths_N: np.ndarray) -> None:
-    index_G = np.random.default_rng(0).permutation(1003)[:96]
-    world, micro = 4, 6
-    parts = [share(index_G, lengths_N, rank, world, micro) for rank in range(world)]
-    spread = max(np.ptp(lengths_N[piece]) for part in parts for piece in part)
-    across = max(np.ptp([lengths_N[part[step]].max() for part in parts]) for step in range(4))
-    assert spread < 12
-    assert across < 20
-    assert lengths_N[parts[0][0]].max() == lengths_N[index_G].max()  # the longest first
-
-
-def test_a_global_batch_that_does_not_divide(lengths_N: np.ndarray) -> None:
-    with pytest.raises(ConfigError, match=r"batch\.global 65 does not divide over 2 ranks; nearest that do: 64, 66$"):
-        micro_batch(65, 2, "auto")
-    with pytest.raises(ConfigError, match=r"batch\.global 2 does not divide over 4 ranks; nearest that do: 4$"):
-        micro_batch(2, 4, "auto")
-    with pytest.raises(ConfigError, match=r"batch\.micro 5 .* 32 sentences of a rank .* nearest that do: 4, 8$"):
-        micro_batch(64, 2, 5)
-    with pytest.raises(ConfigError, match=r"nearest that do: 32$"):
-        micro_batch(64, 2, 50)
-    with pytest.raises(ConfigError, match="64 sentences do not divide over 3 ranks"):
-        share(np.arange(64), lengths_N, 0, 3, 4)
-
-
-@pytest.mark.parametrize(
-    ("batch", "world", "expected"), [(64, 1, 64), (64, 4, 16), (192, 1, 64), (200, 2, 50), (9, 3, 3), (130, 2, 13)]
-)
-def test_the_automatic_micro_batch(batch: int, world: int, expected: int) -> None:
-    assert micro_batch(batch, world, "auto") == expected
-    assert micro_batch(batch, world, 1) == 1
-
-
 def test_steps_of_an_epoch() -> None:
     assert steps_per_epoch(128, 64) == 2
     assert steps_per_epoch(127, 64) == 1
     with pytest.raises(DataError, match=r"batch\.global is 64 but the training split has only 63 sentences"):
         steps_per_epoch(63, 64)
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 37, 64])
-@pytest.mark.parametrize(("world", "batch"), [(1, 1), (1, 8), (2, 8), (3, 5), (4, 16)])
-def test_evaluation_sees_each_sentence_once(count: int, world: int, batch: int, lengths_N: np.ndarray) -> None:
-    lengths_N = lengths_N[:count]
-    ranks = [evaluation_batches(lengths_N, batch, rank, world) for rank in range(world)]
-    assert {len(batches) for batches in ranks} == {math.ceil(count / (batch * world))}
-    seen = np.zeros(count)
-    for index_B, weight_B in (pair for batches in ranks for pair in batches):
-        assert 1 <= len(index_B) == len(weight_B) <= batch
-        assert weight_B.dtype == np.float32
-        np.add.at(seen, index_B, weight_B)
-    assert (seen == 1).all()
-
-
-def test_an_evaluation_begins_with_the_longest_and_fills_with_the_shortest(lengths_N: np.ndarray) -> None:
-    """What does not fit into memory fails at once, and a filler costs little. Equal lengths stay in order."""
-    lengths_N = lengths_N[:321]
-    ranks = [evaluation_batches(lengths_N, 5, rank, 4) for rank in range(4)]
-    steps = [pair for step in zip(*ranks, strict=True) for pair in step]
-    real = np.concatenate([index_B[weight_B > 0] for index_B, weight_B in steps])
-    expected = by_length(np.arange(321), lengths_N, -1)
-    assert real.tolist() == expected
-    assert [index_B.tolist() for index_B, weight_B in steps if not weight_B.all()] == [[expected[-1]]] * 3
 
 
 # What a batch holds
@@ -584,23 +506,23 @@ def test_deletion_belongs_to_the_sentence_and_to_training(rows) -> None:
     assert ids(same)[0] != ids(same)[1]
 
 
-def test_world_and_micro_change_nothing_that_is_drawn(rows) -> None:
+def test_world_and_cut_change_nothing_that_is_drawn(rows) -> None:
     index_G = epoch_batches(rows.lengths_N, 48, 4, 0, 1, 2)[0]
 
-    def drawn(world: int, micro: int) -> dict[int, tuple[list[int], bytes]]:
+    def drawn(world: int, limits: Limits) -> dict[int, tuple[list[int], bytes]]:
         found = {}
         for rank in range(world):
-            for index_B in share(index_G, rows.lengths_N, rank, world, micro):
+            for index_B, _ in share(index_G, rows.lengths_N, rank, world, limits):
                 batch = collate(rows, index_B, pad_id=0, latent_dim=8, seed=0, keys=(1, 2), denoise=0.15)
                 for row, index in enumerate(batch.index_B.tolist()):
                     ids = batch.input_ids_BT[row][batch.attention_mask_BT[row].bool()].tolist()
                     found[index] = (ids, batch.eps_BL[row].numpy().tobytes())
         return found
 
-    reference = drawn(1, 48)
+    reference = drawn(1, Limits())
     assert len(reference) == 48
-    for world, micro in [(1, 4), (2, 8), (3, 16), (4, 3)]:
-        assert drawn(world, micro) == reference
+    for world, limits in [(1, Limits(4)), (2, Limits(7)), (3, Limits(16)), (5, Limits(3)), (2, Limits(None, 150))]:
+        assert drawn(world, limits) == reference
 
 
 def test_fillers_count_no_tokens(rows) -> None:

@@ -130,8 +130,6 @@ def build(module: torch.nn.Module, precision: str = "fp32", **settings: Any) -> 
     return PhaseEngine(
         module,
         optimizer=OptimizerConfig(),
-        micro=1,
-        accumulation=1,
         ranks=alone(),
         precision=precision,
         ds_config=settings or resolve("zero1", precision),
@@ -149,7 +147,7 @@ def test_a_module_that_is_not_float32_is_refused() -> None:
 
 
 def test_a_batch_size_of_the_file_that_is_not_the_recipes_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"`train_micro_batch_size_per_gpu` is 7, but the recipe sets it to 1"):
+    with pytest.raises(ConfigError, match=r"`train_micro_batch_size_per_gpu` is 7, but the recipe divides the batches"):
         build(torch.nn.Linear(2, 2), train_micro_batch_size_per_gpu=7)
 
 

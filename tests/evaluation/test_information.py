@@ -1,10 +1,12 @@
 """Mutual information estimates against Gaussian codes whose information is known, and standard errors against draws."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch.distributions import MultivariateNormal
 
 from vae_ds import distributed
 from vae_ds.evaluation import information
@@ -58,6 +60,40 @@ def test_an_information_far_below_the_limit_is_found(nats):
     assert against == pytest.approx(nats, abs=0.02 + 3 * se)
 
 
+def test_information_of_a_linear_gaussian_model():
+    """x ~ N(0, I), q(z | x) = N(Ax, S): I(x; z) = 1/2 log det(S + AA') - 1/2 log det S, exactly."""
+    draw = torch.Generator().manual_seed(11)
+    sentences, width, units = 6000, 4, 3
+    a_LX = 0.6 * torch.randn(units, width, generator=draw, dtype=torch.float64)
+    variance_L = torch.tensor([0.5, 1.0, 0.8], dtype=torch.float64)
+    mu_NL = torch.randn(sentences, width, generator=draw, dtype=torch.float64) @ a_LX.T
+    logvar_NL = variance_L.log().expand(sentences, units)
+    z_NL = gaussian.sample(mu_NL, logvar_NL, torch.randn(sentences, units, generator=draw, dtype=torch.float64))
+    exact = 0.5 * (torch.logdet(variance_L.diag() + a_LX @ a_LX.T) - variance_L.log().sum())
+    marginal = MultivariateNormal(torch.zeros(units, dtype=torch.float64), variance_L.diag() + a_LX @ a_LX.T)
+    gain_N = gaussian.log_density(z_NL, mu_NL, logvar_NL) - marginal.log_prob(z_NL)
+    error = float(gain_N.std()) / math.sqrt(sentences)
+    found, _ = estimate_of(Posterior(mu_NL, logvar_NL, z_NL))
+    assert error < 0.02
+    assert 0.3 < exact < 3
+    assert abs(found - float(exact)) < 4 * error
+
+
+def test_information_between_its_ends():
+    draw = torch.Generator().manual_seed(2)
+    eps_NL, mu_NL = torch.randn(2, 300, 4, generator=draw, dtype=torch.float64)
+    zeros_NL = torch.zeros_like(eps_NL)
+    assert estimate_of(Posterior(zeros_NL, zeros_NL, eps_NL))[0] == pytest.approx(0, abs=1e-12)
+    mu_NL, logvar_NL = 10 * mu_NL, torch.full_like(mu_NL, -12.0)
+    z_NL = gaussian.sample(mu_NL, logvar_NL, eps_NL)
+    found, _ = estimate_of(Posterior(mu_NL, logvar_NL, z_NL))
+    assert found <= math.log(300)
+    assert found == pytest.approx(math.log(300), abs=1e-6)
+    # Of one sentence it is 0. Its two densities differ in their rounding, which must not exceed the ceiling.
+    one = [estimate_of(Posterior(mu_NL[i, None], logvar_NL[i, None], z_NL[i, None]))[0] for i in range(50)]
+    assert -1e-6 < min(one) <= max(one) <= 0
+
+
 def test_without_the_own_posterior_the_estimate_would_exceed_the_information():
     nats, split, train = 4.0, code(500, 4.0, seed=0), code(20, 4.0, seed=1)
     with_own, _ = estimate_of(split, train)
@@ -97,6 +133,18 @@ def test_chunks_change_nothing(monkeypatch):
     torch.testing.assert_close(
         information.against_training(split, np.arange(100), train[:2], ALONE, nothing), whole, rtol=1e-12, atol=1e-12
     )
+
+
+def test_each_rank_compares_its_share_alone_and_counts_it(monkeypatch):
+    """Each rank with all sentences would find the same mean, in the time of one rank."""
+    monkeypatch.setattr(information, "CHUNK", 7)
+    split, index_S = code(50, 5.0, seed=0), np.arange(3, 48)
+    whole_S = information.within_split(split, index_S, ALONE, nothing)
+    for rank in range(2):
+        counted = []
+        own = information.within_split(split, index_S, replace(ALONE, rank=rank, world=2), counted.append)
+        assert torch.equal(own, whole_S[rank::2])
+        assert counted == [7, 7, 7, len(own) - 21]
 
 
 # Standard errors

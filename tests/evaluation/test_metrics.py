@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from support import ROOT, tiny
 from support.launch import launch
 from vae_ds import distributed
 from vae_ds.config.settings import EvaluationConfig, ModelConfig, OptimizerConfig
+from vae_ds.data import progress
 from vae_ds.data.batches import collate, from_texts
 from vae_ds.errors import DataError
+from vae_ds.evaluation import forecast
 from vae_ds.evaluation import metrics as evaluation
 from vae_ds.evaluation.metrics import Training, derangement, evaluate, importance_nll, log_weights
 from vae_ds.evaluation.verdict import cost, verdict
@@ -136,6 +139,7 @@ class Solvable(nn.Module):
         super().__init__()
         self.world, self.shift = world, shift
         self.bottleneck, self.latent_dim = nn.Identity(), 3
+        self.t5 = SimpleNamespace(config=SimpleNamespace(vocab_size=100))
         self.row_of = {tuple(tokens[i]): i for i in range(len(tokens))}
         self.pairs = []
 
@@ -180,6 +184,7 @@ def test_a_derangement_uses_each_sentence_once_and_none_for_itself(count):
     assert not (mate_N == np.arange(count)).any()
     assert np.array_equal(mate_N, derangement(count, 0))
     assert count < 10 or not np.array_equal(mate_N, derangement(count, 1))
+    assert count != 10 or mate_N.tolist() == [6, 5, 3, 4, 8, 9, 2, 1, 7, 0], "z_gain compares over versions"
 
 
 # The metrics
@@ -323,6 +328,48 @@ def test_the_batch_size_changes_nothing(base, tokens, batch):
     assert dict(logs(found)) == close_to(expected)
 
 
+@pytest.mark.parametrize("limit", [1, 30, 77])
+def test_the_limit_of_tokens_changes_nothing(base, tokens, limit):
+    """Every forward pass of every metric is within the limit: the logits of one above it may not fit."""
+    model = build(base)
+    expected = measure(model, tokens, **beside(base, tokens))
+    sizes = []
+
+    def note(module, args, kwargs):
+        sizes.append(tuple(kwargs["input_ids"].shape))
+
+    for stack in (model.t5.encoder, model.t5.decoder):
+        stack.register_forward_pre_hook(note, with_kwargs=True)
+    found = measure(model, tokens, SETTINGS.model_copy(update={"tokens": limit}), **beside(base, tokens))
+    assert dict(logs(found)) == close_to(expected, 1e-5)
+    assert all(count == 1 or count * length <= limit for count, length in sizes)
+    assert max(count for count, _ in sizes) == {1: 1, 30: 3, 77: SETTINGS.batch}[limit]
+
+
+def test_a_long_evaluation_is_announced_with_what_it_is_for(base, tokens, capsys, monkeypatch):
+    model = build(base)
+    measure(model, tokens)
+    assert "this evaluation" not in capsys.readouterr().err
+    # A second per token: 17 sentences with their padding twice, and 5 sentences with 7 samples each.
+    clock = iter([0.0, float(forecast_tokens(tokens))])
+    monkeypatch.setattr(forecast, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    measure(model, tokens)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "this evaluation" in line]
+    lengths = sorted(tokens.lengths_N.tolist(), reverse=True)
+    own = sum(len(lengths[at : at + 4]) * lengths[at] for at in range(0, 17, 4))
+    samples = 7 * int(tokens.lengths_N[:5].sum())
+    assert line == (
+        f"the forward passes of this evaluation take about {(2 * own + samples) / 60:.0f} minutes: {own / 60:.0f} "
+        f"minutes for rec and kl, {own / 60:.0f} minutes for z_gain, {samples / 60:.0f} minutes for iw_nll with 7 "
+        "samples for each of 5 sentences (--iw-samples, --iw-sentences)"
+    )
+
+
+def forecast_tokens(tokens):
+    """The tokens of the second forward pass, the one that is timed: the first is slower than all others."""
+    return 4 * sorted(tokens.lengths_N.tolist(), reverse=True)[4]
+
+
 def test_no_forward_pass_holds_more_than_a_batch(base, tokens):
     model = build(base)
     sizes = []
@@ -348,12 +395,58 @@ def test_the_first_sentences_are_the_subset(base, tokens):
 
 def test_during_training_there_is_no_importance_sampling(base, tokens):
     model = build(base)
-    full, quick = measure(model, tokens), measure(model, tokens, full=False)
+    # Training sentences would cost an encoder pass over all of them at each validation.
+    full, quick = measure(model, tokens), measure(model, tokens, full=False, train=Training(tokens))
     left_out = {"iw_nll", "iw_ppl", "iw_sentences", "iw_samples", "iw_nll_se", "iw_ppl_se"}
     others = {"mi_train", "mi_train_sentences", *BESIDE}
     others |= {f"{key}_se" for key in others - {"mi_train_sentences"}}
     assert {key for key, value in quick.items() if value is None} == left_out | others
     assert {key: full[key] for key in KEYS - left_out} == {key: quick[key] for key in KEYS - left_out}
+
+
+def test_a_validation_has_the_bound_alone_beside_its_yardstick(base, tokens):
+    found = measure(build(base), tokens, full=False, yardstick_N=yardstick_of(tokens))
+    assert (found["above_yardstick"], found["above_yardstick_se"]) == (None, None)
+    assert found["nelbo_above_yardstick"] == pytest.approx(found["nelbo"] - yardstick_of(tokens).mean())
+
+
+def test_information_of_a_part_of_the_sentences_and_of_training_sentences(base, tokens):
+    model, count = build(base), len(tokens)
+    settings = SETTINGS.model_copy(update={"mi_sentences": 6})
+    part = measure(model, tokens, settings, full=False)
+    assert (part["mi_sentences"], part["mi_ceiling"]) == (6, math.log(count))
+    whole = measure(model, tokens, train=Training(tokens, np.arange(count)))
+    assert part["mi"] != whole["mi"]
+    # Of the training split itself: a sentence that is among the components is not added to them again. With all of
+    # them, the mixture is that of the split.
+    assert whole["mi_train"] == pytest.approx(whole["mi"], rel=1e-6)
+
+
+def test_an_evaluation_counts_each_task_to_its_end_and_a_validation_shows_none(base, tokens, monkeypatch, capsys):
+    """A bar that never fills looks like a hang. Those of a validation would be drawn into the bar of its training."""
+    monkeypatch.setattr(progress, "FIRST_S", 0.0)
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    model, training = build(base), Training(from_texts(tiny.ENGLISH[20:43], load_tokenizer(base), 24))
+    capsys.readouterr()
+    measure(model, tokens, full=False, train=training)
+    assert capsys.readouterr().err == ""
+    settings = SETTINGS.model_copy(update={"mi_sentences": 6})
+    measure(model, tokens, settings, train=training)
+    last = dict(line.rsplit(", ", 1)[0].split(": ") for line in capsys.readouterr().err.splitlines())
+    assert last == {
+        "Encoding and decoding": "17 of 17 sentences (100 %)",
+        "Decoding the z of other sentences": "17 of 17 sentences (100 %)",
+        "Importance-weighted likelihood": "35 of 35 samples (100 %)",
+        "Mutual information": "6 of 6 sentences (100 %)",
+        "Encoding training sentences": "23 of 23 sentences (100 %)",
+        "Mutual information against them": "6 of 6 sentences (100 %)",
+    }
+
+
+def test_the_verdict_during_training_weighs_the_kl_as_the_loss_does(base, tokens):
+    found = measure(build(base), tokens, full=False, beta=0.5)
+    assert (found["verdict"], found["verdict_reason"]) == verdict(found, 0.5)
+    assert verdict(found, 0.5) != verdict(found), "else beta could be left out"
 
 
 def test_the_seed_decides_the_samples(base, tokens):
@@ -659,11 +752,11 @@ def test_two_processes_find_what_one_finds(base):
     assert after["rec"] != before["rec"]
 
 
-def close_to(metrics):
+def close_to(metrics, tolerance=1e-6):
     """What float32 leaves equal when sentences are batched otherwise; perplexities by their logarithm."""
     exact = (str, type(None))
     return {
-        key: value if isinstance(value, exact) else pytest.approx(value, rel=1e-6, abs=5e-6)
+        key: value if isinstance(value, exact) else pytest.approx(value, rel=tolerance, abs=5e-6)
         for key, value in logs(metrics)
     }
 
@@ -701,15 +794,16 @@ def inside_engine(base, ranks):
     engine = PhaseEngine(
         build(base).train(),
         optimizer=OptimizerConfig(),
-        micro=4,
-        accumulation=1,
         ranks=ranks,
         precision="fp32",
         ds_config=resolve("zero3", "fp32"),
     )
 
+    # The pairs of sentence and sample in a forward pass follow the lengths, which differ between the ranks.
+    settings = SETTINGS.model_copy(update={"tokens": 77})
+
     def measured():
-        return evaluate(engine.module, tokens, ranks, SETTINGS, seed=SEED, pad_id=0, **beside(base, tokens)).metrics
+        return evaluate(engine.module, tokens, ranks, settings, seed=SEED, pad_id=0, **beside(base, tokens)).metrics
 
     before = measured()
     batch = collate(tokens, np.arange(4), pad_id=0, latent_dim=LATENT, seed=0, keys=())

@@ -411,10 +411,49 @@ def test_submit(nodes: Cluster, settings: list[str], tmp_path: Path) -> None:
         assert Path(path).is_file()
 
 
+# Debian has no Apptainer: this program checks how it is called, and runs the command on the node itself.
+APPTAINER = """#!/usr/bin/env bash
+set -euo pipefail
+echo "$*" >>"$CALLED"
+[[ $1 == exec && $2 == --nv && $3 == --bind && $4 == /data:/data && -f $5 ]] || exit 2
+shift 5
+exec "$@"
+"""
+
+
+@on_slurm
+def test_a_job_in_an_apptainer_image(nodes: Cluster, settings: list[str], tmp_path: Path) -> None:
+    # Apptainer starts each rank of both nodes, and the job installs nothing beside the image.
+    image, program, called = tmp_path / "vae_ds.sif", tmp_path / "bin" / "apptainer", tmp_path / "called"
+    image.touch()
+    program.parent.mkdir()
+    program.write_text(APPTAINER, encoding="utf-8")
+    program.chmod(0o755)
+    site = tmp_path / "site.yaml"
+    site.write_text(
+        f"partition: main\ncontainer: {image}\ncontainer_mounts: ['/data:/data']\npython: {sys.executable}\n"
+        f"environment: {{PATH: '{program.parent}:/usr/bin:/bin', CALLED: '{called}'}}\n",
+        encoding="utf-8",
+    )
+    run = tmp_path / "run"
+    words = [sys.executable, "-m", "vae_ds", "submit", "demo", "--nodes", "2", "--gpus-per-node", "1"]
+    words += ["--site", str(site), "--run-dir", str(run), "--set", *settings]
+    said = nodes.run(*words, env={"PYTHONPATH": str(ROOT)})
+    (job,) = re.findall(r"^job (\d+):", said, re.M)
+    assert nodes.wait(job) == "COMPLETED", nodes.logs()
+    assert state_of(run) == "done"
+    calls = called.read_text(encoding="utf-8").splitlines()
+    assert len(calls) == 2
+    assert all(f"{image} {sys.executable} -m vae_ds train demo" in call for call in calls)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--gpus-per-node", "3"], "batch.global 64 does not divide over 3 ranks; nearest that do: 63, 66"),
+        (
+            ["--gpus-per-node", "65"],
+            "batch.global 64 has fewer sentences than there are ranks (65)",
+        ),
         (["--time", "tomorrow"], "--time tomorrow: use SLURM's format"),
         (["--sbatch=--mail user"], "a batch file cannot contain '--mail user'"),
         (["--set", "phases.0.stepss=3"], "stepss"),

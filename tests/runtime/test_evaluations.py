@@ -126,7 +126,17 @@ def test_values_without_rec_or_of_different_sentences_are_refused(tmp_path, valu
         evaluations.read_values(run, "test")
 
 
-@pytest.mark.parametrize("change", [{"sentences": 3}, {"rec": 1.6}, {"data_fingerprint": FINGERPRINT | {"texts": "y"}}])
+def test_values_whose_mean_is_not_finite_come_back(tmp_path):
+    """The mean of a diverged model is null in JSON. Its values are still those of its evaluation."""
+    run = write(tmp_path / "run", [1.0, math.nan])
+    assert evaluations.read(run, "test")["rec"] is None
+    np.testing.assert_array_equal(evaluations.read_values(run, "test")["rec"], [1.0, math.nan])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sentences": 3}, {"rec": 1.6}, {"rec": None}, {"data_fingerprint": FINGERPRINT | {"texts": "y"}}],
+)
 def test_values_of_another_evaluation_are_refused(tmp_path, change):
     run = write(tmp_path / "run", [1.0, 2.0])
     change_metrics(run, **change)
@@ -142,6 +152,7 @@ def test_values_of_another_evaluation_are_refused(tmp_path, change):
         ({"texts": "y"}, "it has other sentences"),
         ({"lengths": "y"}, "it has other lengths of the kept text"),
         ({"tokenizer": "y", "lengths": "y"}, "it has another tokenizer$"),
+        ({"texts": "y", "tokenizer": "y"}, "it has another tokenizer, other sentences$"),
     ],
 )
 def test_other_data_is_named(change, words):

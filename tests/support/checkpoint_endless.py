@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
+from support.checkpoint_cases import part_of
 from vae_ds.config.settings import CheckpointConfig
 from vae_ds.distributed.ranks import Ranks
-from vae_ds.engine.phase_engine import PhaseState
+from vae_ds.engine.slices import PhaseState
 from vae_ds.training.saver import Saver
 
 if __name__ == "__main__":
@@ -17,4 +18,4 @@ if __name__ == "__main__":
         step += 1
         weights = {f"w{index}": torch.full((300_000,), float(step)) for index in range(4)}
         state = PhaseState(weights, {"exp_avg": {}, "exp_avg_sq": {}}, step)
-        saver.begin(lambda state=state: state, {"global_step": step}, must=True)
+        saver.begin(lambda state=state: part_of(state, ranks), {"global_step": step}, must=True)

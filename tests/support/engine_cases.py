@@ -20,14 +20,15 @@ from torch import nn
 from vae_ds import distributed
 from vae_ds.config.settings import OptimizerConfig
 from vae_ds.distributed.ranks import Ranks
-from vae_ds.engine.masters import MOMENTS
-from vae_ds.engine.phase_engine import PhaseEngine, PhaseState, StepOutcome, resolve
+from vae_ds.engine.phase_engine import PhaseEngine, StepOutcome, resolve
+from vae_ds.engine.slices import KINDS, MOMENTS, WEIGHTS, PhaseState
 
 STAGES = (0, 1, 2, 3)
 PRECISIONS = ("fp32", "bf16")
 # Each session is one launch of two ranks. `nvme` contains both precisions. The session `alone` has one rank.
 SESSIONS = (*PRECISIONS, "nvme")
-GLOBAL, WORDS, TOKENS = 8, 11, 3
+GLOBAL, WORDS, TOKENS = 12, 11, 3
+CUTS = ((5,), (2, 5), (), (3,))  # where the micro batches of a step end, step by step
 FROZEN = "middle."
 # The weights of the network that do not decay, and those that a case trains with a rate of their own.
 VECTORS = ("middle.bias", "norm.weight", "norm.bias", "out.bias")
@@ -86,7 +87,6 @@ def engine(
     ranks: Ranks,
     stage: int | str,
     precision: str,
-    accumulation: int = 2,
     half_of: Callable[[str], str] | None = None,
     is_new: Callable[[str], bool] | None = None,
     **optimizer: Any,
@@ -104,8 +104,6 @@ def engine(
     return PhaseEngine(
         model,
         optimizer=OptimizerConfig(**{"weight_decay": 0.1, **optimizer}),
-        micro=GLOBAL // ranks.world // accumulation,
-        accumulation=accumulation,
         ranks=ranks,
         precision=precision,
         ds_config=tree,
@@ -136,25 +134,26 @@ def train_step(
     trained: PhaseEngine,
     ranks: Ranks,
     step: int,
-    accumulation: int = 2,
     spoil: bool = False,
     half: str | None = None,
 ) -> tuple[float, StepOutcome]:
-    """Train on one global batch. Returns the global mean loss and the outcome. `spoil`: NaN loss on the last rank."""
+    """Train on one global batch. Returns the global mean loss and the outcome. `spoil`: NaN loss on the last rank.
+
+    The number of micro batches differs between the steps, and their sizes differ within a step and between the ranks.
+    """
     ids_GT, labels_G = batch(step)
-    micro = GLOBAL // ranks.world // accumulation
+    pieces = torch.arange(GLOBAL).tensor_split(CUTS[step % len(CUTS)])
     total = torch.zeros(())
     outcome = None
-    for number in range(accumulation):
+    for number, piece in enumerate(pieces):
         assert outcome is None, "an outcome inside an accumulation"
-        start = (number * ranks.world + ranks.rank) * micro
-        rows = slice(start, start + micro)
+        rows = piece.tensor_split(ranks.world)[ranks.rank]
         output = trained.forward(ids_BT=ids_GT[rows], labels_B=labels_G[rows])
         total += output.loss_B.detach().sum()
-        loss = output.loss_B.mean()
+        loss = output.loss_B.sum() * (ranks.world / GLOBAL)
         if spoil and number == 0 and ranks.rank == ranks.world - 1:
             loss = loss * math.nan
-        trained.backward(loss)
+        trained.backward(loss, is_last=number == len(pieces) - 1)
         outcome = trained.step(lr_at(step), half)
     assert outcome is not None, "no outcome at the boundary"
     return float(distributed.all_sum(total)) / GLOBAL, outcome
@@ -178,6 +177,22 @@ def assert_same(left: PhaseState, right: PhaseState, tolerance: float | None = N
         assert list(left.moments[key]) == list(right.moments[key])
         for name, value in left.moments[key].items():
             assert close(value, right.moments[key][name]), f"{key} of {name}"
+
+
+def assert_parts_are(trained: PhaseEngine, state: PhaseState) -> None:
+    """Assert that the parts of all ranks cover the state exactly once, equal bit by bit."""
+    part = trained.part()
+    assert part.shapes == state.shapes
+    assert set(part.frozen) == state.shapes.keys() - state.trained
+    assert part.steps == state.steps
+    parts = distributed.gather_objects(part.slices)
+    for name, shape in state.shapes.items():
+        found = sorted((one[name] for one in parts if name in one), key=lambda one: one.offset)
+        ends = [one.offset + one.length for one in found]
+        assert [one.offset for one in found] == [0, *ends[:-1]], (name, found)
+        for kind in KINDS if name in state.trained else (WEIGHTS,):
+            wanted = state.weights[name] if kind == WEIGHTS else state.moments[kind][name]
+            assert torch.equal(torch.cat([one.values[kind] for one in found]).view(shape), wanted), (name, kind)
 
 
 def assert_replicas(state: PhaseState) -> None:
@@ -290,9 +305,7 @@ def skipped(ranks: Ranks, stage: int | str, precision: str) -> None:
     assert not outcome.applied
     assert not math.isfinite(outcome.grad_norm)
     assert_same(before, trained.state())
-    share = trained.state(share=True)
-    assert list(share.weights) == list(before.weights)[ranks.rank :: ranks.world]
-    assert list(share.names) == list(before.weights)
+    assert_parts_are(trained, before)
 
     twin = engine(network(stage, {name: value + 1 for name, value in before.weights.items()}), ranks, stage, precision)
     twin.load(before)

@@ -19,7 +19,7 @@ def main(export: str, out: Path, texts: list[str]) -> None:
     # collectives of all parameters take minutes.
     tree["zero_optimization"]["stage3_param_persistence_threshold"] = model.t5.shared.weight.numel() - 1
     engine = PhaseEngine(
-        model, optimizer=OptimizerConfig(), micro=1, accumulation=1, ranks=ranks,
+        model, optimizer=OptimizerConfig(), ranks=ranks,
         precision="fp32", ds_config=tree,
     )  # fmt: skip
     tokenizer = load_tokenizer(export)

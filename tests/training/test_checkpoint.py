@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +24,27 @@ from support.launch import Finished, clean_environment, launch
 from vae_ds.config.settings import CheckpointConfig
 from vae_ds.distributed import randomness as generators
 from vae_ds.distributed.ranks import Ranks
-from vae_ds.engine.phase_engine import PhaseState
+from vae_ds.engine.slices import MOMENTS, Part, PhaseState
 from vae_ds.errors import CheckpointError, StorageError
-from vae_ds.training import checkpoint
+from vae_ds.training import checkpoint, shards
 from vae_ds.training.saver import Saver
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 NOWHERE = Path("unused")
+WORLDS = (3, 2, 1)
 # Ten seconds on two free cores; on shared ones ten times that.
 pytestmark = pytest.mark.timeout(600)
 
 
 class Session:
-    """Two ranks train, save and resume; then one rank resumes."""
+    """Three ranks train and save, two ranks do and resume both, one rank resumes both."""
 
     def __init__(self, folder: Path) -> None:
-        self.run_dir = folder / "run"
-        self.run_dir.mkdir()
+        self.run_dir = folder / "runs"
         self.reports: dict[int, Finished] = {}
         self.answers: dict[str, list[str]] = {}
-        for world in (2, 1):
+        for world in WORLDS:
+            (self.run_dir / f"of{world}").mkdir(parents=True)
             results = folder / f"world{world}"
             self.reports[world] = launch(
                 [Path(checkpoint_cases.__file__), results, self.run_dir, str(world)],
@@ -61,7 +64,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
 
 
 @pytest.mark.parametrize(
-    ("case", "world"), [(case, world) for world in (2, 1) for case in checkpoint_cases.cases(NOWHERE, world)]
+    ("case", "world"), [(case, world) for world in WORLDS for case in checkpoint_cases.cases(NOWHERE, world)]
 )
 def test_case_on_real_ranks(session: Session, case: str, world: int) -> None:
     answers = session.answers.get(case, [])
@@ -71,7 +74,7 @@ def test_case_on_real_ranks(session: Session, case: str, world: int) -> None:
 
 
 def test_a_checkpoint_is_shards_of_safetensors_and_plain_json(session: Session) -> None:
-    found = checkpoint.newest(session.run_dir)
+    found = checkpoint.newest(session.run_dir / "of2")
     assert found is not None
     assert sorted(path.name for path in found.path.iterdir()) == [
         "manifest.json",
@@ -79,22 +82,25 @@ def test_a_checkpoint_is_shards_of_safetensors_and_plain_json(session: Session) 
         "shard-00001.safetensors",
     ]
     state, _ = checkpoint.load(found)
-    assert list(state.weights) == [
-        name for name, _ in checkpoint_cases.network(checkpoint_cases.STAGE).named_parameters()
-    ]
+    assert list(state.weights) == [name for name, _ in checkpoint_cases.network(2).named_parameters()]
     assert state.generators is None
 
 
 def state_of(value: float) -> PhaseState:
-    weights = {"a": torch.full((3, 2), value), "b": torch.tensor(value), "frozen": torch.zeros(2)}
-    moments = {
-        key: {name: torch.full_like(weights[name], value / 2) for name in ("a", "b")} for key in checkpoint.MOMENTS
-    }
+    weights = {"a": torch.full((3, 2), float(value)), "b": torch.tensor(float(value)), "frozen": torch.zeros(2)}
+    moments = {key: {name: torch.full_like(weights[name], value / 2) for name in ("a", "b")} for key in MOMENTS}
     return PhaseState(weights, moments, steps=int(value))
 
 
+def part_of(value: float) -> Part:
+    return checkpoint_cases.part_of(state_of(value), ALONE)
+
+
 def write(run_dir: Path, *steps: int) -> list[Path]:
-    return [checkpoint_cases.save(run_dir, state_of(step), {"global_step": step}, ALONE) for step in steps]
+    return [
+        checkpoint_cases.save(run_dir, lambda step=step: part_of(step), {"global_step": step}, ALONE)  # type: ignore[misc]
+        for step in steps
+    ]
 
 
 def steps_of(run_dir: Path) -> list[str]:
@@ -112,7 +118,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     assert state.steps == 7
     assert state.weights.keys() == expected.weights.keys()
     assert all(torch.equal(state.weights[name], value) for name, value in expected.weights.items())
-    for key in checkpoint.MOMENTS:
+    for key in MOMENTS:
         assert state.moments[key].keys() == {"a", "b"}
         assert all(torch.equal(state.moments[key][name], value) for name, value in expected.moments[key].items())
 
@@ -128,16 +134,16 @@ def no_marker(path: Path) -> None:
 
 
 def garbled_marker(path: Path) -> None:
-    (path / checkpoint.MANIFEST).write_text('{"schema_version": 1, "shar')
+    (path / checkpoint.MANIFEST).write_text('{"schema_version": 2, "shar')
 
 
 def other_schema(path: Path) -> None:
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"schema_version": 2}))
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"schema_version": 0}))
 
 
 def no_shards_named(path: Path) -> None:
-    (path / checkpoint.MANIFEST).write_text('{"schema_version": 1}')
+    (path / checkpoint.MANIFEST).write_text('{"schema_version": 2}')
 
 
 def cut_shard(path: Path) -> None:
@@ -156,14 +162,34 @@ def flipped_bit(path: Path) -> None:
     shard.write_bytes(data)
 
 
+def changed_slices(change: Callable[[list[list[int]]], object]) -> Callable[[Path], None]:
+    """Change the slices [number of the name, offset, length] that the manifest lists. `a` is 0 and has 6 elements."""
+
+    def damage(path: Path) -> None:
+        manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+        change(manifest["shards"][0]["slices"])
+        (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+    return damage
+
+
+def first_of(slices: list[list[int]], number: int) -> list[int]:
+    return next(one for one in slices if one[0] == number)
+
+
 BREAKS = [
     (no_marker, "incomplete, manifest.json is missing"),
     (garbled_marker, "unreadable"),
-    (other_schema, "schema version 2; this vae_ds reads 1"),
+    (other_schema, "schema version 0; this vae_ds reads 1 and 2"),
     (no_shards_named, "lists no shards"),
     (cut_shard, "bytes, not"),
     (missing_shard, "missing, not"),
     (flipped_bit, "checksum"),
+    (changed_slices(lambda slices: slices.remove(first_of(slices, 0))), "`a` has 6 elements, but the shards have 0"),
+    (changed_slices(lambda slices: slices.append([0, 0, 6])), "elements 0 to 5 of `a` are stored twice"),
+    (changed_slices(lambda slices: slices.append([0, 8, 1])), "elements 6 to 7 of `a` are missing"),
+    (changed_slices(lambda slices: slices.append([0, 6, 1])), "`a` has 6 elements, but the shards have 7"),
+    (changed_slices(lambda slices: slices.append([9, 0, 1])), "its manifest is broken: IndexError"),
 ]
 
 
@@ -179,6 +205,56 @@ def test_a_broken_checkpoint_is_skipped_with_a_warning(
     assert found.step == 1
     assert told in caplog.text
     assert str(newest) in caplog.text
+
+
+def test_a_checkpoint_of_a_newer_version_is_not_replaced_by_an_older_one(tmp_path: Path) -> None:
+    """An older vae_ds would train again what the newer one has trained, and delete its checkpoints."""
+    _, newer = write(tmp_path, 1, 2)
+    manifest = json.loads((newer / checkpoint.MANIFEST).read_text())
+    (newer / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"schema_version": 3}))
+    told = r"schema version 3 is of a newer vae_ds; this one reads up to 2; use the newer vae_ds, or another --run-dir$"
+    for find in (lambda: checkpoint.newest(tmp_path), lambda: checkpoint.resume(tmp_path, ALONE, {})):
+        with pytest.raises(CheckpointError, match=told):
+            find()
+
+
+def test_a_slice_that_the_shard_does_not_have_is_a_clear_error(tmp_path: Path) -> None:
+    (path,) = write(tmp_path, 1)
+    changed_slices(lambda slices: first_of(slices, 0).__setitem__(2, 4) or slices.append([0, 4, 2]))(path)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    with pytest.raises(CheckpointError, match=r"weights/a has 6 elements of torch\.float32; the manifest says 4"):
+        dict(checkpoint.load(found)[0].weights)
+
+
+def test_a_checkpoint_is_read_from_the_page_cache(tmp_path: Path) -> None:
+    """What one rank reads is not in its own memory: all ranks of a node share it."""
+    size = 16 * 2**20
+    state = PhaseState({"a": torch.ones(size), "b": torch.ones(size)}, {key: {} for key in MOMENTS})
+    checkpoint_cases.save(tmp_path, partial(checkpoint_cases.part_of, state, ALONE), {"global_step": 1}, ALONE)
+    del state
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    before = own_memory()
+    stored, _ = checkpoint.load(found)
+    total, few = 0.0, torch.zeros(4)
+    for name, value in stored.weights.items():
+        total += float(value.sum())
+        stored.copy_to(few, name, "weights", size - 4)
+    assert total == 2 * size
+    assert few.tolist() == [1.0] * 4
+    assert own_memory() - before < 4 * size / 4
+    mapped = Path("/proc/self/maps")
+    assert str(found.path) in mapped.read_text()
+    del value
+    stored.close()
+    assert str(found.path) not in mapped.read_text()
+
+
+def own_memory() -> int:
+    """The bytes of this process that are no pages of files."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
 
 def test_only_broken_ones_are_none(tmp_path: Path) -> None:
@@ -199,7 +275,7 @@ def test_a_shard_that_breaks_after_the_search_is_a_clear_error(tmp_path: Path) -
     assert found is not None
     cut_shard(found.path)
     with pytest.raises(CheckpointError, match=r"shard-00000\.safetensors: unreadable"):
-        checkpoint.load(found)
+        dict(checkpoint.load(found)[0].weights)
 
 
 def test_prune_keeps_the_newest_and_removes_older_broken_ones(tmp_path: Path) -> None:
@@ -223,7 +299,7 @@ def test_prune_deletes_nothing_that_no_whole_one_replaces(tmp_path: Path) -> Non
 def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
     for step, nelbo in ((1, 9.0), (2, 5.0), (3, 7.0), (4, None), (5, 8.0)):
         valid = {} if nelbo is None else {"nelbo": nelbo, "z_gain": nelbo}
-        checkpoint_cases.save(tmp_path, state_of(step), {"global_step": step, "valid": valid}, ALONE)
+        checkpoint_cases.save(tmp_path, lambda step=step: part_of(step), {"global_step": step, "valid": valid}, ALONE)
     checkpoint.prune(tmp_path, 1, ALONE, "nelbo")
     assert steps_of(tmp_path) == ["step-00000002", "step-00000005"]
     checkpoint.prune(tmp_path, 1, ALONE, "z_gain")
@@ -242,17 +318,17 @@ class Told:
 
 def test_the_training_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a disk that takes its time: `begin` returns at once, the marker comes with `finish`, not before."""
-    slow, write_shard = threading.Event(), checkpoint.write_shard
+    slow, write_shard = threading.Event(), shards.write
 
     def write_when_told(*arguments: Any) -> dict[str, Any]:
         assert slow.wait(60)
         return write_shard(*arguments)
 
-    monkeypatch.setattr(checkpoint, "write_shard", write_when_told)
+    monkeypatch.setattr(shards, "write", write_when_told)
     told = Told()
     saver = Saver(tmp_path, ALONE, CheckpointConfig(keep=1), told)  # type: ignore[arg-type]
     progress = {"global_step": 1, "window": {"steps": 1}}
-    saver.begin(lambda: state_of(1), progress)
+    saver.begin(lambda: part_of(1), progress)
     progress["window"] = {}
     assert saver.requests(stop=False) == [0, 0, 0]
     assert checkpoint.newest(tmp_path) is None
@@ -278,18 +354,18 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_unless_it_must_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     saver = Saver(tmp_path, ALONE, CheckpointConfig(keep=1))
-    saver.begin(lambda: state_of(1), {"global_step": 1})
+    saver.begin(lambda: part_of(1), {"global_step": 1})
     saver.finish(must=True)
 
     def full(*_: Any) -> dict[str, Any]:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_shard", full)
-    saver.begin(lambda: state_of(2), {"global_step": 2})
+    monkeypatch.setattr(shards, "write", full)
+    saver.begin(lambda: part_of(2), {"global_step": 2})
     with caplog.at_level(logging.WARNING):
         saver.finish()
     assert "No space left on device; the previous checkpoint stays" in caplog.text
-    saver.begin(lambda: state_of(3), {"global_step": 3})
+    saver.begin(lambda: part_of(3), {"global_step": 3})
     with pytest.raises(StorageError, match="No space left"):
         saver.finish(must=True)
     found = checkpoint.newest(tmp_path)

@@ -35,7 +35,7 @@ def test_the_facts_of_a_run(settings: list[str], tmp_path: Path, monkeypatch: py
     assert ": encoder " in facts[3] or ": bottleneck " in facts[3]
     assert facts[4].startswith("phase warmup: 2 steps, 0.12 epochs, trains ")
     assert facts[5].startswith("phase full: 3 steps, 0.19 epochs, trains ")
-    assert facts[6] == "ranks: 1, fp32, 16 sentences per step, micro batch 16, accumulation 1"
+    assert facts[6] == "ranks: 1, fp32, 16 sentences per step, at most 1,536 tokens per rank and forward pass"
     warmup, full = (int(fact.split("trains ")[1].split()[0].replace(",", "")) for fact in facts[4:6])
     assert warmup < full == int(facts[3].split()[1].replace(",", ""))
 

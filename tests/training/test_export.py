@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support.checkpoint_cases import weights_at
 from support.launch import WORKER, job, launch, run_jobs
 from support.recipes import small_recipe
 from support.tiny import demo_settings
@@ -24,10 +25,8 @@ def model_is_of(run: Path) -> list[int]:
     model = load_file(run / "model" / "model.safetensors")
     found = []
     for folder in sorted((run / "checkpoints").glob("step-*")):
-        stored: dict[str, torch.Tensor] = {}
-        for shard in folder.glob("*.safetensors"):
-            stored |= load_file(shard)
-        if all(torch.equal(tensor, stored[f"weights/{name}"]) for name, tensor in model.items()):
+        stored = weights_at(folder)
+        if all(torch.equal(tensor, stored[name]) for name, tensor in model.items()):
             found.append(int(folder.name.removeprefix("step-")))
     return found
 

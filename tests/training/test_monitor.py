@@ -113,7 +113,7 @@ assert not {{"tensorboard", "rich"}} & set(sys.modules)
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     monitor = Monitor(tmp_path, MAIN, tensorboard=False)
-    monitor.begin_phase("full", 1000, 250)
+    monitor.begin_phase("full", 1000, 250, "trains 2 of 3 parameters")
     for step in range(251, 1001):
         if step % 10 == 0:
             monitor.log(row(step))
@@ -128,12 +128,13 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.Ca
     assert out == ""
     lines = err.splitlines()
     assert lines[0] == "full: 250/1000 steps"
-    assert lines[1] == "full: 300/1000 steps (30%)  rec -200  kl 2.5  beta 0.1  12,346 tokens/s"
+    assert lines[1] == "full: trains 2 of 3 parameters"
+    assert lines[2] == "full: 300/1000 steps (30%)  rec -200  kl 2.5  beta 0.1  12,346 tokens/s"
     assert lines[-4].startswith("full: 1000/1000 steps (100%)")
     assert lines[-3] == "valid at step 1000: nelbo 93  rec 90  kl 3"
     assert lines[-2] == "valid at step 1000: rec 90  uses z"
     assert lines[-1] == f"valid at step 1000: rec 90  uses z, {beside['cost']}"
-    assert len(lines) == 12
+    assert len(lines) == 13
     assert "\x1b" not in err
     assert "\r" not in err
 

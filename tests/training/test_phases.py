@@ -4,6 +4,8 @@ import math
 import re
 
 import pytest
+import torch
+from transformers import T5ForConditionalGeneration
 
 from support.models import groups_by_module
 from support.tiny import base
@@ -150,6 +152,10 @@ def test_each_parameter_is_in_one_group(model: T5VAE) -> None:
     assert phases.group_of("t5.lm_head.weight") == "decoder", "the output layer of an untied base"
     with pytest.raises(ValueError, match="no group"):
         phases.group_of("something.else")
+    # A new weight that does not count as one would learn at the low rate of the pretrained T5.
+    old = list(T5ForConditionalGeneration.from_pretrained(base("t5")).parameters())
+    for name, weight in model.named_parameters():
+        assert phases.is_new(name) is not any(torch.equal(weight, pretrained) for pretrained in old), name
 
 
 def test_freezing_by_group_and_pattern(model: T5VAE) -> None:

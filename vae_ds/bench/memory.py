@@ -152,8 +152,9 @@ def _run(run: Path, settings: Sequence[str], processes: int, name: str) -> list[
 def _base(folder: Path, size: str) -> Path:
     """A base with random weights and the tokenizer of the tiny T5."""
     width, of_head, inner, heads, layers = SIZES[size]
-    shape = {"d_model": width, "d_kv": of_head, "d_ff": inner, "num_heads": heads, "num_layers": layers}
-    config = T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **shape)
+    shape: dict[str, Any] = {"d_model": width, "d_kv": of_head, "d_ff": inner, "num_heads": heads, "num_layers": layers}
+    config = T5Config(**shape, vocab_size=VOCABULARY)
+    config.decoder_start_token_id = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         T5ForConditionalGeneration(config).save_pretrained(folder)

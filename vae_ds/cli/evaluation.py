@@ -31,43 +31,56 @@ def add(subparsers: Any) -> None:
         "--iw-samples",
         type=positive,
         metavar="N",
-        help="importance samples per sentence for iw_nll (default: evaluation.iw_samples of the recipe)",
+        help="importance samples per sentence for iw_nll, each of which decodes the sentence once (default: "
+        "evaluation.iw_samples of the recipe, 100 if it does not say)",
     )
     parser.add_argument(
         "--iw-sentences",
         type=positive,
         metavar="N",
-        help="sentences for iw_nll (default: evaluation.iw_sentences of the recipe)",
+        help="sentences for iw_nll, the first of the split (default: evaluation.iw_sentences of the recipe, 10,000 if "
+        "it does not say; rec, kl and nelbo always take the whole split)",
     )
     parser.add_argument(
         "--mi-sentences",
         type=two_or_more,
         metavar="N",
-        help="sentences for mi and mi_train (default: evaluation.mi_sentences of the recipe)",
+        help="sentences for mi and mi_train (default: evaluation.mi_sentences of the recipe, 10,000 if it does not "
+        "say)",
     )
     parser.add_argument(
         "--mi-train-sentences",
         type=count,
         metavar="N",
-        help="training sentences for mi_train, 0 for none (default: evaluation.mi_train_sentences of the recipe)",
+        help="training sentences for mi_train, 0 for none (default: evaluation.mi_train_sentences of the recipe, "
+        "50,000 if it does not say)",
     )
     parser.add_argument(
         "--batch",
         type=positive,
         metavar="N",
-        help="sentences per forward pass and rank (default: evaluation.batch of the recipe)",
+        help="most sentences per forward pass and rank (default: evaluation.batch of the recipe)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        metavar="N",
+        help="most tokens per forward pass and rank, with padding (default: evaluation.tokens of the recipe, which "
+        "bounds the logits if it does not say)",
     )
     parser.add_argument(
         "--bleu-sentences",
         type=count,
         metavar="N",
-        help="sentences reconstructed for BLEU, 0 for none (default: evaluation.bleu_sentences of the recipe)",
+        help="sentences reconstructed for BLEU, 0 for none (default: evaluation.bleu_sentences of the recipe, 256 if "
+        "it does not say)",
     )
     parser.add_argument(
         "--samples",
         type=count,
         metavar="N",
-        help="prior samples for the text metrics, 0 for none (default: evaluation.samples of the recipe)",
+        help="prior samples for the text metrics, 0 for none (default: evaluation.samples of the recipe, 256 if it "
+        "does not say)",
     )
     parser.add_argument("--recipe", help="the recipe whose data and settings are used (default: the recipe of the run)")
     parser.add_argument(
@@ -122,6 +135,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "mi_sentences": arguments.mi_sentences,
         "mi_train_sentences": arguments.mi_train_sentences,
         "batch": arguments.batch,
+        "tokens": arguments.tokens,
         "bleu_sentences": arguments.bleu_sentences,
         "samples": arguments.samples,
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vae_ds import config as configuration
 from vae_ds.config import RunConfig, SiteConfig
-from vae_ds.data import micro_batch
+from vae_ds.data import limits_of
 from vae_ds.errors import ConfigError
 
 # SLURM's formats: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, and so on.
@@ -51,7 +51,9 @@ def site(path: str | None) -> SiteConfig:
     default = Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "vae_ds" / "site.yaml"
     if chosen is None and not default.is_file():
         return SiteConfig()
-    return configuration.load(SiteConfig, chosen or str(default))
+    found = configuration.load(SiteConfig, chosen or str(default))
+    _check_image(found.container, chosen or str(default))
+    return found
 
 
 def launchers_dir() -> Path:
@@ -73,9 +75,10 @@ def batch_file(
     """The text of the batch file: the options of sbatch, the environment of the site, and the call of train.sbatch.
 
     `train` are the arguments of `vae-ds train` that produced `config`; `extra` are additional options of sbatch. Raises
-    ConfigError if the global batch does not divide over the ranks, or if a batch file cannot contain an option.
+    ConfigError if the global batch has fewer sentences than the job has ranks, or if a batch file cannot contain an
+    option.
     """
-    micro_batch(config.batch.global_size, resources.nodes * resources.ranks_per_node, config.batch.micro)
+    limits_of(config.batch, resources.nodes * resources.ranks_per_node, config.data.max_tokens)
     return _text("train.sbatch", train, _options(config.name, run_dir, resources, site_config, extra), site_config)
 
 
@@ -149,6 +152,16 @@ def _options(
         if not option.startswith("--") or re.search(r"[^!-~]", option):
             raise ConfigError(f"a batch file cannot contain {option!r}; write --option=value, without spaces")
     return options
+
+
+def _check_image(container: str | None, source: str) -> None:
+    """Raise ConfigError if an Apptainer image is not there. An image without a file is found by pyxis."""
+    if container is None or not container.endswith(".sif"):
+        return
+    if not Path(container).is_absolute():
+        raise ConfigError(f"{source}: container: write an absolute path, not {container!r}")
+    if not Path(container).is_file():
+        raise ConfigError(f"{source}: container: no such image file {container}; see launchers/README.md")
 
 
 def _environment(site_config: SiteConfig) -> list[str]:

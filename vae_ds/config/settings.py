@@ -6,12 +6,34 @@ the end-of-sentence token.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from vae_ds.config.data_settings import DataConfig, Settings
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SCHEDULES = ("constant", "linear", "cyclical", "target")
+
+
+class LoraConfig(Settings):
+    """Low-rank adapters in the stacks of the T5 (Hu et al. 2021). They train in place of the stacks' own weights."""
+
+    rank: int = Field(8, ge=1, description="rank of the adapters; without `model.lora`, there are none")
+    alpha: int = Field(16, ge=1, description="an adapter is multiplied by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate of the input of an adapter")
+    where: Literal["both", "encoder", "decoder"] = Field("both", description="the stacks with adapters")
+    modules: tuple[str, ...] = Field(
+        ("q", "v"), min_length=1, description="the layers with adapters: q, k, v, o, wo, and wi or wi_0, wi_1"
+    )
+
+
+def _count_or_auto(value: Any) -> Any:
+    # The union's own error would name its parts instead of the key.
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"must be a whole number of at least 1, or auto; found {value!r}")
+
+
+CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
 
 
 class ModelConfig(Settings):
@@ -32,15 +54,23 @@ class ModelConfig(Settings):
     memory_std: float | None = Field(None, gt=0, description="initial std of W_proj; null: 1/sqrt(latent_dim)")
     dropout: float | None = Field(None, ge=0, lt=1, description="dropout rate; null: that of the base model")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    lora: LoraConfig | None = None
 
 
 class BatchConfig(Settings):
-    """The global batch determines the optimization. The micro batch changes only the memory use, not the result."""
+    """The global batch determines the optimization. The micro batch changes only the memory use, not the result.
+
+    A rank's share of the global batch is cut into micro batches of similar lengths within both limits.
+    """
 
     global_size: int = Field(64, alias="global", ge=1, description="sentences per optimizer step, on all ranks")
-    micro: int | Literal["auto"] = Field(
+    micro: CountOrAuto = Field(
+        "auto", description="most sentences per rank and forward pass; auto: as many as `batch.tokens` permits"
+    )
+    tokens: CountOrAuto = Field(
         "auto",
-        description="sentences per rank and forward pass; auto: the largest size up to 64 that divides a rank's share",
+        description="most tokens per rank and forward pass: sentences times the longest, with padding; auto: no limit "
+        "if `batch.micro` is a number, else by the GPU's memory, or without a GPU 64 sentences of `data.max_tokens`",
     )
     bucket_batches: int = Field(32, ge=1, description="length buckets: sort within this many global batches")
 
@@ -196,14 +226,19 @@ class EvaluationConfig(Settings):
     """Settings of the costly metrics (docs/metrics.md). Each is reported with its number of sentences or samples."""
 
     iw_samples: int = Field(100, ge=1, description="K, importance samples per sentence")
-    iw_sentences: int | None = Field(None, ge=1, description="sentences for `iw_nll`; null: the whole split")
+    iw_sentences: int | None = Field(
+        10_000, ge=1, description="sentences for `iw_nll`, the first of the split; null: the whole split"
+    )
     mi_sentences: int | None = Field(
         10_000, ge=2, description="sentences for `mi` and `mi_train`, drawn at random; null: the whole split"
     )
     mi_train_sentences: int | None = Field(
         50_000, ge=0, description="training sentences for `mi_train`, drawn at random; 0 or null: no `mi_train`"
     )
-    batch: int = Field(128, ge=1, description="sentences, or importance samples, per forward pass and rank")
+    batch: int = Field(128, ge=1, description="most sentences, or importance samples, per forward pass and rank")
+    tokens: CountOrAuto = Field(
+        "auto", description="most tokens per forward pass and rank, with padding; auto: 2 GiB of float32 logits"
+    )
     bleu_sentences: int | None = Field(256, ge=0, description="sentences to reconstruct for `bleu`; 0 or null: none")
     samples: int | None = Field(256, ge=0, description="prior samples for the text metrics; 0 or null: none")
     sample_temperature: float | None = Field(1.0, gt=0, description="temperature of the prior samples; null: greedy")
@@ -285,6 +320,8 @@ class PretrainConfig(Settings):
     def _parts(self) -> Self:
         if self.span_corruption + self.denoising > 1:
             raise ValueError(f"`span_corruption` + `denoising` is {self.span_corruption + self.denoising:g}; at most 1")
+        if self.batch.tokens != "auto":
+            raise ValueError("`batch.tokens` works only for VAEs: in pretraining, use `batch.micro`")
         if self.data.streaming:
             raise ValueError("`data.streaming` works only for VAEs: pretraining shuffles the whole text in each epoch")
         if self.checkpoint.keep_best is not None:
@@ -334,10 +371,12 @@ class SiteConfig(Settings):
     cpus_per_task: int | None = Field(None, ge=1, description="cores per rank")
     options: list[Word] = Field([], description="further sbatch options, such as --exclusive")
     modules: list[Word] = Field([], description="modules for `module load`")
-    container: Word | None = Field(None, description="image for srun's --container-image (pyxis)")
-    container_mounts: list[Word] = Field([], description="SOURCE:TARGET, for srun's --container-mounts")
+    container: Word | None = Field(
+        None, description="an Apptainer image (.sif), or an image for srun's --container-image (pyxis)"
+    )
+    container_mounts: list[Word] = Field([], description="SOURCE:TARGET, directories that the container sees")
     python: Word | None = Field(
-        None, description="Python with vae_ds, in the container if there is one; null: the Python of the launchers"
+        None, description="Python with vae_ds; null: `python` of the container, or else the Python of the launchers"
     )
     interface: Word | None = Field(None, description="network interface between nodes, such as ib0")
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(

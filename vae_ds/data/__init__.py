@@ -8,12 +8,10 @@ from vae_ds.data.batches import (
     Batch,
     collate,
     epoch_batches,
-    evaluation_batches,
-    micro_batch,
-    share,
     steps_per_epoch,
 )
 from vae_ds.data.cache import cache_dir
+from vae_ds.data.cuts import Limits, evaluation_batches, limits_of, logit_tokens, share
 from vae_ds.data.feed import Feed, Source, Streamed, Whole
 from vae_ds.data.progress import Progress
 from vae_ds.data.sampling import Sample, sample_train
@@ -22,6 +20,7 @@ from vae_ds.data.tokens import TokenSet, from_texts, tokenise, tokenizer_fingerp
 __all__ = [
     "Batch",
     "Feed",
+    "Limits",
     "Progress",
     "Sample",
     "Source",
@@ -34,7 +33,8 @@ __all__ = [
     "epoch_batches",
     "evaluation_batches",
     "from_texts",
-    "micro_batch",
+    "limits_of",
+    "logit_tokens",
     "sample_train",
     "share",
     "steps_per_epoch",

@@ -1,11 +1,12 @@
-"""Convert token ids into batches: bucket by length, divide among ranks, delete tokens, draw eps, collate.
+"""Convert token ids into batches: global batches of similar lengths; delete tokens, draw eps, collate.
 
 Shapes: N sentences of a split, S steps of an epoch, G sentences of a global batch, B sentences of a micro batch,
 T padded tokens, L latent units. Lengths are in subword tokens and include the end-of-sentence token. The target of a
 cut sentence has no such token, so it is one token shorter than the input.
 
 The results do not depend on the cluster. Global batches are functions of (seed, phase, epoch). The random numbers of a
-sentence are a function of (seed, purpose, keys, sentence). Ranks and micro batches only divide a global batch.
+sentence are a function of (seed, purpose, keys, sentence). Ranks and micro batches only divide a global batch: see
+`cuts`.
 """
 
 from collections.abc import Iterator
@@ -18,17 +19,14 @@ from numpy.typing import NDArray
 
 from vae_ds.data.tokens import TokenSet, from_texts, tokenise
 from vae_ds.distributed import stream
-from vae_ds.errors import ConfigError, DataError
+from vae_ds.errors import DataError
 
 __all__ = [
     "Batch",
     "TokenSet",
     "collate",
     "epoch_batches",
-    "evaluation_batches",
     "from_texts",
-    "micro_batch",
-    "share",
     "steps_per_epoch",
     "tokenise",
 ]
@@ -49,35 +47,6 @@ def steps_per_epoch(sentences: int, global_batch: int) -> int:
     return steps
 
 
-def micro_batch(global_batch: int, world: int, micro: int | str, cap: int = 64) -> int:
-    """Number of sentences per rank and forward pass; `auto` is the largest valid size up to `cap`.
-
-    Raises ConfigError if the global batch is not divisible by the ranks or by the micro batch. The message names the
-    nearest valid sizes.
-    """
-    rest = global_batch % world
-    if rest:
-        near = [size for size in (global_batch - rest, global_batch - rest + world) if size]
-        raise ConfigError(
-            f"batch.global {global_batch} does not divide over {world} ranks; nearest that do: {_listed(near)}"
-        )
-    of_rank = global_batch // world
-    sizes = [size for size in range(1, of_rank + 1) if of_rank % size == 0]
-    if micro == "auto":
-        return max(size for size in sizes if size <= cap)
-    if micro not in sizes:
-        near = [*[size for size in sizes if size < int(micro)][-1:], *[size for size in sizes if size > int(micro)][:1]]
-        raise ConfigError(
-            f"batch.micro {micro} does not divide the {of_rank} sentences of a rank (batch.global {global_batch} over "
-            f"{world} ranks); nearest that do: {_listed(near)}"
-        )
-    return int(micro)
-
-
-def _listed(sizes: list[int]) -> str:
-    return ", ".join(map(str, sizes))
-
-
 def epoch_batches(lengths_N: Ints, global_batch: int, bucket_batches: int, seed: int, *keys: int) -> NDArray[np.int64]:
     """Global batches of an epoch, int64 (S, G). Each sentence occurs at most once.
 
@@ -96,36 +65,6 @@ def epoch_batches(lengths_N: Ints, global_batch: int, bucket_batches: int, seed:
         part = order[start : start + chunk]
         order[start : start + chunk] = part[np.argsort(lengths_N[part], kind="stable")]
     batches: NDArray[np.int64] = order.reshape(steps, global_batch)[random.permutation(steps)]
-    return batches
-
-
-def share(index_G: Ints, lengths_N: Ints, rank: int, world: int, micro: int) -> list[NDArray[np.int64]]:
-    """Micro batches of one rank, each int64 (micro,). All ranks together hold each sentence of the batch once.
-
-    The sentences are sorted by length, longest first, so that a batch that does not fit into memory fails at once. At
-    each micro step the ranks take adjacent pieces, so that they compute for about the same time. Raises ConfigError if
-    the batch is not divisible.
-    """
-    if len(index_G) % (world * micro):
-        raise ConfigError(f"{len(index_G)} sentences do not divide over {world} ranks in micro batches of {micro}")
-    order = index_G[np.argsort(-lengths_N[index_G], kind="stable")].astype(np.int64)
-    return list(order.reshape(-1, world, micro)[:, rank])
-
-
-def evaluation_batches(lengths_N: Ints, batch: int, rank: int, world: int) -> list[tuple[NDArray[np.int64], Floats]]:
-    """Evaluation batches (index_B, weight_B) of one rank. Each sentence has weight 1 in exactly one batch of one rank.
-
-    All ranks get the same number of batches, each of at most `batch` sentences of similar length. If the last sentences
-    do not suffice for all ranks, a rank gets one filler sentence of weight 0.
-    """
-    order = np.argsort(-lengths_N, kind="stable")
-    batches = []
-    for start in range(0, len(order), batch * world):
-        piece = np.array_split(order[start : start + batch * world], world)[rank]
-        weight_B = np.ones(len(piece), np.float32)
-        if not len(piece):
-            piece, weight_B = order[-1:], np.zeros(1, np.float32)
-        batches.append((piece, weight_B))
     return batches
 
 
@@ -163,6 +102,7 @@ class Batch:
 def collate(
     tokens: TokenSet,
     index_B: Ints,
+    weight_B: Floats | None = None,
     *,
     pad_id: int,
     latent_dim: int,
@@ -171,7 +111,6 @@ def collate(
     denoise: float = 0.0,
     sample: bool = True,
     eval: bool = False,
-    weight_B: Floats | None = None,
 ) -> Batch:
     """Pad sentences into a batch: noisy encoder input, clean labels, eps ~ N(0, I) for each sentence.
 

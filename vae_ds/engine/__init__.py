@@ -4,20 +4,23 @@ Depends on `distributed`, `config` and `errors`.
 """
 
 from vae_ds.engine.ds_config import stated_precision
-from vae_ds.engine.masters import MOMENTS
 from vae_ds.engine.phase_engine import (
     PhaseEngine,
-    PhaseState,
     StepOutcome,
     builds_async_io,
     resolve,
 )
 from vae_ds.engine.precision import precision_for
+from vae_ds.engine.slices import MOMENTS, WEIGHTS, Part, PhaseState, Slice, Source
 
 __all__ = [
     "MOMENTS",
+    "WEIGHTS",
+    "Part",
     "PhaseEngine",
     "PhaseState",
+    "Slice",
+    "Source",
     "StepOutcome",
     "builds_async_io",
     "precision_for",

@@ -18,11 +18,11 @@ AUTO = "auto"
 PRECISIONS = ("fp32", "bf16", "fp16")
 SHIPPED_NAME = re.compile(r"zero(?P<stage>[0-3])(?:_(?P<precision>fp32|bf16|fp16))?(?P<variant>_[a-z_]+)?")
 
+# Keys whose values in a file would mean nothing: the recipe's `batch` decides how a step is divided, step by step.
+BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # Keys that the recipe owns. `complete` fills them in.
 OWNED = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
+    *BATCH_SIZES,
     "gradient_clipping",
     "bf16.enabled",
     "fp16.enabled",
@@ -134,6 +134,12 @@ def check(tree: dict[str, Any], source: str, stated: Mapping[str, Sequence[Any]]
     for key in {part for dotted in (*OWNED, *REQUIRED) if "." in dotted for part in [dotted.split(".")[0]]}:
         if key in tree and not isinstance(tree[key], dict):
             raise ConfigError(f"{source}: `{key}` must be an object of settings; found {tree[key]!r}")
+    for key in BATCH_SIZES:
+        if (found := lookup(tree, key)) not in (None, AUTO):
+            raise ConfigError(
+                f"{source}: `{key}` is {_show(found)}, but the recipe divides the batches (batch.global, batch.micro, "
+                'batch.tokens); write "auto" or remove the key'
+            )
     for key, values in stated.items():
         found = lookup(tree, key)
         for value in values:

@@ -1,9 +1,10 @@
-"""Read and write the exact float32 weights and Adam moments of an engine as whole tensors, at any ZeRO stage.
+"""Read and write the exact float32 weights and Adam moments of an engine, at any ZeRO stage.
 
 A *master* is the float32 tensor that AdamW updates: the parameter itself at stage 0 in float32, a copy of it at stage 0
 in 16 bits, or a slice of a flat buffer at stages 1 to 3. At stage 3, the buffer can be in a file on NVMe. DeepSpeed's
-own accessors work from stage 1 on; this module covers the cases that they do not. `phase_engine` passes in DeepSpeed
-and its engine.
+own accessors give whole tensors from stage 1 on; this module covers stage 0, and the slice that a rank owns. At stages
+1 and 2 this is the part of a parameter in the rank's flat buffer, at stage 3 an equal part of each parameter, the last
+one padded. `phase_engine` passes in DeepSpeed and its engine.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,12 +16,11 @@ import torch
 from torch import nn
 
 from vae_ds.distributed import Ranks
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from vae_ds.engine.slices import KINDS, MOMENTS, WEIGHTS, Slice, Source, host_copy, shares, whole
 
 
 class Masters:
-    """The masters and moments of one engine's trainable parameters. Every method except `steps` is a collective."""
+    """The masters and moments of one engine's trainable parameters."""
 
     def __init__(
         self,
@@ -46,45 +46,61 @@ class Masters:
         for master in self._owned():
             self._adam.state[master]["step"].fill_(float(number))
 
-    def read(self, name: str, moment: str | None = None) -> torch.Tensor:
-        """A copy of the whole master, or of one of its moments, in float32 on the CPU."""
+    def read(self, name: str, kind: str = WEIGHTS) -> torch.Tensor:
+        """A copy of the whole master, or of one of its moments, in float32 on the CPU. A collective."""
         parameter = self._trainable[name]
         if self._direct is not None:
             master = self._direct[parameter]
-            found = master if moment is None else self._adam.state[master][moment]
-        elif moment is None:
+            found = master if kind == WEIGHTS else self._adam.state[master][kind]
+        elif kind == WEIGHTS:
             found = self._library.utils.safe_get_full_fp32_param(parameter)
         else:
-            found = self._library.utils.safe_get_full_optimizer_state(parameter, moment)
-        return found.detach().to("cpu", torch.float32, copy=True).contiguous()
+            found = self._library.utils.safe_get_full_optimizer_state(parameter, kind)
+        return host_copy(found).contiguous()
 
-    @torch.no_grad()
-    def write(self, name: str, value: torch.Tensor, moment: str | None = None) -> None:
-        """Set the whole master, or one of its moments. The forward pass uses new masters after `publish`."""
-        parameter, utils = self._trainable[name], self._library.utils
+    def slices(self) -> Iterator[tuple[str, Slice]]:
+        """Copies of what this rank stores, by name: what it owns, or at stage 0, where it has all, an equal share."""
+        mine = None
         if self._direct is not None:
-            master = self._direct[parameter]
-            (master if moment is None else self._adam.state[master][moment]).copy_(value)
-        elif self._stage == 3:
-            self._write_part(parameter, value, moment)
-        elif moment is None:
-            utils.safe_set_full_fp32_param(parameter, value)
-        else:
-            utils.safe_set_full_optimizer_state(parameter, value, moment)
-
-    def publish(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Copy the masters to the weights of the forward pass. `weights` are the values just written to the masters."""
-        if self._stage in (1, 2):
-            self._engine.optimizer.update_lp_params()
-            return
-        for name, parameter in self._trainable.items():
-            self.write_forward(parameter, weights[name])
+            mine = shares({name: parameter.numel() for name, parameter in self._trainable.items()}, self._ranks)
+        for name in self._trainable if mine is None else mine:
+            with self._slice(name) as one:
+                first, length = (0, one.length) if mine is None else mine[name]
+                copies = {kind: host_copy(value.narrow(0, first, length)) for kind, value in one.values.items()}
+            if length:
+                yield name, Slice(one.offset + first, copies)
 
     @torch.no_grad()
-    def write_forward(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        """Set the weight of the forward pass, rounded to the engine's precision. Works for frozen parameters too."""
+    def write(self, source: Source, kinds: tuple[str, ...] = KINDS) -> None:
+        """Set what this rank owns of all masters, or of some `kinds`. The forward pass uses them after `publish`."""
+        for name in self._trainable:
+            with self._slice(name, changes=True) as (offset, values):
+                for kind in kinds if values else ():
+                    source.copy_to(values[kind], name, kind, offset)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the masters to the weights of the forward pass, as after a step. A collective."""
+        wrapper = self._engine.optimizer
+        if self._direct is not None:
+            for parameter, master in self._direct.items():
+                parameter.data.copy_(master)
+        elif self._stage < 3:
+            wrapper.update_lp_params()
+        else:
+            wrapper._partition_all_parameters()
+            for number in range(len(wrapper.fp32_partitioned_groups_flat)):
+                with self._in_memory(number):
+                    wrapper._reassign_or_swap_out_partitioned_parameters(number)
+            if wrapper.persistent_parameters:
+                wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+
+    @torch.no_grad()
+    def write_forward(self, parameter: nn.Parameter, name: str, source: Source) -> None:
+        """Set a frozen weight of the forward pass, rounded to the engine's precision. A collective."""
         with self._library.zero.GatheredParameters([parameter], modifier_rank=0):
-            parameter.data.copy_(value)
+            if self._stage < 3 or self._ranks.is_main:
+                parameter.data.copy_(whole(source, name))
 
     def _pairs(self) -> dict[nn.Parameter, torch.Tensor]:
         """The master of each parameter at stage 0, which DeepSpeed's accessors do not support."""
@@ -114,28 +130,50 @@ class Masters:
         if link is not None:
             link()
 
-    def _write_part(self, parameter: Any, value: torch.Tensor, moment: str | None) -> None:
-        """Write this rank's padded slice at stage 3.
+    @contextmanager
+    def _slice(self, name: str, changes: bool = False) -> Iterator[Slice]:
+        """What this rank owns of a parameter, by reference; without values if it owns nothing of it.
 
-        DeepSpeed's setters do not always work: the one for whole tensors fails if the world size does not divide the
-        number of elements, the one for slices fails if the parameter is on NVMe.
+        With `changes`, what is then written into the values also reaches a master on NVMe.
         """
+        parameter: Any = self._trainable[name]
         wrapper = self._engine.optimizer
-        number, start, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
-        flat = torch.zeros(size * self._ranks.world, dtype=torch.float32)
-        flat[: value.numel()] = value.flatten()
-        with self._in_memory(number):
-            master = wrapper.fp32_partitioned_groups_flat[number]
-            whole = master if moment is None else self._adam.state[master][moment]
-            whole.narrow(0, start, size).copy_(flat.narrow(0, size * self._ranks.rank, size))
+        if self._direct is not None:
+            master = self._direct[parameter]
+            yield Slice(0, {kind: self._of(master, kind).view(-1) for kind in KINDS})
+        elif self._stage < 3:
+            fragment = parameter._hp_mapping
+            if fragment is None:
+                yield Slice(0, {})
+                return
+            keys = {kind: None if kind == WEIGHTS else kind for kind in KINDS}
+            values = {kind: fragment.get_hp_fragment(key).detach() for kind, key in keys.items()}
+            yield Slice(fragment.lp_fragment_address.start, values)
+        else:
+            number, start, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            offset = size * self._ranks.rank
+            length = min(size, parameter.ds_numel - offset)
+            if length <= 0:
+                yield Slice(0, {})
+                return
+            with self._in_memory(number, changes):
+                master = wrapper.fp32_partitioned_groups_flat[number]
+                yield Slice(offset, {kind: self._of(master, kind).narrow(0, start, length) for kind in KINDS})
+
+    def _of(self, master: torch.Tensor, kind: str) -> torch.Tensor:
+        found: torch.Tensor = master if kind == WEIGHTS else self._adam.state[master][kind]
+        return found.detach()
 
     @contextmanager
-    def _in_memory(self, number: int) -> Iterator[None]:
-        """Read an owned tensor and its moments, by number, from NVMe if they are there. Write them back at the end."""
+    def _in_memory(self, number: int, changes: bool = True) -> Iterator[None]:
+        """Read an owned tensor and its moments, by number, from NVMe if they are there. Write `changes` back."""
         wrapper = self._engine.optimizer
         if self._stage < 3 or not wrapper._swappable_optimizer_subgroup(number):
             yield
             return
         wrapper._optimizer_states_and_gradient_swap_in(number)
         yield
-        wrapper._optimizer_states_and_gradient_swap_out(number)
+        if changes:
+            wrapper._optimizer_states_and_gradient_swap_out(number)
+        else:
+            wrapper._release_swap_buffers(number)

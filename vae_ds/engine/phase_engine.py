@@ -13,7 +13,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +25,8 @@ from vae_ds import distributed
 from vae_ds.config import OptimizerConfig
 from vae_ds.distributed import Ranks
 from vae_ds.engine import ds_config, ds_keys, groups, nvme
-from vae_ds.engine.masters import MOMENTS, Masters
+from vae_ds.engine.masters import Masters
+from vae_ds.engine.slices import KINDS, MOMENTS, WEIGHTS, Frozen, Part, PhaseState, Slice, Source, host_copy
 from vae_ds.errors import CheckpointError, ConfigError
 
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -38,23 +39,6 @@ class StepOutcome:
     applied: bool
     grad_norm: float
     loss_scale: float | None = None
-
-
-@dataclass
-class PhaseState:
-    """A phase's float32 CPU tensors by parameter name: all weights, and AdamW's moments of the trainable ones.
-
-    `names` lists all parameters in the order of the module. The tensors may be a part of them (see PhaseEngine.state).
-    `steps` is the number of steps that AdamW applied. `scaler` is the dynamic loss scale of fp16, else empty.
-    `generators` are the states of this rank's random generators, if a checkpoint of the same world size has them.
-    """
-
-    weights: dict[str, torch.Tensor]
-    moments: dict[str, dict[str, torch.Tensor]]
-    steps: int = 0
-    scaler: dict[str, float] = field(default_factory=dict)
-    names: tuple[str, ...] = ()
-    generators: dict[str, Any] | None = None
 
 
 def resolve(
@@ -101,8 +85,7 @@ def resolve(
 class PhaseEngine:
     """The DeepSpeed engine of one phase.
 
-    `module` is in float32 on the CPU, with `requires_grad` already set; the engine keeps it. `micro` is the number of
-    sentences per rank and forward pass, `accumulation` the number of forward passes per step. Every method is a
+    `module` is in float32 on the CPU, with `requires_grad` already set; the engine keeps it. Every method is a
     collective. Raises ConfigError if nothing is trainable, or if the ds_config conflicts with the recipe.
     """
 
@@ -111,8 +94,6 @@ class PhaseEngine:
         module: nn.Module,
         *,
         optimizer: OptimizerConfig,
-        micro: int,
-        accumulation: int,
         ranks: Ranks,
         precision: str,
         ds_config: dict[str, Any],
@@ -130,16 +111,18 @@ class PhaseEngine:
         self._trainable = {name: p for name, p in parameters.items() if p.requires_grad}
         if not self._trainable:
             raise ConfigError("freeze: the phase freezes every parameter, so it has nothing to train")
-        self._names = tuple(parameters)
         self._parameters = parameters
-        self._frozen = {name: p.detach().clone() for name, p in parameters.items() if not p.requires_grad}
-        exact = {name: p.detach().clone() for name, p in self._trainable.items()} if precision != "fp32" else {}
+        self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        # References, not copies: DeepSpeed rounds a weight into a new tensor, so these keep the old ones.
+        exact = {name: p.detach() for name, p in self._trainable.items()} if precision != "fp32" else {}
         self._ranks = ranks
         self._adam = groups.adamw(self._trainable, optimizer, half_of, is_new)
-        filled = _fill(ds_config, optimizer, micro, accumulation, ranks, precision, parameters.values())
+        filled = _fill(ds_config, optimizer, ranks, precision, parameters.values())
         self._swap = nvme.claim(filled, parameters.values(), ranks, 4 if precision == "fp32" else 2)
         self._stage = int(filled.get("zero_optimization", {}).get("stage", 0))
         self._is_plain = self._stage == 0 and precision == "fp32"
+        frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+        self._frozen = Frozen(frozen, ranks, is_exact=self._stage < 3 and precision == "fp32")
         self._has_scale = precision == "fp16"
         self._library = _library()
         self._engine = self._initialize(module, filled)
@@ -147,8 +130,8 @@ class PhaseEngine:
         self._masters = Masters(self._library, self._engine, self._adam, self._trainable, self._stage, ranks)
         # DeepSpeed derives the masters from weights that it has already rounded to 16 bits. At stage 0, it has also
         # taken a step with zero gradients.
-        for name, value in exact.items():
-            self._masters.write(name, value)
+        if exact:
+            self._masters.write(PhaseState(exact, {}), kinds=(WEIGHTS,))
 
     @property
     def module(self) -> nn.Module:
@@ -160,8 +143,12 @@ class PhaseEngine:
         """The module's output for a micro batch."""
         return self._engine(*args, **kwargs)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate the gradient of `loss`, the mean over this rank's micro batch in nats per sentence."""
+    def backward(self, loss: torch.Tensor, is_last: bool = True) -> None:
+        """Accumulate the gradient of `loss`: summed over the micro batches of a step, averaged over the ranks.
+
+        `is_last` says that the step has no further micro batch. All ranks have the same number of them in a step.
+        """
+        self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss)
 
     def step(self, lr: float, half: str | None = None) -> StepOutcome | None:
@@ -177,9 +164,8 @@ class PhaseEngine:
         if is_boundary and self._is_plain:
             norm = self._gradient_norm()
             if not math.isfinite(norm):
-                # Torch's AdamW would apply the step. Count the micro step, so that the next boundary does not move.
+                # Torch's AdamW would apply the step.
                 self._engine.zero_grad()
-                self._engine.micro_steps += 1
                 return StepOutcome(applied=False, grad_norm=norm)
         self._engine.step()
         if not is_boundary:
@@ -202,46 +188,47 @@ class PhaseEngine:
         """Evaluation mode, as in torch."""
         self._engine.eval()
 
-    def tensors(self, *, moments: bool = True) -> Iterator[tuple[int, str, str, torch.Tensor]]:
-        """Yield each whole tensor, float32 on the CPU, as (parameter index, name, `weights` or the moment, tensor).
+    def tensors(self, *, moments: bool = True) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """Yield each whole tensor, float32 on the CPU, as (name, `weights` or the moment, tensor).
 
         Gathers one parameter at a time. Each item is a collective, so every rank must read the iterator to its end.
         Without `moments` only the weights, a third of the work.
         """
-        for index, name in enumerate(self._names):
+        for name in self._parameters:
             if name in self._frozen:
-                yield index, name, "weights", self._frozen[name].clone()
+                yield name, WEIGHTS, self._frozen.read(name)
                 continue
-            yield index, name, "weights", self._masters.read(name)
-            for moment in MOMENTS if moments else ():
-                yield index, name, moment, self._masters.read(name, moment)
+            for kind in KINDS if moments else (WEIGHTS,):
+                yield name, kind, self._masters.read(name, kind)
 
-    def state(self, *, share: bool = False) -> PhaseState:
-        """The exact state of the phase, at any stage and precision. `share`: parameter i only on rank i mod world."""
-        state = PhaseState({}, {key: {} for key in MOMENTS}, self._masters.steps, self._scaler(), self._names)
-        for index, name, kind, tensor in self.tensors():
-            if share and index % self._ranks.world != self._ranks.rank:
-                continue
-            (state.weights if kind == "weights" else state.moments[kind])[name] = tensor
+    def state(self) -> PhaseState:
+        """The exact state of the phase, whole on every rank, at any stage and precision."""
+        state = PhaseState({}, {key: {} for key in MOMENTS}, self._masters.steps, self._scaler())
+        for name, kind, tensor in self.tensors():
+            (state.weights if kind == WEIGHTS else state.moments[kind])[name] = tensor
         return state
 
+    def part(self) -> Part:
+        """What this rank stores of the exact state, 12 / world bytes per trained parameter. Not a collective."""
+        slices = {
+            name: Slice(one.offset, {WEIGHTS: host_copy(one.values[WEIGHTS])}) for name, one in self._frozen.slices()
+        }
+        slices.update(self._masters.slices())
+        frozen = frozenset(self._shapes.keys() - self._trainable.keys())
+        return Part(self._shapes, frozen, slices, self._masters.steps, self._scaler())
+
     @torch.no_grad()
-    def load(self, state: PhaseState) -> None:
+    def load(self, state: Source) -> None:
         """Set masters, forward weights, moments and AdamW's step exactly, and the generators if the state has them.
 
-        `state` must be whole, and from a phase with the same frozen parameters.
-        Raises CheckpointError if names or shapes differ.
+        `state` must be from a phase with the same frozen parameters. A rank reads what it owns, and its share of the
+        frozen weights. Raises CheckpointError if names or shapes differ.
         """
         self._check_fits(state)
-        for name, kept in self._frozen.items():
-            if not torch.equal(kept, state.weights[name]):
-                kept.copy_(state.weights[name])
-                self._masters.write_forward(self._parameters[name], kept)
-        for name in self._trainable:
-            self._masters.write(name, state.weights[name])
-            for moment in MOMENTS:
-                self._masters.write(name, state.moments[moment][name], moment)
-        self._masters.publish(state.weights)
+        for name in self._frozen.take(state):
+            self._masters.write_forward(self._parameters[name], name, state)
+        self._masters.write(state)
+        self._masters.publish()
         self._masters.steps = state.steps
         if self._has_scale:
             for key, value in state.scaler.items():
@@ -267,8 +254,8 @@ class PhaseEngine:
                 if hasattr(parameter, name):
                     delattr(parameter, name)
         self._engine = None
-        del self._masters, self._adam
-        self._trainable, self._parameters, self._frozen = {}, {}, {}
+        del self._masters, self._adam, self._frozen
+        self._trainable, self._parameters = {}, {}
         del engine
         gc.collect()
         if torch.cuda.is_available():
@@ -306,15 +293,15 @@ class PhaseEngine:
         gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
-    def _check_fits(self, state: PhaseState) -> None:
-        expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
-        if (found := {name: tuple(value.shape) for name, value in state.weights.items()}) != expected:
-            name = sorted(set(found.items()) ^ set(expected.items()))[0][0]
+    def _check_fits(self, state: Source) -> None:
+        found = {name: tuple(shape) for name, shape in state.shapes.items()}
+        if found != self._shapes:
+            name = sorted(set(found.items()) ^ set(self._shapes.items()))[0][0]
             raise CheckpointError(f"the checkpoint has the weights of another model: `{name}` differs")
-        for key in MOMENTS:
-            if set(state.moments.get(key, {})) != set(self._trainable):
-                name = sorted(set(state.moments.get(key, {})) ^ set(self._trainable))[0]
-                raise CheckpointError(f"the checkpoint is of a phase that freezes other parameters: `{name}` differs")
+        if differing := set(state.trained) ^ set(self._trainable):
+            raise CheckpointError(
+                f"the checkpoint is of a phase that freezes other parameters: `{min(differing)}` differs"
+            )
 
 
 def _library() -> ModuleType:
@@ -337,16 +324,14 @@ def _library() -> ModuleType:
 def _fill(
     tree: dict[str, Any],
     optimizer: OptimizerConfig,
-    micro: int,
-    accumulation: int,
     ranks: Ranks,
     precision: str,
     parameters: Iterable[nn.Parameter],
 ) -> dict[str, Any]:
     owned = nvme.owned(tree, parameters, ranks.world) | {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro * accumulation * ranks.world,
+        # The number of micro batches differs between steps, so `backward` is told which one is the last.
+        **dict.fromkeys(ds_config.BATCH_SIZES, 1),
+        "train_batch_size": ranks.world,
         "gradient_clipping": optimizer.clip,
         "bf16.enabled": precision == "bf16",
         "fp16.enabled": precision == "fp16",

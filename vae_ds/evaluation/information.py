@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vae_ds.data import TokenSet, collate, evaluation_batches
+from vae_ds.data import Limits, TokenSet, collate, evaluation_batches
 from vae_ds.distributed import Ranks, gather_rows, stream
 from vae_ds.model import T5VAE, gaussian
 
@@ -102,14 +102,14 @@ def _gains(
 
 
 def encode_all(
-    model: T5VAE, tokens: TokenSet, ranks: Ranks, batch: int, pad_id: int, add: Add
+    model: T5VAE, tokens: TokenSet, ranks: Ranks, limits: Limits, pad_id: int, add: Add
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """mu_ML and logvar_ML of all sentences of `tokens`, float64, on every rank, in any order. No decoder pass.
 
     A collective; all ranks make the same number of forward calls. The result takes 16 M L bytes on each rank.
     """
     parts = []
-    for index_B, weight_B in evaluation_batches(tokens.lengths_N, batch, ranks.rank, ranks.world):
+    for index_B, weight_B in evaluation_batches(tokens.lengths_N, limits, ranks.rank, ranks.world):
         found = collate(
             tokens, index_B, pad_id=pad_id, latent_dim=model.latent_dim, seed=0, keys=(), sample=False, eval=True
         ).to(ranks.device)

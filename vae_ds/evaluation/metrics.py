@@ -8,7 +8,7 @@ they do not depend on the distribution of the sentences over the ranks, except f
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from vae_ds.config import EvaluationConfig
-from vae_ds.data import Progress, TokenSet, collate, evaluation_batches
+from vae_ds.data import Limits, Progress, TokenSet, collate, evaluation_batches, logit_tokens
 from vae_ds.distributed import Ranks, gather_rows, stream
 from vae_ds.errors import DataError
 from vae_ds.evaluation import information
 from vae_ds.evaluation.estimates import perplexity, with_errors
+from vae_ds.evaluation.forecast import Forecast
 from vae_ds.evaluation.information import Posterior
 from vae_ds.evaluation.verdict import cost, verdict
 from vae_ds.latents import inference
@@ -141,7 +142,8 @@ class _Work:
     ) -> None:
         self.model, self.tokens, self.ranks, self.settings, self.seed = model, tokens, ranks, settings, seed
         self.pad_id, self.is_shown = pad_id, is_shown
-        self.shares = evaluation_batches(tokens.lengths_N, settings.batch, ranks.rank, ranks.world)
+        self.limits = Limits(settings.batch, logit_tokens(settings.tokens, model.t5.config.vocab_size))
+        self.shares = evaluation_batches(tokens.lengths_N, self.limits, ranks.rank, ranks.world)
 
     def own(self) -> tuple[torch.Tensor, Posterior]:
         """rec_N with one posterior sample per sentence, and the posteriors (width L = 0 for a plain language model)."""
@@ -149,13 +151,13 @@ class _Work:
         def rows(index_B: np.ndarray) -> tuple[torch.Tensor, ...]:
             batch = self._collate(index_B, sample=True)
             if self.model.bottleneck is None:
-                nothing_B0 = torch.zeros(len(index_B), 0, dtype=torch.float64, device=self.ranks.device)
+                nothing_B0 = torch.zeros(len(index_B), 0, device=self.ranks.device)
                 return self.model.reconstruction(None, batch.labels_BT), nothing_B0, nothing_B0, nothing_B0
             mu_BL, logvar_BL = (part.double() for part in self.model.encode(*_inputs(batch)))
             z_BL = gaussian.sample(mu_BL, logvar_BL, batch.eps_BL.double())
             return self.model.reconstruction(z_BL.float(), batch.labels_BT), mu_BL, logvar_BL, z_BL
 
-        rec_N, mu_NL, logvar_NL, z_NL = self._over_split(rows, "Encoding and decoding")
+        rec_N, mu_NL, logvar_NL, z_NL = self._over_split(rows, "Encoding and decoding", self._forecast())
         return rec_N, Posterior(mu_NL, logvar_NL, z_NL)
 
     def swapped(self, posterior: Posterior) -> torch.Tensor:
@@ -194,7 +196,7 @@ class _Work:
         component_N = None if train.rows is None else np.isin(np.arange(count), train.rows)
         share = -(-len(train.tokens) // ranks.world)
         with _progress("Encoding training sentences", share, self.is_shown) as add:
-            pair = information.encode_all(self.model, train.tokens, ranks, self.settings.batch, self.pad_id, add)
+            pair = information.encode_all(self.model, train.tokens, ranks, self.limits, self.pad_id, add)
         with _progress("Mutual information against them", own, self.is_shown) as add:
             train_S = information.against_training(posterior, index_S, pair, ranks, add, component_N)
         return metrics | with_errors(mi_train=train_S.cpu().numpy()) | {"mi_train_sentences": len(train.tokens)}
@@ -202,25 +204,37 @@ class _Work:
     def importance_weighted(self, posterior: Posterior, count: int) -> torch.Tensor:
         """The importance-weighted estimate of -log p(x), nll_M, of the first `count` sentences.
 
-        The (sentence, sample) pairs are processed in order of sentence length, `batch` pairs per forward pass. Only the
-        weights of one window of sentences are in memory, so memory is bounded for any K and M. The noise of a sentence
-        is always drawn completely from its own stream, so it depends neither on the order nor on the rank.
+        The (sentence, sample) pairs are processed in order of sentence length, at most `batch` pairs and `tokens`
+        tokens per forward pass. Only the weights of one window of sentences are in memory, so memory is bounded for any
+        K and M. The noise of a sentence is always drawn completely from its own stream, so it depends neither on the
+        order nor on the rank.
         """
-        shares = evaluation_batches(self.tokens.lengths_N[:count], 1, self.ranks.rank, self.ranks.world)
+        shares = evaluation_batches(self.tokens.lengths_N[:count], Limits(1), self.ranks.rank, self.ranks.world)
+        # The longest sentence of all ranks at the same place, so that all ranks make the same number of forward calls.
+        longest_S = np.sort(self.tokens.lengths_N[:count])[::-1][:: self.ranks.world]
         index_S = np.concatenate([index_B for index_B, _ in shares])
         weight_S = np.concatenate([np.asarray(weight_B) for _, weight_B in shares])
         pairs = len(index_S) * self.settings.iw_samples
         with Progress("Importance-weighted likelihood", pairs, "samples") as shown:
             starts = range(0, len(index_S), WINDOW)
-            parts = [self._window_nll(posterior, index_S[start : start + WINDOW], shown.add) for start in starts]
+            parts = [
+                self._window_nll(
+                    posterior, index_S[start : start + WINDOW], longest_S[start : start + WINDOW], shown.add
+                )
+                for start in starts
+            ]
         return _in_order(index_S, weight_S, torch.cat(parts), count)
 
-    def _window_nll(self, posterior: Posterior, index_W: np.ndarray, done: Callable[[int], Any]) -> torch.Tensor:
-        """nll_W of a window of W sentences."""
+    def _window_nll(
+        self, posterior: Posterior, index_W: np.ndarray, longest_W: np.ndarray, done: Callable[[int], Any]
+    ) -> torch.Tensor:
+        """nll_W of a window of W sentences, whose lengths are at most `longest_W` and fall."""
         K, device = self.settings.iw_samples, self.ranks.device
         log_weights_F = torch.empty(len(index_W) * K, dtype=torch.float64, device=device)
-        for start in range(0, len(log_weights_F), self.settings.batch):
-            pair_P = np.arange(start, min(start + self.settings.batch, len(log_weights_F)))
+        start = 0
+        while start < len(log_weights_F):
+            count = self.limits.count(int(longest_W[start // K]), len(log_weights_F) - start)
+            pair_P = np.arange(start, start + count)
             row_P = pair_P // K
             index_R = index_W[row_P[0] : row_P[-1] + 1]
             eps_PL = torch.as_tensor(self._importance_noise(index_R)[row_P - row_P[0], pair_P % K], device=device)
@@ -229,8 +243,9 @@ class _Work:
             z_PL = gaussian.sample(mu_PL, logvar_PL, eps_PL)
             labels_PT = self._collate(index_R).labels_BT[torch.as_tensor(row_P - row_P[0], device=device)]
             rec_P = self.model.reconstruction(z_PL.float(), labels_PT)
-            log_weights_F[start : start + len(pair_P)] = log_weights(rec_P, z_PL, mu_PL, logvar_PL)
-            done(len(pair_P))
+            log_weights_F[start : start + count] = log_weights(rec_P, z_PL, mu_PL, logvar_PL)
+            done(count)
+            start += count
         return importance_nll(log_weights_F.view(len(index_W), K))
 
     def _importance_noise(self, index_R: np.ndarray) -> np.ndarray:
@@ -244,12 +259,32 @@ class _Work:
         )  # fmt: skip
         return batch.to(self.ranks.device)
 
-    def _over_split(self, rows: Callable[[np.ndarray], tuple[torch.Tensor, ...]], task: str) -> list[torch.Tensor]:
+    def _forecast(self) -> Forecast | None:
+        """The work of this rank that `evaluate` will do. None during training, where it is small."""
+        if not self.is_shown:
+            return None
+        own = sum(self._tokens_of(index_B) for index_B, _ in self.shares)
+        if self.model.bottleneck is None:
+            return Forecast(self.ranks, {"rec": own}, len(self.shares))
+        settings, world = self.settings, self.ranks.world
+        length_M = self.tokens.lengths_N[: settings.iw_sentences]
+        samples = f"iw_nll with {settings.iw_samples:,} samples for each of {len(length_M):,} sentences"
+        tasks: dict[str, float] = {"rec and kl": own, "z_gain": own}
+        tasks[f"{samples} (--iw-samples, --iw-sentences)"] = settings.iw_samples * float(length_M.sum()) / world
+        return Forecast(self.ranks, tasks, len(self.shares))
+
+    def _tokens_of(self, index_B: np.ndarray) -> int:
+        return len(index_B) * int(self.tokens.lengths_N[index_B].max())
+
+    def _over_split(
+        self, rows: Callable[[np.ndarray], tuple[torch.Tensor, ...]], task: str, forecast: Forecast | None = None
+    ) -> list[torch.Tensor]:
         """Apply `rows` to the batches of this rank. Return the rows of all ranks in the order of the split, float64."""
         parts = []
         with _progress(task, sum(len(index_B) for index_B, _ in self.shares), self.is_shown) as add:
             for index_B, _ in self.shares:
-                parts.append(rows(index_B))
+                with nullcontext() if forecast is None else forecast.timed(self._tokens_of(index_B)):
+                    parts.append(rows(index_B))
                 add(len(index_B))
         index_S = np.concatenate([index_B for index_B, _ in self.shares])
         weight_S = np.concatenate([np.asarray(weight_B) for _, weight_B in self.shares])

@@ -15,7 +15,7 @@ import numpy as np
 
 from vae_ds import latents
 from vae_ds.config import EvaluationConfig
-from vae_ds.data import Progress, TokenSet, collate, from_texts
+from vae_ds.data import Limits, Progress, TokenSet, collate, evaluation_batches, from_texts, logit_tokens
 from vae_ds.distributed import Ranks, gather_objects, stream
 from vae_ds.evaluation.estimates import perplexity, with_errors
 from vae_ds.evaluation.metrics import Metrics
@@ -78,7 +78,7 @@ def text_metrics(
         found |= self_bleu(grams, ranks)
         found |= _reverse(from_texts(texts, tokenizer, max_tokens, complete), tokens, len(tokenizer), ranks)
         if yardstick is not None:
-            found |= _forward(samples, yardstick, ranks, max_tokens)
+            found |= _forward(samples, yardstick, ranks, settings, max_tokens)
     return found
 
 
@@ -215,17 +215,29 @@ def _samples(
     return _in_groups(settings.samples or 0, ranks, work, "Sampling")
 
 
-def _forward(samples: Sequence[latents.Written], yardstick: LanguageModel, ranks: Ranks, max_tokens: int) -> Metrics:
+def _forward(
+    samples: Sequence[latents.Written],
+    yardstick: LanguageModel,
+    ranks: Ranks,
+    settings: EvaluationConfig,
+    max_tokens: int,
+) -> Metrics:
     model, tokenizer = yardstick
     texts, complete = zip(*samples, strict=True)
     tokens = from_texts(texts, tokenizer, max_tokens, complete)
 
+    limits = Limits(GROUP, logit_tokens(settings.tokens, model.t5.config.vocab_size))
+
     def work(rows: range) -> list[float]:
+        nll_B = np.empty(len(rows))
         with latents.inference(model):
-            batch = collate(
-                tokens, np.array(rows), pad_id=tokenizer.pad_token_id, latent_dim=0, seed=0, keys=(), eval=True
-            ).to(ranks.device)  # fmt: skip
-            return [float(nll) for nll in model.reconstruction(None, batch.labels_BT)]
+            for index_B, _ in evaluation_batches(tokens.lengths_N[rows.start : rows.stop], limits, 0, 1):
+                batch = collate(
+                    tokens, rows.start + index_B, pad_id=tokenizer.pad_token_id, latent_dim=0, seed=0, keys=(),
+                    eval=True,
+                ).to(ranks.device)  # fmt: skip
+                nll_B[index_B] = model.reconstruction(None, batch.labels_BT).cpu()
+        return [float(nll) for nll in nll_B]
 
     nll = _in_groups(len(texts), ranks, work, "Perplexity under the yardstick")
     return perplexity("forward_ppl", np.array(nll), tokens.words_N)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vae_ds.data import collate, evaluation_batches, from_texts
+from vae_ds.data import Limits, collate, evaluation_batches, from_texts
 from vae_ds.distributed import stream
 from vae_ds.errors import ConfigError, DataError
 from vae_ds.model import T5VAE, gaussian
@@ -112,7 +112,7 @@ def encode(
     device = _device(model)
     z_NL = torch.zeros(len(texts), model.latent_dim, device=device)
     with inference(model):
-        for index_B, _ in evaluation_batches(tokens.lengths_N, how.batch, 0, 1):
+        for index_B, _ in evaluation_batches(tokens.lengths_N, Limits(how.batch), 0, 1):
             batch = collate(
                 tokens, index_B, pad_id=tokenizer.pad_token_id, latent_dim=model.latent_dim, seed=how.seed,
                 keys=(), sample=sampled, eval=True,

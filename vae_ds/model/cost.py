@@ -6,6 +6,7 @@ Shapes: B sentences, T tokens, L latent units.
 
 import weakref
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,12 @@ def operations(settings: ModelConfig, sentences: int, tokens: int, frozen: Itera
 
 
 def _pass(
-    mode: TorchDispatchMode, settings: ModelConfig, sentences: int, tokens: int, precision: str, frozen: Iterable[str]
+    mode: AbstractContextManager[Any],
+    settings: ModelConfig,
+    sentences: int,
+    tokens: int,
+    precision: str,
+    frozen: Iterable[str],
 ) -> int:
     """One pass on fake tensors inside `mode`. Returns the size of the vocabulary."""
     fixed = set(frozen)

@@ -62,17 +62,6 @@ def _log_sum(z_nL: Tensor, mu_ML: Tensor, logvar_ML: Tensor, chunk: int) -> Tens
     return total_n
 
 
-def mutual_information(mu_NL: Tensor, logvar_NL: Tensor, z_NL: Tensor, chunk: int = 2048) -> Tensor:
-    """I(x; z) under q, a float64 scalar in nats: mean_n of log q(z_n | x_n) - log q(z_n) (Hoffman & Johnson 2016).
-
-    z_n is a sample of q(z | x_n), the same in both terms; q(z) is the mixture over all N given sentences. Since
-    q(z_n) >= q(z_n | x_n) / N, a term exceeds ln N only by rounding. The clamp removes this excess.
-    """
-    conditional_N = log_density(z_NL.double(), mu_NL.double(), logvar_NL.double())
-    gain_N = conditional_N - log_aggregate(z_NL, mu_NL, logvar_NL, chunk)
-    return gain_N.clamp(max=math.log(len(mu_NL))).mean()
-
-
 def active_units(mu_ML: Tensor, threshold: float = 0.01) -> int:
     """Number of units whose variance of mu over the M sentences is above `threshold` (Burda et al. 2016)."""
     return int((mu_ML.double().var(0, correction=0) > threshold).sum())

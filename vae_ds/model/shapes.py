@@ -96,7 +96,8 @@ def check_start(settings: ModelConfig) -> None:
         theirs, ours = getattr(stored, key), getattr(settings, key)
         if theirs != ours:
             raise ConfigError(f"model.weights {settings.weights}: its {key} is {theirs!r}, the recipe's {ours!r}")
-    found, wanted = _read_header(export / "model.safetensors", CheckpointError), shapes_of(skeleton(settings))
+    plain = settings.model_copy(update={"lora": None})  # an export has no adapters
+    found, wanted = _read_header(export / "model.safetensors", CheckpointError), shapes_of(skeleton(plain))
     if differing := sorted(set(found.items()) ^ set(wanted.items())):
         raise ConfigError(
             f"model.weights {settings.weights}: `{differing[0][0]}` differs from the recipe's model; was it trained on "

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from vae_ds.config import ModelConfig
 from vae_ds.errors import CheckpointError
-from vae_ds.model import gaussian
+from vae_ds.model import gaussian, lora
 from vae_ds.model.bases import (
     EXPORT_FORMAT,
     EXPORT_VERSION,
@@ -96,7 +96,7 @@ class T5VAE(nn.Module):
     def __init__(self, t5: Any, settings: ModelConfig, generator: torch.Generator) -> None:
         """Changes the stock T5ForConditionalGeneration `t5` in place.
 
-        New weights are drawn from `generator` only, those of the bottleneck first.
+        New weights are drawn from `generator` only, those of the bottleneck first, those of adapters last.
         """
         super().__init__()
         self.settings = settings
@@ -105,6 +105,8 @@ class T5VAE(nn.Module):
         self.latent_dim = 0 if plain else settings.latent_dim
         inject(t5, settings, generator)
         guard_half(t5)
+        if settings.lora is not None:
+            lora.adapt(t5, settings.lora, generator)
         self.t5 = t5
         if settings.gradient_checkpointing:
             # Newer releases of transformers 5 warn about the older name.
@@ -152,7 +154,8 @@ class T5VAE(nn.Module):
         """Write an export: `config.json`, `model.safetensors` in float32, and the files of the tokenizer if given.
 
         `weights` replaces the weights of this module. For a partitioned module, pass whole parameters by name. Tied
-        weights are stored once. `notes` are further entries of `config.json`, plain data that loading ignores.
+        weights are stored once. Adapters are merged, so the export is a model without any; `adapters/` has them, too.
+        `notes` are further entries of `config.json`, plain data that loading ignores.
         The export is written to a temporary directory and renamed, so `path` never contains an
         incomplete export. An older export is replaced.
         Raises CheckpointError if `path` exists and is not an export or an empty directory.
@@ -170,6 +173,9 @@ class T5VAE(nn.Module):
             fresh.mkdir()
             if tokenizer is not None:
                 save_tokenizer(tokenizer, fresh)
+            if self.settings.lora is not None:
+                lora.save_adapters(fresh / lora.FOLDER, tensors, self.settings.lora, self.settings.base)
+                tensors = lora.merged(tensors, self.settings.lora)
             stored = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
             save_file(stored, fresh / "model.safetensors", metadata={"format": "pt"})
             text = json.dumps(self._description() | dict(notes or {}), indent=2, ensure_ascii=False)
@@ -281,8 +287,8 @@ class T5VAE(nn.Module):
         return {
             "format": EXPORT_FORMAT,
             "schema_version": EXPORT_VERSION,
-            # `weights` is where the training started, a path of the machine that trained.
-            "model": self.settings.model_dump(mode="json", by_alias=True, exclude={"weights"}),
+            # `weights` is where the training started, a path of the machine that trained. Adapters are merged.
+            "model": self.settings.model_dump(mode="json", by_alias=True, exclude={"weights", "lora"}),
             "t5": self.t5.config.to_dict(),
             "aliases": {name: names[id(parameter)] for name, parameter in every if names[id(parameter)] != name},
         }

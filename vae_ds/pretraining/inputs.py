@@ -11,13 +11,14 @@ import numpy as np
 
 from vae_ds import distributed, engine
 from vae_ds.config import PretrainConfig
-from vae_ds.data import corpora, micro_batch, steps_per_epoch
+from vae_ds.data import Limits, corpora, limits_of, steps_per_epoch
 from vae_ds.distributed import Ranks
 from vae_ds.pretraining import vocabulary
 from vae_ds.pretraining.paragraphs import paragraphs
 from vae_ds.pretraining.span_corruption import Pair, Plan, Texts, pairs, tokenise_texts
 
 SHOWN_TEXTS = 6
+MOST_TEXTS = 512  # of a forward pass, with `batch.micro: auto`
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Setup:
     ranks: Ranks
     precision: str
     ds_config: dict[str, Any]
-    micro: int
+    limits: Limits
     tokenizer: Any
     pieces: bytes
     train: Texts
@@ -60,7 +61,9 @@ def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Setup:
     distributed.rank0_first(lambda: corpora.check(config.data))
     precision = engine.precision_for(config.precision, ranks.device, config.deepspeed, tell=ranks.is_main)
     ds_config = engine.resolve(config.deepspeed, precision, ranks.device.type)
-    micro = micro_batch(config.batch.global_size, ranks.world, config.batch.micro, cap=512)
+    limits = limits_of(config.batch, ranks.world, config.data.max_tokens)
+    # The order of the examples also depends on their kind, so their number bounds a batch, not their tokens.
+    limits = Limits(limits.sentences or MOST_TEXTS)
     corpus = distributed.rank0_first(lambda: corpora.load(config.data))
     sentences = [str(text) for text in corpus.splits["train"]["text"]]
     blocks: list[str] = []
@@ -83,7 +86,7 @@ def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Setup:
         "tokens": int(train.lengths_N.sum()) + len(train),
         "example_prefixes": _prefixes(held_out["text"]),
     }
-    return Setup(config, run_dir, ranks, precision, ds_config, micro, tokenizer, pieces, train, valid, sources)
+    return Setup(config, run_dir, ranks, precision, ds_config, limits, tokenizer, pieces, train, valid, sources)
 
 
 def _vocabulary(texts: list[str], config: PretrainConfig, run_dir: Path) -> bytes:

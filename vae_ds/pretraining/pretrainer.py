@@ -16,8 +16,8 @@ import torch
 from vae_ds import config as configuration
 from vae_ds import distributed
 from vae_ds.config import PretrainConfig
-from vae_ds.data import epoch_batches, evaluation_batches, share
-from vae_ds.engine import PhaseEngine, PhaseState
+from vae_ds.data import Limits, epoch_batches, evaluation_batches, logit_tokens, share
+from vae_ds.engine import PhaseEngine
 from vae_ds.errors import Stopped
 from vae_ds.pretraining.basemodel import TextToText, build_t5, continue_text, export_t5
 from vae_ds.pretraining.inputs import Setup, prepare
@@ -29,6 +29,7 @@ from vae_ds.training import (
     Monitor,
     Requests,
     Saver,
+    Stored,
     Watch,
     check_free,
     checkpoint,
@@ -36,6 +37,8 @@ from vae_ds.training import (
     resumption,
     write_headers,
 )
+
+MOST_TEXTS = 128  # of a forward pass in a validation
 
 # Settings that may change when a run resumes: logging, storage, and (ENDS) the end of the run.
 FREE_ON_RESUME = ("name", "logging.", "timeouts.", "checkpoint.", "validation.", "deepspeed", "batch.micro")
@@ -109,13 +112,11 @@ class Pretrainer:
         self.monitor.close()
         self._status("done")
 
-    def _train(self, resumed: PhaseState | None) -> None:
+    def _train(self, resumed: Stored | None) -> None:
         setup = self.setup
         trained = PhaseEngine(
             TextToText(build_t5(setup.config.architecture, setup.tokenizer, setup.config.seed)),
             optimizer=setup.config.optimizer,
-            micro=setup.micro,
-            accumulation=setup.config.batch.global_size // (setup.micro * setup.ranks.world),
             ranks=setup.ranks,
             precision=setup.precision,
             ds_config=setup.ds_config,
@@ -123,6 +124,7 @@ class Pretrainer:
         try:
             if resumed is not None:
                 trained.load(resumed)
+                resumed.close()
             self.monitor.begin_phase("pretrain", setup.config.steps, self.state.step)
             trained.train()
             self.steps(trained)
@@ -177,15 +179,15 @@ class Pretrainer:
         warm = state.step < setup.config.learning_rate.warmup_steps
         lr = self.learning_rate.at(state.step if warm else int(self.progress() * setup.config.steps))
         tokens = int(plan.target_N[index_G].sum())
-        shares = share(index_G, plan.order_N, ranks.rank, ranks.world, setup.micro)
+        shares = share(index_G, plan.order_N, ranks.rank, ranks.world, setup.limits)
         sums = distributed.NamedSums(ranks.device, nats=1, positions=1, requests=len(Requests._fields))
         outcome = None
-        for index_B in shares:
+        for number, (index_B, weight_B) in enumerate(shares, start=1):
             batch = setup.batch(setup.train, index_B, plan, epoch)
             self.watch.advance()
-            nats = trained.forward(**batch._asdict()).sum()
-            # The engine averages over micro batches and ranks, but the loss is a mean over tokens.
-            trained.backward(nats * (ranks.world * len(shares) / tokens))
+            nats = (trained.forward(**batch._asdict()) * torch.from_numpy(weight_B).to(ranks.device)).sum()
+            # The engine averages over the ranks, but the loss is a mean over the tokens of all.
+            trained.backward(nats * (ranks.world / tokens), is_last=number == len(shares))
             outcome = trained.step(lr)
             sums.add(nats=nats, positions=batch.labels_BT.numel())
         self.watch.advance()
@@ -212,14 +214,14 @@ class Pretrainer:
         self.state.held_out = measure(trained.module, self.setup)
         trained.train()
         self.monitor.evaluation(self.state.step, "valid", self.state.held_out)
-        self._export(trained.module, trained.state())
+        self._export(trained)
 
     def save(self, trained: PhaseEngine, must: bool) -> None:
         """Begin a portable checkpoint. Older ones are deleted when it is complete."""
         progress = {"state": asdict(self.state), "global_step": self.state.step, "data": self._data()}
-        self.saver.begin(lambda: trained.state(share=True), progress, must)
+        self.saver.begin(trained.part, progress, must)
 
-    def _restore(self) -> PhaseState | None:
+    def _restore(self) -> Stored | None:
         found = checkpoint.resume(self.setup.run_dir, self.setup.ranks, self._data(), self.changed_data)
         if found is None:
             self.monitor.resume_from(0)
@@ -261,12 +263,15 @@ class Pretrainer:
         )
         state.window = {}
 
-    def _export(self, trained: torch.nn.Module, state: PhaseState) -> None:
-        setup = self.setup
+    def _export(self, trained: PhaseEngine) -> None:
+        setup, gathered = self.setup, {}
+        for name, _, tensor in trained.tensors(moments=False):
+            if setup.ranks.is_main:
+                gathered[name] = tensor
         if setup.ranks.is_main:
             model = build_t5(setup.config.architecture, setup.tokenizer, setup.config.seed)
-            assert isinstance(trained, TextToText)
-            weights = trained.plain(state.weights)
+            assert isinstance(trained.module, TextToText)
+            weights = trained.module.plain(gathered)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(weights[name])
@@ -309,8 +314,11 @@ def measure(model: torch.nn.Module, setup: Setup) -> dict[str, float]:
     plans = {"lm": whole, "prefix": halves, "spans": plan_epoch(lengths_N, only_spans, 0)}
     plans["denoising"] = plan_epoch(lengths_N, only_denoising, 0)
     sums = torch.zeros(len(plans), dtype=torch.float64, device=setup.ranks.device)
+    # A target has at most the tokens of its text, a sentinel and an end. The logits are the largest tensor.
+    fitting = logit_tokens("auto", setup.config.architecture.vocab_size) // (setup.config.data.max_tokens + 2)
+    limits = Limits(max(1, min(MOST_TEXTS, fitting)))
     for row, plan in enumerate(plans.values()):
-        for index_B, weight_B in evaluation_batches(plan.order_N, 128, setup.ranks.rank, setup.ranks.world):
+        for index_B, weight_B in evaluation_batches(plan.order_N, limits, setup.ranks.rank, setup.ranks.world):
             nats_B = model(**setup.batch(setup.valid, index_B, plan, 0)._asdict())
             sums[row] += (nats_B.double() * torch.from_numpy(weight_B).to(nats_B.device)).sum()
     totals = distributed.all_sum(sums).tolist()

@@ -17,7 +17,10 @@ from vae_ds.runtime import evaluations, records, run_dirs
 from vae_ds.studies import metric_tables, setting_words
 
 # Settings that change neither the optimisation nor the text.
-QUIET = ("name", "data.cache_dir", "batch.micro", "logging.", "checkpoint.", "timeouts.", "validation.", "evaluation.")
+QUIET = (
+    *("name", "data.cache_dir", "batch.micro", "batch.tokens"),
+    *("logging.", "checkpoint.", "timeouts.", "validation.", "evaluation."),
+)
 NO_LATENT = "none"
 SEED = "seed"
 DIGITS = 6  # of a fingerprint, where it is the name of a tokenizer or a text

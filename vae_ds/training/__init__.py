@@ -11,6 +11,7 @@ from vae_ds.training.phases import learning_rate
 from vae_ds.training.preparation import write_headers
 from vae_ds.training.saver import Requests, Saver
 from vae_ds.training.schedules import LearningRate
+from vae_ds.training.shards import Stored
 from vae_ds.training.trainer import train
 from vae_ds.training.watch import Watch
 
@@ -19,6 +20,7 @@ __all__ = [
     "Monitor",
     "Requests",
     "Saver",
+    "Stored",
     "Watch",
     "check_free",
     "checkpoint",

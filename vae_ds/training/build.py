@@ -1,15 +1,17 @@
 """What a phase is built from: a new float32 module with the phase's freezing, and the engine that takes it over."""
 
+from collections.abc import Mapping
+
 import torch
 
 from vae_ds.engine import PhaseEngine
-from vae_ds.model import T5VAE
+from vae_ds.model import T5VAE, plain_name
 from vae_ds.training import phases
 from vae_ds.training.aggressive import half_of
 from vae_ds.training.phases import PhasePlan
 from vae_ds.training.preparation import Setup
 
-Weights = dict[str, torch.Tensor]
+Weights = Mapping[str, torch.Tensor]
 """Float32 CPU tensors by parameter name."""
 
 
@@ -22,8 +24,9 @@ def build_model(setup: Setup, plan: PhasePlan, weights: Weights | None, is_start
     """
     model = T5VAE.from_base(setup.config.model, setup.config.seed)
     if weights is None and setup.config.model.weights is not None:
-        start = T5VAE.from_pretrained(setup.config.model.weights)
-        weights = {name: parameter.detach() for name, parameter in start.named_parameters()}
+        start = dict(T5VAE.from_pretrained(setup.config.model.weights).named_parameters())
+        # An export has no adapters: those of the new model begin as they are.
+        weights = {name: start.get(plain_name(name), own).detach() for name, own in model.named_parameters()}
     is_reset = is_start and plan.settings.reset_decoder
     if weights is not None:
         with torch.no_grad():
@@ -39,8 +42,6 @@ def build_engine(setup: Setup, plan: PhasePlan, model: T5VAE) -> PhaseEngine:
     return PhaseEngine(
         model,
         optimizer=plan.settings.optimizer,
-        micro=setup.micro,
-        accumulation=setup.accumulation,
         ranks=setup.ranks,
         precision=setup.precision,
         ds_config=setup.ds_config,

@@ -1,13 +1,11 @@
-"""Portable checkpoints: whole float32 weights and Adam moments, resumable at any world size, stage and precision.
+"""Portable checkpoints: float32 weights and Adam moments in slices, resumable at any world size, stage and precision.
 
-RUN/checkpoints/step-00000123/ holds one safetensors shard per rank (parameter i in shard i mod world, with the keys
-`weights/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`) and `manifest.json`: sizes and SHA-256 of the shards, the progress,
-and the random generators of each rank. The manifest is the marker. It is written last, and a directory without it is
-not a checkpoint.
+RUN/checkpoints/step-00000123/ holds one shard per rank, with the slices that the rank owns (shards.py), and
+`manifest.json`: where the slices belong, sizes and SHA-256 of the shards, the progress, and the random generators of
+each rank. The manifest is the marker. It is written last, and a directory without it is not a checkpoint.
 """
 
 import copy
-import hashlib
 import json
 import logging
 import os
@@ -18,16 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
 from vae_ds import distributed
 from vae_ds.distributed import Ranks
-from vae_ds.engine import MOMENTS, PhaseState
+from vae_ds.engine import Part
 from vae_ds.errors import CheckpointError
+from vae_ds.training import shards
+from vae_ds.training.shards import Layout, Stored
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, 2)
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})")
@@ -41,14 +38,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its directory, the applied steps of the run before it, and its manifest."""
+    """A complete checkpoint: its directory, the applied steps of the run before it, its manifest and its layout."""
 
     path: Path
     step: int
     manifest: dict[str, Any]
+    layout: Layout
 
     def __str__(self) -> str:
         return str(self.path)
+
+
+class NewerSchemaError(CheckpointError):
+    """A checkpoint of a newer vae_ds. No older checkpoint is used instead: the run would lose steps unnoticed."""
 
 
 def prepare(run_dir: Path, step: int, ranks: Ranks) -> tuple[Path, Path]:
@@ -65,14 +67,15 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def describe(state: PhaseState, progress: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+def describe(part: Part, progress: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """The manifest without the entries of the shards; the generators are captured now. A collective."""
     return {
         "schema_version": SCHEMA_VERSION,
         "world": ranks.world,
-        "steps": state.steps,
-        "scaler": state.scaler,
-        "names": list(state.names or state.weights),
+        "steps": part.steps,
+        "scaler": part.scaler,
+        "shapes": part.shapes,
+        "frozen": sorted(part.frozen),
         "progress": copy.deepcopy(progress),
         "generators": distributed.gather_objects(distributed.capture()),
     }
@@ -81,31 +84,51 @@ def describe(state: PhaseState, progress: dict[str, Any], ranks: Ranks) -> dict[
 def newest(run_dir: Path, *, verify: bool = True) -> Checkpoint | None:
     """The newest checkpoint whose manifest, sizes and (with `verify`) checksums are right; None if there is none.
 
-    A broken one is skipped with a warning.
+    A broken one is skipped with a warning. Raises CheckpointError if one is of a newer vae_ds.
     """
     for path in _directories(Path(run_dir)):
         try:
-            return _open(path, verify)
+            found = _open(path)
+            if verify:
+                shards.check_sums(path, found.manifest["shards"])
+            return found
         except CheckpointError as error:
-            _log.warning("%s; using the previous checkpoint", error)
+            _skip(error)
     return None
 
 
 def resume(
     run_dir: Path, ranks: Ranks, data: dict[str, Any], changed_data: bool = False
-) -> tuple[PhaseState, dict[str, Any]] | None:
+) -> tuple[Stored, dict[str, Any]] | None:
     """State and progress of the newest checkpoint, as `load` gives them; None if there is none. A collective.
 
-    Rank 0 searches, so that the shards are read only once for their checksums. Raises CheckpointError if the training
-    data differ from `data`, unless `changed_data`.
+    Each rank verifies the checksums of its share of the shards. A checkpoint that one rank finds broken is broken for
+    all. Raises CheckpointError if the training data differ from `data`, unless `changed_data`, or if the checkpoint is
+    of a newer vae_ds.
     """
-    found = newest(run_dir) if ranks.is_main else None
-    path = distributed.broadcast_object(None if found is None else str(found.path))
-    if path is None:
+    names = [path.name for path in _directories(Path(run_dir))] if ranks.is_main else []
+    for name in distributed.broadcast_object(names):
+        try:
+            found = _open_together(Path(run_dir) / FOLDER / name, ranks, verify=True)
+        except CheckpointError as error:
+            _skip(error, tell=ranks.is_main)
+            continue
+        check_data(found.path, found.manifest["progress"]["data"], data, changed_data)
+        return load(found, ranks)
+    return None
+
+
+def stored_at(run_dir: Path, step: int, ranks: Ranks) -> Stored | None:
+    """The state in the checkpoint that this run has just written at `step`, unverified. A collective.
+
+    None, with a warning, if one rank cannot find its files, for example because the nodes share no file system.
+    """
+    try:
+        return load(_open_together(Path(run_dir) / FOLDER / name_of(step), ranks, verify=False))[0]
+    except CheckpointError as error:
+        if ranks.is_main:
+            _log.warning("%s; the next phase starts from the weights in memory", error)
         return None
-    state, progress = load(found or _open(Path(path), verify=False), ranks)
-    check_data(Path(path), progress["data"], data, changed_data)
-    return state, progress
 
 
 def check_data(path: Path, before: dict[str, Any], now: dict[str, Any], changed_data: bool) -> None:
@@ -117,48 +140,32 @@ def check_data(path: Path, before: dict[str, Any], now: dict[str, Any], changed_
         )
 
 
-def load(checkpoint: Checkpoint, ranks: Ranks | None = None) -> tuple[PhaseState, dict[str, Any]]:
-    """The whole state and the progress, at any world size.
+def load(checkpoint: Checkpoint, ranks: Ranks | None = None) -> tuple[Stored, dict[str, Any]]:
+    """The state, which is read when it is used, and the progress, at any world size.
 
     With `ranks` of the same world size, the state has this rank's generators. PhaseEngine.load restores them after the
     engine is built, since building draws random numbers.
-    Raises CheckpointError if a shard cannot be read or a tensor is missing.
     """
     manifest = checkpoint.manifest
     kept = manifest["generators"] if ranks is not None and ranks.world == manifest["world"] else None
-    state = PhaseState(
-        weights={},
-        moments={key: {} for key in MOMENTS},
-        steps=int(manifest["steps"]),
-        scaler=manifest["scaler"],
-        names=tuple(manifest["names"]),
-        generators=kept[ranks.rank] if kept is not None and ranks is not None else None,
-    )
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in manifest["shards"]:
-        tensors.update(_read_shard(checkpoint.path / shard["file"]))
-    for name in state.names:
-        if f"weights/{name}" not in tensors:
-            raise CheckpointError(f"{checkpoint}: the weight `{name}` is missing")
-        state.weights[name] = tensors[f"weights/{name}"]
-        for key in MOMENTS:
-            if f"{key}/{name}" in tensors:
-                state.moments[key][name] = tensors[f"{key}/{name}"]
-    return state, manifest["progress"]
+    generators = kept[ranks.rank] if kept is not None and ranks is not None else None
+    stored = Stored(checkpoint.path, checkpoint.layout, int(manifest["steps"]), manifest["scaler"], generators)
+    return stored, manifest["progress"]
 
 
 def prune(run_dir: Path, keep: int, ranks: Ranks, best: str | None = None) -> None:
     """Delete all checkpoints but the newest `keep` complete ones and the best one. Rank 0 deletes.
 
+    Call it while no rank reads a `Stored`: a network file system may not keep a deleted file for its readers.
     `best` is a metric of BETTER; it rates the checkpoints whose progress["valid"] has it. A broken checkpoint is
     deleted only if a complete one is newer.
     """
     if not ranks.is_main:
         return
     found = [(path, _whole(path)) for path in _directories(Path(run_dir))]
-    whole = [one for _, one in found if one is not None]
-    kept = {one.path for one in whole[: max(1, keep)]}
-    scores = {one.path: one.manifest["progress"].get("valid", {}).get(best) for one in whole}
+    whole = [(path, one) for path, one in found if one is not None]
+    kept = {path for path, _ in whole[: max(1, keep)]}
+    scores = {path: one["progress"].get("valid", {}).get(best) for path, one in whole}
     rated = [path for path, score in scores.items() if score is not None]
     if best is not None and rated:
         kept.add(max(rated, key=lambda path: BETTER[best] * scores[path]))
@@ -191,18 +198,6 @@ def _clear(root: Path, writing: Path) -> None:
     writing.mkdir()
 
 
-def write_shard(folder: Path, state: PhaseState, ranks: Ranks) -> dict[str, Any]:
-    """Write this rank's share of the tensors. Returns the manifest's entry."""
-    mine = (state.names or tuple(state.weights))[ranks.rank :: ranks.world]
-    tensors = {f"weights/{name}": state.weights[name] for name in mine}
-    for key in MOMENTS:
-        tensors.update({f"{key}/{name}": state.moments[key][name] for name in mine if name in state.moments[key]})
-    path = folder / f"shard-{ranks.rank:05d}.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    _sync(path)
-    return {"file": path.name, "size": path.stat().st_size, "sha256": _sha256(path)}
-
-
 def publish(writing: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Rename the directory, then write the marker, which makes the checkpoint valid. Call it on rank 0 alone."""
     replaced = None
@@ -210,12 +205,12 @@ def publish(writing: Path, final: Path, manifest: dict[str, Any]) -> None:
         replaced = final.with_name(f"{LEAVING}{final.name}")
         os.replace(final, replaced)
     os.replace(writing, final)
-    _sync(final.parent)
+    shards.sync(final.parent)
     unfinished = final / f"{MANIFEST}.unfinished"
     unfinished.write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
-    _sync(unfinished)
+    shards.sync(unfinished)
     os.replace(unfinished, final / MANIFEST)
-    _sync(final)
+    shards.sync(final)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
 
@@ -230,8 +225,15 @@ def _directories(run_dir: Path) -> Iterator[Path]:
         yield path
 
 
-def _open(path: Path, verify: bool) -> Checkpoint:
-    """Read the manifest and check the shards against it. Raises CheckpointError that says what is wrong."""
+def _open(path: Path) -> Checkpoint:
+    """Read the manifest and check it, also against the sizes. Raises CheckpointError that says what is wrong."""
+    manifest = _read_manifest(path)
+    match = NAME.fullmatch(path.name)
+    return Checkpoint(path, int(match[1]) if match else 0, manifest, shards.read_layout(path, manifest))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose shards are there with their sizes. Raises CheckpointError."""
     marker = path / MANIFEST
     try:
         manifest = json.loads(marker.read_text(encoding="utf-8"))
@@ -239,25 +241,61 @@ def _open(path: Path, verify: bool) -> Checkpoint:
         raise CheckpointError(f"{path}: incomplete, {MANIFEST} is missing") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{marker}: unreadable: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
-        found = manifest.get("schema_version") if isinstance(manifest, dict) else None
-        raise CheckpointError(f"{marker}: schema version {found!r}; this vae_ds reads {SCHEMA_VERSION}")
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise NewerSchemaError(
+            f"{marker}: schema version {version} is of a newer vae_ds; this one reads up to {SCHEMA_VERSION}; use the "
+            "newer vae_ds, or another --run-dir"
+        )
+    if version not in READABLE:
+        raise CheckpointError(
+            f"{marker}: schema version {version!r}; this vae_ds reads {READABLE[0]} and {READABLE[1]}"
+        )
     if not isinstance(manifest.get("shards"), list):
         raise CheckpointError(f"{marker}: it lists no shards")
-    for shard in manifest["shards"]:
-        file = path / shard["file"]
-        size = file.stat().st_size if file.is_file() else None
-        if size != shard["size"]:
-            raise CheckpointError(f"{file}: {'missing' if size is None else f'{size} bytes'}, not {shard['size']}")
-        if verify and _sha256(file) != shard["sha256"]:
-            raise CheckpointError(f"{file}: its checksum differs from the manifest's")
-    match = NAME.fullmatch(path.name)
-    return Checkpoint(path, int(match[1]) if match else 0, manifest)
+    shards.check_sizes(path, manifest)
+    return dict(manifest)
 
 
-def _whole(path: Path) -> Checkpoint | None:
+def _open_together(path: Path, ranks: Ranks, verify: bool) -> Checkpoint:
+    """Open a checkpoint by the manifest that rank 0 reads. Every rank must find the files. A collective.
+
+    With `verify`, each rank verifies the checksums of its share of them. Raises the same CheckpointError on every rank.
+    """
+    found: Checkpoint | CheckpointError | None = None
+    if ranks.is_main:
+        try:
+            found = _open(path)
+        except CheckpointError as error:
+            found = error
+    found = distributed.broadcast_object(found)
+    if not isinstance(found, Checkpoint):
+        assert found is not None
+        raise found
+    fault = None
     try:
-        return _open(path, verify=False)
+        shards.check_sizes(path, found.manifest)
+        if verify:
+            shards.check_sums(path, found.manifest["shards"][ranks.rank :: ranks.world])
+    except CheckpointError as error:
+        fault = error
+    for told in distributed.gather_objects(fault):
+        if told is not None:
+            raise told
+    return found
+
+
+def _skip(error: CheckpointError, tell: bool = True) -> None:
+    """Go on with the checkpoint before a broken one."""
+    if isinstance(error, NewerSchemaError):
+        raise error
+    if tell:
+        _log.warning("%s; using the previous checkpoint", error)
+
+
+def _whole(path: Path) -> dict[str, Any] | None:
+    try:
+        return _read_manifest(path)
     except CheckpointError:
         return None
 
@@ -270,25 +308,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(leaving)
     except OSError as error:
         _log.warning("%s: cannot be deleted: %s", path, error)
-
-
-def _read_shard(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as shard:
-            return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: unreadable: {error}") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to the disk before anything refers to it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

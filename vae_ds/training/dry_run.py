@@ -9,8 +9,9 @@ from vae_ds import config as configuration
 from vae_ds import distributed
 from vae_ds.config import RunConfig
 from vae_ds.data import TokenSet
-from vae_ds.model import skeleton
+from vae_ds.model import is_adapter, skeleton
 from vae_ds.training import checkpoint, phases, resumption
+from vae_ds.training.memory import describe_limits
 from vae_ds.training.preparation import Setup, prepare
 
 PERCENTILES = (50, 95, 99)
@@ -43,9 +44,11 @@ def dry_run(
     setup = prepare(config, directory, ranks)
     sizes = {name: parameter.numel() for name, parameter in skeleton(setup.config.model).named_parameters()}
     of_run = [_start(setup, is_done, changed_data), *_data(setup)]
-    facts = [*of_run, _model(sizes), *_phases(setup, last, sizes), _ranks(setup)]
+    facts = [*of_run, _model(sizes), *_adapters(sizes), *_phases(setup, last, sizes), _ranks(setup)]
     if memory is not None:
-        facts += memory(setup.config, setup.precision, ranks.world, setup.micro)
+        share = -(-setup.config.batch.global_size // ranks.world)
+        micro = setup.limits.count(setup.config.data.max_tokens, share)
+        facts += memory(setup.config, setup.precision, ranks.world, micro)
     return "\n".join([configuration.dump(config).rstrip(), *(f"# {fact}" for fact in facts)])
 
 
@@ -92,6 +95,16 @@ def _model(sizes: dict[str, int]) -> str:
     return f"model: {sum(counts.values()):,} parameters: {parts}"
 
 
+def _adapters(sizes: dict[str, int]) -> list[str]:
+    of_stacks: dict[str, list[int]] = {}
+    for name, size in sizes.items():
+        if is_adapter(name):
+            of_stacks.setdefault(phases.group_of(name), []).append(size)
+    # An adapter is two matrices.
+    parts = [f"{stack} {sum(found):,} in {len(found) // 2} layers" for stack, found in of_stacks.items()]
+    return [f"adapters: {', '.join(parts)}; the other weights of these stacks and the embeddings stay"] if parts else []
+
+
 def _phases(setup: Setup, last: int, sizes: dict[str, int]) -> list[str]:
     told = []
     for plan in setup.plans:
@@ -105,6 +118,6 @@ def _phases(setup: Setup, last: int, sizes: dict[str, int]) -> list[str]:
 
 def _ranks(setup: Setup) -> str:
     return (
-        f"ranks: {setup.ranks.world}, {setup.precision}, {setup.config.batch.global_size} sentences per step, "
-        f"micro batch {setup.micro}, accumulation {setup.accumulation}"
+        f"ranks: {setup.ranks.world}, {setup.precision}, {setup.config.batch.global_size} sentences per step, at most "
+        f"{describe_limits(setup)} per rank and forward pass"
     )

@@ -7,6 +7,8 @@ choice, are the same on each; rank 0 alone uses the disk.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from vae_ds import distributed
 from vae_ds.engine import PhaseEngine
 from vae_ds.errors import CheckpointError
@@ -29,7 +31,8 @@ class Exporter:
     With `export: best`, model/ appears with the first validation that can be chosen, and each better one replaces it;
     with `export: last`, or if none can be chosen, at the end of the run. An export costs:
 
-    - a gather of each weight, one at a time, without the moments, by all ranks;
+    - a gather of each weight, one at a time, without the moments, by all ranks; the last weights are read from their
+      checkpoint instead;
     - 8 bytes of host memory per parameter on rank 0, 24 GB for 3 billion: the weights, and a model to describe them;
     - writing 4 bytes per parameter, while the other ranks wait.
 
@@ -66,20 +69,26 @@ class Exporter:
         if state.choice.step is not None:
             self._tell(state.choice)
 
-    def last(self, engine: PhaseEngine, state: TrainState) -> Weights:
-        """The weights at the end of the last phase for `finish`, on rank 0; none if model/ is chosen. A collective."""
-        return {} if _is_chosen(state) else self._gather(engine)
+    def gather(self, engine: PhaseEngine, state: TrainState, is_last: bool) -> Weights:
+        """The weights at the end of a phase whose checkpoint could not be written. A collective.
+
+        Whole on every rank, for the next phase. After the last phase, for `finish`, on rank 0 alone; none if model/ is
+        chosen.
+        """
+        if is_last:
+            return {} if _is_chosen(state) else self._gather(engine)
+        return {name: tensor for name, _, tensor in engine.tensors(moments=False)}
 
     def finish(self, weights: Weights, state: TrainState) -> None:
-        """Export the last weights, which rank 0 has, unless a validation is chosen. A collective."""
+        """Export the last weights, which rank 0 can read, unless a validation is chosen. A collective."""
         if not _is_chosen(state):
             self._write(weights, state.choice, must=True)
         self._tell(state.choice)
 
     def _gather(self, engine: PhaseEngine) -> Weights:
         """All weights, whole, on rank 0; nothing on the others, which take part."""
-        gathered: Weights = {}
-        for _, name, _, tensor in engine.tensors(moments=False):
+        gathered: dict[str, torch.Tensor] = {}
+        for name, _, tensor in engine.tensors(moments=False):
             if self._setup.ranks.is_main:
                 gathered[name] = tensor
         return gathered
@@ -90,8 +99,12 @@ class Exporter:
         target = setup.run_dir / "model"
 
         def write() -> None:
+            try:
+                read = dict(weights)
+            except CheckpointError as error:
+                raise OSError(str(error)) from None  # told to the other ranks, which wait
             model = T5VAE.from_base(setup.config.model, setup.config.seed)
-            model.save_pretrained(target, setup.tokenizer, weights, {ORIGIN: self._facts(chosen)})
+            model.save_pretrained(target, setup.tokenizer, read, {ORIGIN: self._facts(chosen)})
 
         return write_on_main(target, write, setup.ranks, must)
 

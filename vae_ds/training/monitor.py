@@ -78,10 +78,15 @@ class Monitor:
         if self._events:
             self._events.end_run()
 
-    def begin_phase(self, name: str, total_steps: int, done: int = 0) -> None:
-        """Start the progress of a phase of `total_steps` applied steps, of which `done` are already done."""
+    def begin_phase(self, name: str, total_steps: int, done: int = 0, facts: str = "") -> None:
+        """Start the progress of a phase of `total_steps` applied steps, of which `done` are already done.
+
+        `facts` is printed once, before the first step.
+        """
         if self._progress:
             self._progress.begin(name, total_steps, done)
+            if facts:
+                self._progress.say(f"{name}: {facts}")
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Record one logging step.

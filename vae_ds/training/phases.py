@@ -13,6 +13,7 @@ from torch import nn
 
 from vae_ds.config import ConstantBeta, CyclicalBeta, LearningRateConfig, LinearBeta, OptimizerConfig, PhaseConfig
 from vae_ds.errors import ConfigError
+from vae_ds.model import held_names, is_adapter
 from vae_ds.training import schedules
 
 GROUPS = ("encoder", "decoder", "embeddings", "memory", "bottleneck")
@@ -119,10 +120,11 @@ def is_new(name: str) -> bool:
 def frozen_names(names: Iterable[str], patterns: Sequence[str], where: str = "freeze") -> set[str]:
     """The parameters that `patterns` freeze: groups, or shell patterns of parameter names.
 
+    In a model with adapters, the weights that these leave as they are (`held_names`) are always among them.
     Raises ConfigError for a pattern that matches nothing, or if nothing is left to train.
     """
     every = list(names)
-    frozen: set[str] = set()
+    frozen = held_names(every)
     for pattern in patterns:
         matched = {
             name
@@ -145,21 +147,43 @@ def freeze(model: nn.Module, patterns: Sequence[str], where: str = "freeze") -> 
     return frozen
 
 
+def sizes(model: nn.Module) -> str:
+    """The number of parameters that train, beside that of all, as words. Before an engine divides them."""
+    every = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in every if parameter.requires_grad)
+    return f"trains {trained:,} of {sum(parameter.numel() for parameter in every):,} parameters"
+
+
 def train_mode(model: nn.Module) -> None:
     """Set training mode, but eval mode for frozen modules, so that they run without dropout (docs/method.md).
 
     A module without parameters, such as Dropout, follows the nearest module above it that has parameters. The memory
-    projection does not count: a frozen decoder with a trainable memory inside runs without dropout.
+    projection does not count: a frozen decoder with a trainable memory inside runs without dropout. A block that its
+    adapters train is not frozen: all of its dropout is active.
     """
-    model.train()
-    _set_mode(model, "", True)
+    every = model.named_parameters(remove_duplicate=False)
+    trained = {name for name, parameter in every if parameter.requires_grad}
+    _set_mode(model, "", True, trained | _adapted(model, trained))
 
 
-def _set_mode(module: nn.Module, prefix: str, inherited: bool) -> None:
-    own = [(f".{prefix}{name}", parameter) for name, parameter in module.named_parameters()]
+def _set_mode(module: nn.Module, prefix: str, inherited: bool, trained: set[str]) -> None:
+    own = [f"{prefix}{name}" for name, _ in module.named_parameters()]
     # A T5 stack lists the shared embeddings among its parameters, but its dropout must not follow them.
-    told = [weight.requires_grad for name, weight in own if ".memory." not in name and ".embed_tokens." not in name]
-    active = any(told) if told else any(weight.requires_grad for _, weight in own) if own else inherited
+    told = [name in trained for name in own if ".memory." not in f".{name}" and ".embed_tokens." not in name]
+    active = any(told) if told else any(name in trained for name in own) if own else inherited
     module.training = active
     for name, child in module.named_children():
-        _set_mode(child, f"{prefix}{name}.", active)
+        _set_mode(child, f"{prefix}{name}.", active, trained)
+
+
+def _adapted(model: nn.Module, trained: set[str]) -> set[str]:
+    """The held weights of the blocks, and of the stacks outside of them, with an adapter among `trained`."""
+    blocks = {_block_of(name) for name in trained if is_adapter(name)}
+    blocks |= {f"t5.{group_of(name)}" for name in trained if is_adapter(name)}
+    return {name for name in held_names(name for name, _ in model.named_parameters()) if _block_of(name) in blocks}
+
+
+def _block_of(name: str) -> str:
+    """`t5.encoder.block.3` for a parameter of this block, `t5.encoder` for one outside of the blocks."""
+    parts = name.split(".")
+    return ".".join(parts[:4] if "block" in parts else parts[:2])

@@ -9,11 +9,30 @@ import numpy as np
 from vae_ds import config as configuration
 from vae_ds import distributed, engine
 from vae_ds.config import RunConfig, Settings
-from vae_ds.data import Source, Streamed, TokenSet, Whole, cache_dir, corpora, micro_batch, steps_per_epoch, tokenise
+from vae_ds.data import (
+    Limits,
+    Source,
+    Streamed,
+    TokenSet,
+    Whole,
+    cache_dir,
+    corpora,
+    limits_of,
+    steps_per_epoch,
+    tokenise,
+)
 from vae_ds.distributed import Ranks
 from vae_ds.errors import ConfigError
 from vae_ds.evaluation import agreed_fingerprint, yardstick_values
-from vae_ds.model import check_base, check_base_weights, check_latent_dim, check_start, load_tokenizer, skeleton
+from vae_ds.model import (
+    check_base,
+    check_base_weights,
+    check_latent_dim,
+    check_start,
+    is_adapter,
+    load_tokenizer,
+    skeleton,
+)
 from vae_ds.runtime import records, run_dirs
 from vae_ds.training import phases
 from vae_ds.training.phases import PhasePlan
@@ -28,17 +47,13 @@ class Setup:
     ranks: Ranks
     precision: str
     ds_config: dict[str, Any]
-    micro: int
+    limits: Limits  # of a forward pass, as the recipe states them (memory.py: by the GPU's memory)
     tokenizer: Any
     train: Source
     train_tokens: TokenSet | None  # None: the text is read as a stream
     valid: TokenSet
     yardstick_N: np.ndarray | None  # nats of each validation sentence under `validation.yardstick`
     plans: list[PhasePlan]
-
-    @property
-    def accumulation(self) -> int:
-        return self.config.batch.global_size // (self.micro * self.ranks.world)
 
 
 def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
@@ -49,7 +64,7 @@ def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
     precision = engine.precision_for(config.precision, ranks.device, config.deepspeed, tell=ranks.is_main)
     clips = {"gradient_clipping": [phase.optimizer.clip for phase in config.phases]}
     ds_config = engine.resolve(config.deepspeed, precision, ranks.device, stated=clips)
-    micro = micro_batch(config.batch.global_size, ranks.world, config.batch.micro)
+    limits = limits_of(config.batch, ranks.world, config.data.max_tokens)
     tokenizer = load_tokenizer(config.model.base)
     corpus = distributed.rank0_first(lambda: corpora.load(config.data))
     cache = cache_dir(config.data.cache_dir)
@@ -67,9 +82,8 @@ def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
     valid_set = tokens_of("valid")
     yardstick_N = _yardstick(config, valid_set, tokenizer)
     valid_set = valid_set.first(config.validation.sentences)
-    return Setup(
-        config, run_dir, ranks, precision, ds_config, micro, tokenizer, source, train_set, valid_set, yardstick_N, plans
-    )
+    parts = (limits, tokenizer, source, train_set, valid_set, yardstick_N, plans)
+    return Setup(config, run_dir, ranks, precision, ds_config, *parts)
 
 
 def _yardstick(config: RunConfig, valid: TokenSet, tokenizer: Any) -> np.ndarray | None:
@@ -98,8 +112,14 @@ def check_model(config: RunConfig) -> None:
     check_base_weights(model.base)
     check_start(model)
     names = [name for name, _ in skeleton(model).named_parameters()]
+    adapters = {name for name in names if is_adapter(name)}
+    idle = adapters.copy()
     for index, phase in enumerate(config.phases):
-        phases.frozen_names(names, phase.freeze, f"phases.{index}.freeze")
+        idle &= phases.frozen_names(names, phase.freeze, f"phases.{index}.freeze")
+    if adapters and idle == adapters:
+        raise ConfigError(
+            "model.lora: every phase freezes all adapters, so they would stay 0; change `freeze` or `model.lora.where`"
+        )
 
 
 def write_headers(run_dir: Path, config: Settings, ranks: Ranks) -> None:

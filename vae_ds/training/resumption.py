@@ -17,7 +17,7 @@ SHOWN_CHANGES = 3
 # What the training of a VAE may change on resumption: how it is watched and stored, not what it computes.
 FREE = (
     *("name", "logging.", "timeouts.", "checkpoint.", "validation.", "evaluation."),
-    *("deepspeed", "batch.micro", "data.cache_dir", "data.bad_lines", "data.blank_lines"),
+    *("deepspeed", "batch.micro", "batch.tokens", "data.cache_dir", "data.bad_lines", "data.blank_lines"),
 )
 
 

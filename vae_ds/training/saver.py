@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from vae_ds import distributed
 from vae_ds.config import CheckpointConfig
 from vae_ds.distributed import Ranks
-from vae_ds.engine import PhaseState
+from vae_ds.engine import Part
 from vae_ds.errors import CheckpointError, StorageError
-from vae_ds.training import checkpoint
+from vae_ds.training import checkpoint, shards
 from vae_ds.training.monitor import Monitor
+from vae_ds.training.shards import Stored
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class Requests(NamedTuple):
 
 
 class Saver:
-    """Writes a run's checkpoints, one at a time. A rank holds at most one copy of its share of the state.
+    """Writes a run's checkpoints, one at a time. A rank holds at most one copy of its part of the state.
 
     A checkpoint that cannot be written (a full disk) is a warning, and the training continues. With `must`, at a stop
     and at the end of a run, it is an error.
@@ -60,11 +61,11 @@ class Saver:
         """What the sums of all ranks' `requests` mean; the same on every rank."""
         return Requests(sums[0] > 0, sums[1] > 0, sums[2] == self._ranks.world)
 
-    def begin(self, gather: Callable[[], PhaseState], progress: dict[str, Any], must: bool = False) -> None:
+    def begin(self, part: Callable[[], Part], progress: dict[str, Any], must: bool = False) -> None:
         """Start the checkpoint of progress["global_step"], after the previous one is finished. A collective.
 
-        `gather` returns the state in host memory, whole or this rank's share; it may be a collective. `progress` is
-        plain JSON data; rank 0's is stored. With `must`, raises StorageError on every rank if one rank fails.
+        `part` copies this rank's part of the state to host memory. `progress` is plain JSON data; rank 0's is stored.
+        With `must`, raises StorageError on every rank if one rank fails.
         """
         self.finish()
         self._began_s = time.monotonic()
@@ -73,9 +74,9 @@ class Saver:
         except CheckpointError as error:
             self._failed(error, must)
             return
-        state = gather()
-        self._manifest = checkpoint.describe(state, progress, self._ranks)
-        self._writer = _Writer(writing, state, self._ranks)
+        copied = part()
+        self._manifest = checkpoint.describe(copied, progress, self._ranks)
+        self._writer = _Writer(writing, copied, self._ranks)
         self._writer.start()
         self._stall_s = time.monotonic() - self._began_s
 
@@ -90,8 +91,8 @@ class Saver:
         writer, self._writer = self._writer, None
         began_s = time.monotonic()
         try:
-            shards = checkpoint.together(writer.result, "write")
-            manifest = self._manifest | {"shards": shards}
+            entries = checkpoint.together(writer.result, "write")
+            manifest = self._manifest | {"shards": entries}
             checkpoint.together(lambda: self._publish(writer.folder, manifest), "publish")
         except CheckpointError as error:
             self._failed(error, must)
@@ -101,10 +102,16 @@ class Saver:
         if self._monitor is not None:
             self._monitor.checkpoint(
                 int(manifest["progress"]["global_step"]),
-                size_bytes=sum(shard["size"] for shard in shards),
+                size_bytes=sum(shard["size"] for shard in entries),
                 stall_s=self._stall_s + time.monotonic() - began_s,
                 write_s=writer.duration_s,
             )
+
+    def stored(self, step: int) -> Stored | None:
+        """The state in the checkpoint of `step`, if it is the newest one and could be written. A collective."""
+        if self.newest != checkpoint.name_of(step):
+            return None
+        return checkpoint.stored_at(self._run_dir, step, self._ranks)
 
     def _publish(self, writing: Path, manifest: dict[str, Any]) -> None:
         if self._ranks.is_main:
@@ -133,11 +140,11 @@ def write_on_main(target: Path, write: Callable[[], object], ranks: Ranks, must:
 class _Writer(threading.Thread):
     """The thread that writes one rank's shard."""
 
-    def __init__(self, folder: Path, state: PhaseState, ranks: Ranks) -> None:
+    def __init__(self, folder: Path, part: Part, ranks: Ranks) -> None:
         super().__init__(name="checkpoint writer", daemon=True)
         self.folder = folder
         self.duration_s = 0.0
-        self._work: Callable[[], dict[str, Any]] | None = lambda: checkpoint.write_shard(folder, state, ranks)
+        self._work: Callable[[], dict[str, Any]] | None = lambda: shards.write(folder, part, ranks)
         self._entry: dict[str, Any] = {}
         self._fault: Exception | None = None
 
@@ -148,7 +155,7 @@ class _Writer(threading.Thread):
             self._entry = self._work()
         except Exception as error:  # `result` raises it on the main thread, which reports it to the other ranks
             self._fault = error
-        # Frees the copy of the state.
+        # Frees the copy of the part.
         self._work = None
         self.duration_s = time.monotonic() - began_s
 

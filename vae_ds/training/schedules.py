@@ -91,8 +91,8 @@ class Cyclical:
 class Target:
     """Beta is controlled so that the raw KL reaches `kl` nats: it rises while the KL is higher, else it falls.
 
-    Integral control on the relative error, which is clipped to [-1, 1]. Beta stays in [0, `max`]. It has no final beta:
-    the KL has a final value instead, the target.
+    Integral control on the relative error, which is at least -1, since a KL is not negative, and is clipped to at most
+    1. Beta stays in [0, `max`]. It has no final beta: the KL has a final value instead, the target.
     """
 
     kl: float
@@ -113,7 +113,7 @@ class Target:
 
     def carry(self, beta: float, kl_nats: float) -> float:
         """Beta of the next step, from this step's beta and raw KL (nats a sentence, global batch mean)."""
-        error = min(1.0, max(-1.0, kl_nats / self.kl - 1.0))
+        error = min(1.0, kl_nats / self.kl - 1.0)
         return min(self.max, max(0.0, beta + self.rate * error))
 
 

@@ -31,6 +31,13 @@ class TrainState:
         self.beta, self.held_kl, self.aggressive, self.window = None, None, None, {}
         self.choice = None
 
+    def count_skipped(self, limit: int) -> None:
+        """Count a skipped step. Raises RuntimeError for the one that makes `limit` in a row."""
+        self.skipped += 1
+        self.skipped_in_row += 1
+        if self.skipped_in_row >= limit:
+            raise RuntimeError(f"{limit} steps in a row had non-finite gradients and were skipped; try a lower lr")
+
     def __post_init__(self) -> None:
         if isinstance(self.aggressive, dict):  # read from a checkpoint's JSON
             self.aggressive = Aggressive(**self.aggressive)

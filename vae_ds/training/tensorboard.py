@@ -53,7 +53,7 @@ ERROR = "_se"
 NOT_HPARAMS = re.compile(
     r"(schema_version|name|deepspeed|export|max_skipped_steps"
     r"|(logging|checkpoint|timeouts|validation|evaluation)\..*"
-    r"|data\.(?!(corpus|path|limit|max_tokens)$).*|batch\.(micro|bucket_batches)|phases\.\d+\.name)$"
+    r"|data\.(?!(corpus|path|limit|max_tokens)$).*|batch\.(micro|tokens|bucket_batches)|phases\.\d+\.name)$"
 )
 """The settings that are no hyperparameters: how a run is named, stored, watched and measured, and details of data."""
 

@@ -16,19 +16,20 @@ import torch
 
 from vae_ds import config as configuration
 from vae_ds import distributed, latents
-from vae_ds.config import RunConfig
+from vae_ds.config import FreeBits, RunConfig
 from vae_ds.data import Batch, Feed, collate, share
-from vae_ds.engine import PhaseEngine, PhaseState, StepOutcome
+from vae_ds.engine import PhaseEngine, StepOutcome
 from vae_ds.errors import Stopped
 from vae_ds.evaluation import evaluate
 from vae_ds.model import T5VAE, gaussian
 from vae_ds.runtime import StopFlag, heeded
 from vae_ds.training import checkpoint, phases, resumption, window
 from vae_ds.training.aggressive import Aggressive
-from vae_ds.training.build import Weights, build_engine, build_model
+from vae_ds.training.build import build_engine, build_model
 from vae_ds.training.export import Exporter
+from vae_ds.training.handover import Start, hand_over
 from vae_ds.training.holding import check_free, hold
-from vae_ds.training.memory import STEP_ADVICE, explain_out_of_memory
+from vae_ds.training.memory import STEP_ADVICE, explain_out_of_memory, limits_for
 from vae_ds.training.monitor import Monitor
 from vae_ds.training.phases import PhasePlan
 from vae_ds.training.preparation import Setup, prepare, write_headers
@@ -82,8 +83,10 @@ def train(
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What the schedules say for one optimizer step."""
+    """What the phase and its schedules say for one optimizer step, and the sentences of its global batch."""
 
+    sentences: int
+    free_bits: FreeBits
     beta: float
     lr: float
     half: str | None  # the half of the model that the step updates, None for all of it (aggressive.py)
@@ -96,6 +99,7 @@ class Trainer:
     def __init__(self, setup: Setup, changed_data: bool, stop: StopFlag) -> None:
         self.setup, self.changed_data = setup, changed_data
         self.state = TrainState()
+        self.limits = setup.limits
         self.stop = stop
         logging = setup.config.logging
         self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress)
@@ -108,7 +112,7 @@ class Trainer:
 
     def run(self, last_phase: int) -> None:
         """Train from the newest checkpoint to the end of a phase; after the last phase of all, export the model."""
-        resumed = self.restore()
+        start = self.restore()
         if self.state.phase > last_phase:
             self.monitor.close()
             return
@@ -117,52 +121,53 @@ class Trainer:
         self.monitor.begin_run(self.setup.config.model_dump(mode="json", by_alias=True))
         self._write_status("running")
         with self.watch:
-            weights = self._run_phases(resumed, last_phase)
-            self.saver.finish(must=True)
+            end = self._run_phases(start, last_phase)
             if self._is_last(last_phase):
-                self.exporter.finish(weights, self.state)
+                self.exporter.finish(end.weights or {}, self.state)
                 self.monitor.end_run()
+            end.close()
         self.monitor.close()
         if self._is_last(last_phase):
             self._write_status("done")
         else:
             self._write_status("stopped", f"after phase {self.setup.plans[last_phase].name}, as requested", code=0)
 
-    def _run_phases(self, resumed: PhaseState | None, last_phase: int) -> Weights:
-        weights = None if resumed is None else resumed.weights
+    def _run_phases(self, start: Start, last_phase: int) -> Start:
         for plan in self.setup.plans[self.state.phase : last_phase + 1]:
             if plan.index != self.state.phase:
-                # The checkpoint of the last phase's end must exist before this phase can fail.
-                self.saver.finish()
                 self.state.begin_phase(plan.index)
-            weights = self.run_phase(plan, weights, resumed)
-            resumed = None
-        assert weights is not None, "a run has at least one phase"
-        return weights
+            start = self.run_phase(plan, start, must=plan.index == last_phase)
+        return start
 
-    def run_phase(self, plan: PhasePlan, weights: Weights | None, resumed: PhaseState | None) -> Weights:
-        """Train one phase on an engine of its own. Returns the float32 weights that the next phase starts from.
+    def run_phase(self, plan: PhasePlan, start: Start, must: bool) -> Start:
+        """Train one phase on an engine of its own. Returns what the next phase starts from, in float32.
 
-        After the last phase they are those to export, if model/ is not chosen already: on rank 0 alone.
+        After the last phase this is what to export, if model/ is not chosen already: if gathered, on rank 0 alone.
+        With `must`, the checkpoint at the end has to be written. Closes `start`, unless the phase is complete already.
         """
-        if self.state.step >= plan.steps and weights is not None:
-            return weights
-        is_start = resumed is None and not any(self.state.place)
-        engine = build_engine(self.setup, plan, build_model(self.setup, plan, weights, is_start))
+        if self.state.step >= plan.steps and start.weights is not None:
+            return Start(start.stored, gathered=start.gathered)
+        is_start = not start.resumes and not any(self.state.place)
+        model = build_model(self.setup, plan, start.weights, is_start)
+        facts = phases.sizes(model)  # the engine may divide the parameters
+        engine = build_engine(self.setup, plan, model)
+        self.limits = limits_for(self.setup, engine)
         if plan.settings.aggressive and self.state.aggressive is None:
             self.state.aggressive = Aggressive()
         self.state.choice = self.state.choice or self.exporter.begin(plan)
         # After the engine: building one draws random numbers, too.
         distributed.seed_everything(self.setup.config.seed, self.setup.ranks.rank, plan.index)
-        if resumed is not None:
-            engine.load(resumed)
-        self.monitor.begin_phase(plan.name, plan.steps, self.state.step)
+        if start.stored is not None and start.resumes:
+            engine.load(start.stored)
+        start.close()
+        self.monitor.begin_phase(plan.name, plan.steps, self.state.step, facts)
         self.status.begin_phase(self.state)
         phases.train_mode(engine.module)
         try:
             self.steps(plan, engine)
-            is_last = self._is_last(plan.index)
-            return self.exporter.last(engine, self.state) if is_last else engine.state().weights
+            gather = partial(self.exporter.gather, engine, self.state, self._is_last(plan.index))
+            # The checkpoint of a phase's end must exist before the next phase can fail.
+            return hand_over(self.saver, plan.first_step + plan.steps, gather, must)
         finally:
             engine.close()
 
@@ -199,37 +204,42 @@ class Trainer:
         """One optimizer step on a global batch. Returns what the ranks request after it."""
         index_G = feed.take()
         self.state.bad_lines = feed.bad_lines
-        now = self._step_settings(plan)
+        now = self._step_settings(plan, len(index_G))
         sums = self._new_sums(engine)
         outcome = None
-        for index_B in self._share(index_G, feed):
-            batch = self._collate(plan, engine, feed, index_B)
+        ranks = self.setup.ranks
+        pieces = share(index_G, feed.tokens.lengths_N, ranks.rank, ranks.world, self.limits)
+        for number, piece in enumerate(pieces, start=1):
+            batch = self._collate(plan, engine, feed, piece)
             self.watch.advance()
-            with explain_out_of_memory(f"a step of phase {plan.name}", STEP_ADVICE.format(self.setup.micro)):
-                outcome = self.forward_backward_update(plan, engine, batch, now, sums)
+            with explain_out_of_memory(f"a step of phase {plan.name}", STEP_ADVICE.format(self.limits)):
+                outcome = self.forward_backward_update(engine, batch, now, sums, number == len(pieces))
         self.watch.advance()
         totals, requests = self.reduce(sums)
         if outcome is None or not outcome.applied:
-            self._count_skipped()
+            self.state.count_skipped(self.setup.config.max_skipped_steps)
         else:
             self._count_applied(plan, totals, now, len(index_G), outcome.grad_norm)
         return requests
 
     def forward_backward_update(
-        self, plan: PhasePlan, engine: PhaseEngine, batch: Batch, now: StepSettings, sums: distributed.NamedSums
+        self, engine: PhaseEngine, batch: Batch, now: StepSettings, sums: distributed.NamedSums, is_last: bool
     ) -> StepOutcome | None:
         """One micro batch: its loss rec + beta * KL, the gradient, and, after the last of a step, the update.
 
         Adds this rank's terms to `sums`. Returns the outcome of the update, None inside an accumulation.
         """
-        free_bits = plan.settings.free_bits
+        free_bits, weight_B = now.free_bits, batch.weight_B
         terms = engine.forward(**batch.arguments())
-        penalty_B = gaussian.thresholded_kl(terms.kl_BL, free_bits.mode, free_bits.nats, now.held_L)
-        loss_B = terms.rec_B + now.beta * penalty_B
-        engine.backward(loss_B.mean())
+        penalty_B = weight_B * gaussian.thresholded_kl(terms.kl_BL, free_bits.mode, free_bits.nats, now.held_L)
+        rec_B = weight_B * terms.rec_B
+        loss_B = rec_B + now.beta * penalty_B
+        # The engine averages over the ranks. Micro batches may differ in size, but each sentence counts the same.
+        engine.backward(loss_B.sum() * (self.setup.ranks.world / now.sentences), is_last)
         outcome = engine.step(now.lr, now.half)
-        sums.add(loss=loss_B.detach().sum(), rec=terms.rec_B.detach().sum(), penalty=penalty_B.detach().sum())
-        sums.add(kl_L=terms.kl_BL.detach().sum(0), tokens=batch.tokens, positions=batch.positions)
+        sums.add(loss=loss_B.detach().sum(), rec=rec_B.detach().sum(), penalty=penalty_B.detach().sum())
+        kl_L = (weight_B[:, None] * terms.kl_BL.detach()).sum(0)
+        sums.add(kl_L=kl_L, tokens=batch.tokens, positions=batch.positions)
         return outcome
 
     def reduce(self, sums: distributed.NamedSums) -> tuple[dict[str, torch.Tensor], Requests]:
@@ -242,7 +252,7 @@ class Trainer:
         """Measure the first sentences of the valid split; the best becomes model/ (export.py). Returns the metrics."""
         setup, state = self.setup, self.state
         model = _model_of(engine)
-        with explain_out_of_memory("a validation", f"lower evaluation.batch (now {setup.config.evaluation.batch})"):
+        with explain_out_of_memory("a validation", f"lower evaluation.tokens (now {setup.config.evaluation.tokens})"):
             metrics = evaluate(
                 model,
                 setup.valid,
@@ -274,23 +284,23 @@ class Trainer:
             "data": self.setup.train.facts,
             "valid": {key: valid[key] for key in checkpoint.BETTER if key in valid},
         }
-        self.saver.begin(lambda: engine.state(share=True), progress, must)
+        self.saver.begin(engine.part, progress, must)
 
-    def restore(self) -> PhaseState | None:
-        """Continue from the newest checkpoint. Returns its weights and moments, None if there is no checkpoint."""
+    def restore(self) -> Start:
+        """Continue from the newest checkpoint, if there is one."""
         setup = self.setup
         found = checkpoint.resume(setup.run_dir, setup.ranks, setup.train.facts, self.changed_data)
         if found is None:
             self.monitor.resume_from(0)
-            return None
-        saved, progress = found
+            return Start()
+        stored, progress = found
         self.state = TrainState.read(progress["state"])
         plan = setup.plans[self.state.phase]
         resumption.check_length(plan, self.state.step)
         self.state.choice = self.exporter.resume(plan, self.state.choice)
         self.monitor.resume_from(progress["global_step"])
         self.saver.newest = checkpoint.name_of(progress["global_step"])
-        return saved
+        return Start(stored, resumes=True)
 
     def log(self, plan: PhasePlan, epoch: float, duration_s: float) -> None:
         """Report the means over the steps since the last row."""
@@ -306,9 +316,11 @@ class Trainer:
 
     # Parts of a step
 
-    def _step_settings(self, plan: PhasePlan) -> StepSettings:
+    def _step_settings(self, plan: PhasePlan, sentences: int) -> StepSettings:
         state = self.state
         return StepSettings(
+            sentences=sentences,
+            free_bits=plan.settings.free_bits,
             beta=plan.beta.at(state.step, state.beta),
             lr=plan.learning_rate.at(state.step),
             half=state.aggressive.half() if state.aggressive else None,
@@ -320,14 +332,10 @@ class Trainer:
         sizes = {"loss": 1, "rec": 1, "penalty": 1, "kl_L": units, "tokens": 1, "positions": 1}
         return distributed.NamedSums(self.setup.ranks.device, **sizes, requests=len(Requests._fields))
 
-    def _share(self, index_G: Any, feed: Feed) -> list[Any]:
-        ranks = self.setup.ranks
-        return share(index_G, feed.tokens.lengths_N, ranks.rank, ranks.world, self.setup.micro)
-
-    def _collate(self, plan: PhasePlan, engine: PhaseEngine, feed: Feed, index_B: Any) -> Batch:
+    def _collate(self, plan: PhasePlan, engine: PhaseEngine, feed: Feed, piece: Any) -> Batch:
         return collate(
             feed.tokens,
-            index_B,
+            *piece,
             pad_id=self.setup.tokenizer.pad_token_id,
             latent_dim=_model_of(engine).latent_dim,
             seed=self.setup.config.seed,
@@ -335,13 +343,6 @@ class Trainer:
             denoise=plan.settings.denoise,
             sample=plan.settings.sample_posterior,
         ).to(self.setup.ranks.device)
-
-    def _count_skipped(self) -> None:
-        state, limit = self.state, self.setup.config.max_skipped_steps
-        state.skipped += 1
-        state.skipped_in_row += 1
-        if state.skipped_in_row >= limit:
-            raise RuntimeError(f"{limit} steps in a row had non-finite gradients and were skipped; try a lower lr")
 
     def _count_applied(
         self, plan: PhasePlan, totals: dict[str, torch.Tensor], now: StepSettings, sentences: int, grad_norm: float
