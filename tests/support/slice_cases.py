@@ -56,7 +56,7 @@ def balance(ranks: Ranks, stage: int, precision: str, frozen: str | None) -> Non
     assert max(sizes) / (whole / ranks.world) < LARGEST_OVER_MEAN, sizes
     # A view of a larger tensor would keep all of it until the shard is written.
     held = {
-        id(value.untyped_storage()): value.untyped_storage().nbytes()
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
         for one in part.slices.values()
         for value in one.values.values()
     }

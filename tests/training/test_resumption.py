@@ -26,7 +26,8 @@ def run(folder: Path, phase: int | None, state: str = "stopped") -> Path:
     if phase is not None:
         place = folder / "checkpoints" / "step-00000010"
         place.mkdir(parents=True)
-        manifest = {"schema_version": 1, "shards": [], "progress": {"state": {"phase": phase}}}
+        manifest = {"schema_version": 2, "shapes": {}, "frozen": [], "shards": []}
+        manifest |= {"progress": {"state": {"phase": phase}}}
         (place / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
 
