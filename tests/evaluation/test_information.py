@@ -111,6 +111,7 @@ def test_a_sentence_that_is_a_training_sentence_is_counted_once():
     )
     torch.testing.assert_close(gains[:25], torch.full((25,), math.log(25), dtype=torch.float64), atol=1e-6, rtol=0)
     torch.testing.assert_close(gains[25:], torch.full((25,), math.log(26), dtype=torch.float64), atol=1e-6, rtol=0)
+    assert gains[25:].max() <= math.log(26), "the limit, without the rounding above it"
 
 
 def test_a_part_of_the_sentences_estimates_the_whole_within_its_error():
@@ -122,6 +123,7 @@ def test_a_part_of_the_sentences_estimates_the_whole_within_its_error():
     assert index_S[0] < 100 < 2900 < index_S[-1], "drawn from the whole split, which may be sorted"
     part = with_errors(mi=information.within_split(split, index_S, ALONE, nothing).numpy())
     assert abs(part["mi"] - whole) < 4 * part["mi_se"] < 0.5
+    assert information.chosen(1000, 4, seed=7).tolist() == [131, 173, 315, 383], "mi compares over versions"
     assert np.array_equal(information.chosen(10, None, 0), np.arange(10))
     assert np.array_equal(information.chosen(10, 10, 0), np.arange(10))
 

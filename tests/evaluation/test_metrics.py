@@ -404,6 +404,15 @@ def test_during_training_there_is_no_importance_sampling(base, tokens):
     assert {key: full[key] for key in KEYS - left_out} == {key: quick[key] for key in KEYS - left_out}
 
 
+def test_the_values_of_the_sentences_are_those_of_the_means(base, tokens):
+    found, values = evaluate(build(base), tokens, ALONE, SETTINGS, seed=SEED, pad_id=0)
+    assert {name: len(part) for name, part in values.items()} == {"rec": 17, "kl": 17, "rec_swapped": 17, "iw_nll": 5}
+    assert all(part.dtype == np.float64 for part in values.values())
+    for name in ("rec", "kl", "iw_nll"):
+        assert values[name].mean() == found[name]
+    assert (values["rec_swapped"] - values["rec"]).mean() == found["z_gain"]
+
+
 def test_a_validation_has_the_bound_alone_beside_its_yardstick(base, tokens):
     found = measure(build(base), tokens, full=False, yardstick_N=yardstick_of(tokens))
     assert (found["above_yardstick"], found["above_yardstick_se"]) == (None, None)
@@ -622,7 +631,10 @@ def test_a_collapsed_posterior(base, tokens):
 
 def test_a_plain_language_model_has_an_exact_likelihood_and_nulls(base, tokens):
     model = T5VAE.from_base(ModelConfig(base=base, injection="none"))
+    passes = []
+    model.t5.decoder.register_forward_hook(lambda *_: passes.append(1))
     found = measure(model, tokens, yardstick_N=yardstick_of(tokens), train=Training(tokens))
+    assert len(passes) == 5, "17 sentences in batches of 4; samples of nothing would find the same, K times as slowly"
     null = {"kl", "paper_nelbo", "mi", "z_gain", "mi_train", *BESIDE}
     null |= {f"{key}_se" for key in null}
     null |= {"kl_per_dim", "mi_ceiling", "mi_sentences", "mi_train_sentences", "au", "iw_samples", "cost"}
@@ -645,6 +657,7 @@ def test_one_sentence_has_no_mate_and_none_at_all_is_an_error(base, tokens):
     assert (found["z_gain"], found["au"], found["mi_ceiling"], found["verdict"]) == (None, 0, 0.0, None)
     assert (found["rec_se"], found["ppl_se"], found["z_gain_se"], found["mi_se"]) == (None, None, None, None)
     assert found["mi"] == pytest.approx(0.0, abs=1e-12)
+    assert measure(build(base), tokens.first(2), full=False)["z_gain"] is not None
     with pytest.raises(DataError, match="no sentences"):
         measure(build(base), tokens.first(0))
 
