@@ -11,7 +11,7 @@ from vae_ds.engine.phase_engine import (
     resolve,
 )
 from vae_ds.engine.precision import precision_for
-from vae_ds.engine.slices import MOMENTS, WEIGHTS, Part, PhaseState, Slice, Source
+from vae_ds.engine.slices import MOMENTS, WEIGHTS, Part, PhaseState, Slice, Source, whole
 
 __all__ = [
     "MOMENTS",
@@ -26,4 +26,5 @@ __all__ = [
     "precision_for",
     "resolve",
     "stated_precision",
+    "whole",
 ]

@@ -5,6 +5,7 @@ Shapes: B sentences, T tokens, L latent units.
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ class _Memory(TorchDispatchMode):
         self._outside: set[int] = set()
         self._alive: dict[int, tuple[int, int]] = {}
         self._now = 0
+        self._by_width: Counter[int] = Counter()
         self.peak = 0
         self._at_peak: dict[int, int] = {}
 
@@ -137,15 +139,16 @@ class _Memory(TorchDispatchMode):
         key = storage._cdata
         if key in self._outside or key in self._alive:
             return
-        size = storage.nbytes()
-        self._alive[key] = (size, tensor.shape[-1] if tensor.dim() else 0)
+        size, width = storage.nbytes(), tensor.shape[-1] if tensor.dim() else 0
+        self._alive[key] = (size, width)
         self._now += size
+        self._by_width[width] += size
         weakref.finalize(storage, self._forget, key)
         if self._now > self.peak:
             self.peak = self._now
-            self._at_peak = {}
-            for bytes_, width in self._alive.values():
-                self._at_peak[width] = self._at_peak.get(width, 0) + bytes_
+            self._at_peak = dict(self._by_width)
 
     def _forget(self, key: int) -> None:
-        self._now -= self._alive.pop(key)[0]
+        size, width = self._alive.pop(key)
+        self._now -= size
+        self._by_width[width] -= size

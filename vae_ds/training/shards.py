@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vae_ds.distributed import Ranks
-from vae_ds.engine import MOMENTS, WEIGHTS, Part
+from vae_ds.engine import MOMENTS, WEIGHTS, Part, whole
 from vae_ds.errors import CheckpointError
 
 
@@ -145,9 +145,7 @@ class Stored:
         shape, pieces = self._layout.shapes[name], self._layout.pieces[name]
         if len(pieces) == 1:
             return self._mapped(pieces[0], name, kind).view(shape)
-        value = torch.empty(torch.Size(shape).numel(), dtype=torch.float32)
-        self.copy_to(value, name, kind, 0)
-        return value.view(shape)
+        return whole(self, name, kind)
 
     def close(self) -> None:
         """Release the files. Tensors that were handed out stay valid."""
