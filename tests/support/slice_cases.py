@@ -25,7 +25,7 @@ def engine_of(ranks: Ranks, stage: int, precision: str, frozen: str | None) -> P
     model = T5VAE.from_base(ModelConfig())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen is None or not name.startswith(frozen))
-    return engine(model, ranks, stage, precision, accumulation=1)
+    return engine(model, ranks, stage, precision)
 
 
 def bytes_of(part: Part) -> int:
