@@ -127,16 +127,15 @@ def resume(ranks: Ranks, folder: Path, stage: int, precision: str) -> None:
     assert progress["state"] == {"beta": 0.25, "held_kl": [0.5, 1.5], "name": "é"}
     same_world = found.manifest["world"] == ranks.world
     assert (state.generators is not None) == same_world
-    accumulation = 4 if ranks.world == 1 else 2
     wrong = network(stage, {name: value + OTHER for name, value in state.weights.items()})
-    resumed = engine(wrong, ranks, stage, precision, accumulation=accumulation)
+    resumed = engine(wrong, ranks, stage, precision)
     torch.rand(7)
     resumed.load(state)
     state.close()
     if same_world:
         assert torch.equal(torch.rand(3), truth["drawn_RX"][ranks.rank]), "the generators differ from the saved ones"
     assert_same(whole_of(state), resumed.state())
-    loss, outcome = train_step(resumed, ranks, STEPS, accumulation)
+    loss, outcome = train_step(resumed, ranks, STEPS)
     assert outcome.applied
     after, expected = resumed.state(), PhaseState(**truth["state"])
     resumed.close()
