@@ -15,7 +15,7 @@ from vae_ds.config import RunConfig
 from vae_ds.data import corpora, from_texts, sample_train, steps_per_epoch
 from vae_ds.engine import stated_precision
 from vae_ds.errors import ConfigError
-from vae_ds.model import Footprint, footprint, load_tokenizer, operations, skeleton
+from vae_ds.model import footprint, load_tokenizer, operations, skeleton
 from vae_ds.training import phases
 
 SAMPLED = 5000
@@ -91,7 +91,10 @@ def plan(config: RunConfig, gpus: int = 1, gpu_gb: float = 80.0, tflops: float |
     precision = _precision(config)
     sentences, mean_tokens = _text(config)
     per_epoch = None if sentences is None else steps_per_epoch(sentences, config.batch.global_size)
-    every = tuple(_needs(config, phase, precision, mean_tokens) for phase in phases.plan(config.phases, per_epoch))
+    sizes = _sizes(config)
+    every = tuple(
+        _needs(config, sizes, phase, precision, mean_tokens) for phase in phases.plan(config.phases, per_epoch)
+    )
     of_rank = -(-config.batch.global_size // gpus)
     options = tuple(_option(name, precision, every, gpus, gpu_gb, of_rank) for name in budget.ORDER)
     fitting = [option for option in options if option.micro]
@@ -132,11 +135,12 @@ def needs(config: RunConfig, precision: str, ranks: int, micro: int) -> list[Mem
     name = _short(config.deepspeed)
     if not budget.is_known(name):
         return []
-    found = []
+    sizes, found = _sizes(config), []
     for phase in config.phases:
-        trained, frozen = _sizes(config, phase.freeze)
+        names = phases.frozen_names(sizes, phase.freeze)
+        trained, frozen = _divided(sizes, names)
         states = budget.states(name, precision, trained, frozen, ranks)
-        spent = _footprint(config, phase.freeze, micro, config.data.max_tokens, precision).peak_bytes
+        spent = footprint(config.model, micro, config.data.max_tokens, precision, names).peak_bytes
         found.append(Memory(phase.name, trained + frozen, states.device, states.host, spent))
     return found
 
@@ -241,11 +245,13 @@ def _text(config: RunConfig) -> tuple[int | None, float]:
     return (None if config.data.streaming else sample.sentences), float(np.mean(tokens.lengths_N))
 
 
-def _needs(config: RunConfig, phase: phases.PhasePlan, precision: str, mean_tokens: float) -> PhaseNeeds:
-    freeze, longest = phase.settings.freeze, config.data.max_tokens
-    one, two = (_footprint(config, freeze, count, longest, precision) for count in (1, 2))
-    flops = operations(config.model, 1, max(1, round(mean_tokens)), _frozen(config, freeze))
-    trained, frozen = _sizes(config, freeze)
+def _needs(
+    config: RunConfig, sizes: dict[str, int], phase: phases.PhasePlan, precision: str, mean_tokens: float
+) -> PhaseNeeds:
+    names, longest = phases.frozen_names(sizes, phase.settings.freeze), config.data.max_tokens
+    one, two = (footprint(config.model, count, longest, precision, names) for count in (1, 2))
+    flops = operations(config.model, 1, max(1, round(mean_tokens)), names)
+    trained, frozen = _divided(sizes, names)
     return PhaseNeeds(
         name=phase.name,
         steps=phase.steps,
@@ -258,19 +264,14 @@ def _needs(config: RunConfig, phase: phases.PhasePlan, precision: str, mean_toke
     )
 
 
-def _footprint(config: RunConfig, freeze: Sequence[str], sentences: int, tokens: int, precision: str) -> Footprint:
-    return footprint(config.model, sentences, tokens, precision, _frozen(config, freeze))
+def _sizes(config: RunConfig) -> dict[str, int]:
+    return {name: parameter.numel() for name, parameter in skeleton(config.model).named_parameters()}
 
 
-def _frozen(config: RunConfig, freeze: Sequence[str]) -> set[str]:
-    return phases.frozen_names([name for name, _ in skeleton(config.model).named_parameters()], freeze)
-
-
-def _sizes(config: RunConfig, freeze: Sequence[str]) -> tuple[int, int]:
-    """Trained and frozen parameters."""
-    sizes = {name: parameter.numel() for name, parameter in skeleton(config.model).named_parameters()}
-    frozen = sum(sizes[name] for name in phases.frozen_names(sizes, freeze))
-    return sum(sizes.values()) - frozen, frozen
+def _divided(sizes: dict[str, int], frozen: set[str]) -> tuple[int, int]:
+    """The numbers of trained and of frozen parameters."""
+    count = sum(sizes[name] for name in frozen)
+    return sum(sizes.values()) - count, count
 
 
 def _option(name: str, precision: str, every: Sequence[PhaseNeeds], gpus: int, gpu_gb: float, of_rank: int) -> Option:

@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import threading
-import time
 from pathlib import Path
 from types import FrameType
 
@@ -79,7 +78,6 @@ def main(run_dir: str, to: str, settings: list[str]) -> None:
     sampler.is_over.set()
     sampler.join()
     Path(f"{to}-{ranks.rank}.json").write_text(json.dumps({"own": own, "parts": sampler.parts}), encoding="utf-8")
-    time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -201,6 +201,15 @@ class PhaseEngine:
             for kind in KINDS if moments else (WEIGHTS,):
                 yield name, kind, self._masters.read(name, kind)
 
+    def weights(self, on_main: bool = False) -> dict[str, torch.Tensor]:
+        """All weights, whole, float32 on the CPU, on every rank; with `on_main` on rank 0 alone, {} on the others."""
+        is_wanted = self._ranks.is_main or not on_main
+        gathered = {}
+        for name, _, tensor in self.tensors(moments=False):
+            if is_wanted:
+                gathered[name] = tensor
+        return gathered
+
     def state(self) -> PhaseState:
         """The exact state of the phase, whole on every rank, at any stage and precision."""
         state = PhaseState({}, {key: {} for key in MOMENTS}, self._masters.steps, self._scaler())

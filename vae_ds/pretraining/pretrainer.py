@@ -264,10 +264,7 @@ class Pretrainer:
         state.window = {}
 
     def _export(self, trained: PhaseEngine) -> None:
-        setup, gathered = self.setup, {}
-        for name, _, tensor in trained.tensors(moments=False):
-            if setup.ranks.is_main:
-                gathered[name] = tensor
+        setup, gathered = self.setup, trained.weights(on_main=True)
         if setup.ranks.is_main:
             model = build_t5(setup.config.architecture, setup.tokenizer, setup.config.seed)
             assert isinstance(trained.module, TextToText)

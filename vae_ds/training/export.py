@@ -7,8 +7,6 @@ choice, are the same on each; rank 0 alone uses the disk.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from vae_ds import distributed
 from vae_ds.engine import PhaseEngine
 from vae_ds.errors import CheckpointError
@@ -63,7 +61,7 @@ class Exporter:
             return
         before = state.choice.step, state.choice.nelbo
         is_best = state.choice.takes(plan, state.step, metrics)
-        if is_best and not self._write(self._gather(engine), state.choice, must=False):
+        if is_best and not self._write(engine.weights(on_main=True), state.choice, must=False):
             # What could not be written is not chosen: the next one that is better than model/ is tried.
             state.choice.step, state.choice.nelbo = before
         if state.choice.step is not None:
@@ -76,22 +74,14 @@ class Exporter:
         chosen.
         """
         if is_last:
-            return {} if _is_chosen(state) else self._gather(engine)
-        return {name: tensor for name, _, tensor in engine.tensors(moments=False)}
+            return {} if _is_chosen(state) else engine.weights(on_main=True)
+        return engine.weights()
 
     def finish(self, weights: Weights, state: TrainState) -> None:
         """Export the last weights, which rank 0 can read, unless a validation is chosen. A collective."""
         if not _is_chosen(state):
             self._write(weights, state.choice, must=True)
         self._tell(state.choice)
-
-    def _gather(self, engine: PhaseEngine) -> Weights:
-        """All weights, whole, on rank 0; nothing on the others, which take part."""
-        gathered: dict[str, torch.Tensor] = {}
-        for name, _, tensor in engine.tensors(moments=False):
-            if self._setup.ranks.is_main:
-                gathered[name] = tensor
-        return gathered
 
     def _write(self, weights: Weights, chosen: Choice | None, must: bool) -> bool:
         """Write model/ on rank 0. Returns on every rank whether it was written (`write_on_main`). A collective."""
