@@ -41,6 +41,18 @@ def change(run: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 
+def left_lock(run: Path) -> str:
+    """The lock that a killed process has left in a run, as text."""
+    other = hold(run)
+    other.kill()
+    other.wait()
+    return (run / run_lock.NAME).read_text(encoding="utf-8")
+
+
+def refuse_links(*_: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"BEAT_S": 0.1, "LOST_AFTER_S": 1.0, "POLL_S": 0.05}.items():
@@ -143,52 +155,85 @@ def test_a_requeued_job_takes_over_at_once(
 
 
 def test_of_many_one_takes_the_lock_of_a_process_that_is_gone(tmp_path: Path) -> None:
-    other = hold(tmp_path)
-    other.kill()
-    other.wait()
-    taken: list[run_lock.RunLock] = []
-    refused: list[InUseError] = []
-    gate = threading.Barrier(8)
+    left = left_lock(tmp_path)
+    for _ in range(50):
+        (tmp_path / run_lock.NAME).write_text(left, encoding="utf-8")
+        taken: list[run_lock.RunLock] = []
+        refused: list[InUseError] = []
+        gate = threading.Barrier(8)
 
-    def try_it() -> None:
-        lock = run_lock.RunLock(tmp_path, never)
-        gate.wait()
-        try:
-            lock.acquire()
-            taken.append(lock)
-        except InUseError as error:
-            refused.append(error)
+        def try_it() -> None:
+            lock = run_lock.RunLock(tmp_path, never)
+            gate.wait()  # noqa: B023
+            try:
+                lock.acquire()
+                taken.append(lock)  # noqa: B023
+            except InUseError as error:
+                refused.append(error)  # noqa: B023
 
-    threads = [threading.Thread(target=try_it) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(taken), len(refused)) == (1, 7)
+        threads = [threading.Thread(target=try_it) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (len(taken), len(refused)) == (1, 7)
+        assert run_lock.token_of(tmp_path) == taken[0].token
+        taken[0].release()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_one_that_is_late_leaves_the_next_holder_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    """Between its look at the old lock and its own claim, another start has taken over."""
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse_links)
+    left_lock(tmp_path)
+    first, late = (run_lock.RunLock(tmp_path, never) for _ in range(2))
+    looked = run_lock._is_gone
+
+    def look(path: Path, holder: run_lock.Holder) -> bool:
+        monkeypatch.setattr(run_lock, "_is_gone", looked)
+        is_gone = looked(path, holder)
+        first.acquire()
+        return is_gone
+
+    monkeypatch.setattr(run_lock, "_is_gone", look)
+    with pytest.raises(InUseError):
+        late.acquire()
+    assert run_lock.token_of(tmp_path) == first.token
     assert os.listdir(tmp_path) == [run_lock.NAME]
-    taken[0].release()
+    first.release()
 
 
-def test_one_that_is_late_to_clear_a_lock_leaves_the_next_holder_in_place(tmp_path: Path) -> None:
-    """Between its look at the old lock and its removal, another start has taken over."""
-    other = hold(tmp_path)
-    other.kill()
-    other.wait()
-    gone = run_lock._holder(tmp_path / run_lock.NAME)
-    assert gone is not None
+def test_one_that_ended_while_it_took_over_blocks_nobody(tmp_path: Path) -> None:
+    lock = tmp_path / run_lock.NAME
+    successor = left_lock(tmp_path)
+    change(tmp_path, token="the first")
+    lock.with_name(f".{run_lock.NAME}-after-the first").write_text(successor, encoding="utf-8")
+    assert len(run_lock._succession(lock)) == 2
     here = run_lock.RunLock(tmp_path, never)
     here.acquire()
-    run_lock._remove(tmp_path / run_lock.NAME, gone)
     assert run_lock.token_of(tmp_path) == here.token
     assert os.listdir(tmp_path) == [run_lock.NAME]
     here.release()
 
 
-def test_a_file_system_without_links_has_locks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
+def test_the_lock_of_a_process_that_is_gone_is_cleared(tmp_path: Path) -> None:
+    run_lock.clear(tmp_path)
+    left_lock(tmp_path)
+    run_lock.clear(tmp_path)
+    assert os.listdir(tmp_path) == []
+    lock = run_lock.RunLock(tmp_path, never)
+    lock.acquire()
+    with pytest.raises(InUseError):
+        run_lock.clear(tmp_path)
+    lock.release()
 
-    monkeypatch.setattr(os, "link", refuse)
+
+def test_a_file_system_without_links_has_locks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", refuse_links)
     lock = run_lock.RunLock(tmp_path, never)
     lock.acquire()
     with pytest.raises(InUseError):

@@ -8,6 +8,11 @@ The lock of a process that is gone never blocks for long:
 - On the same machine, a look at the process decides at once.
 - For another machine, the file is watched. If it is not touched for LOST_AFTER_S, its holder is lost.
 - A SLURM job that was requeued takes over at once: SLURM ends a job before it starts it again.
+
+A lock is never removed to be taken over: between the removal of an old lock and the making of a new one, a slow process
+could remove the new one. Instead, the file `.run.lock-after-TOKEN` names the successor of the holder with this token.
+`link` makes it too, so that each holder has one successor, and the last successor holds the directory. It then renames
+its own file to `run.lock`, and removes the names that are no longer needed.
 """
 
 import errno
@@ -68,8 +73,8 @@ class RunLock:
         own = self.path.with_name(f".{NAME}-{self.token}")
         own.write_text(json.dumps(asdict(_this_process(self.token))), encoding="utf-8")
         try:
-            while not _linked(own, self.path):
-                clear(self.path.parent)
+            while not _linked(own, self.path) and not self._succeeds(own):
+                pass
         finally:
             own.unlink(missing_ok=True)
         _OURS[self.token] = self
@@ -83,9 +88,34 @@ class RunLock:
             if token_of(self.path.parent) == self.token:
                 self.path.unlink()
 
+    def _succeeds(self, own: Path) -> bool:
+        """Take over from a holder that is gone, False if the lock has changed meanwhile. Raises as `acquire`."""
+        holders = _succession(self.path)
+        if not holders:
+            return False
+        last_path, last = holders[-1]
+        if not _is_gone(last_path, last):
+            raise InUseError(
+                f"{self.path.parent}: another start trains this run: {last}; wait for its end, stop it, or choose "
+                "another --run-dir"
+            )
+        claim = _after(self.path, last)
+        if not last_path.exists() or not _linked(own, claim):
+            return False
+        try:
+            # Another successor may have taken over, and removed the names before, since this process looked.
+            if [holder.token for _, holder in _succession(self.path)][-1:] != [self.token]:
+                return False
+            own.replace(self.path)
+            for path, _ in holders[1:]:
+                path.unlink(missing_ok=True)
+        finally:
+            claim.unlink(missing_ok=True)
+        return True
+
     def _beat(self) -> None:
         while not self._released.wait(BEAT_S):
-            # A disk that does not answer for a while is no loss. A lock that is absent is being moved.
+            # A disk that does not answer for a while is no loss. Nor is a lock that someone has deleted.
             with suppress(OSError):
                 holder = _holder(self.path)
                 if holder is not None and holder.token != self.token and not self._released.is_set():
@@ -97,16 +127,12 @@ class RunLock:
 def clear(run_dir: str | Path) -> None:
     """Remove the lock of a process that is gone; on another machine this takes up to LOST_AFTER_S to find out.
 
-    Raises InUseError if the process still runs.
+    Raises InUseError if the process still runs, OSError of the disk.
     """
-    path = Path(run_dir) / NAME
-    while (holder := _holder(path)) is not None:
-        if not _is_gone(path, holder):
-            raise InUseError(
-                f"{run_dir}: another start trains this run: {holder}; wait for its end, stop it, or choose another "
-                "--run-dir"
-            )
-        _remove(path, holder)
+    if (Path(run_dir) / NAME).exists():
+        lock = RunLock(run_dir, lambda _: None)
+        lock.acquire()
+        lock.release()
 
 
 def token_of(run_dir: str | Path) -> str | None:
@@ -174,12 +200,32 @@ def _linked(own: Path, lock: Path) -> bool:
 def _holder(path: Path) -> Holder | None:
     """What a lock says, None if there is none. Raises OSError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            number = os.fstat(file.fileno()).st_ino
+            content = json.load(file)
         return Holder(**{field.name: content[field.name] for field in fields(Holder)})
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
-        return Holder("", "an unknown host", "", 0, "", "an unknown time", "", 0)
+        return Holder(f"unknown-{number}", "an unknown host", "", 0, "", "an unknown time", "", 0)
+
+
+def _after(lock: Path, holder: Holder) -> Path:
+    """The name of the file that names the successor of a holder."""
+    return lock.with_name(f".{NAME}-after-{holder.token}")
+
+
+def _succession(lock: Path) -> list[tuple[Path, Holder]]:
+    """The holder that a lock names, and its successors in turn, each with its file; empty if there is no lock.
+
+    There are successors only while one takes over, or if it has ended while it did so. Raises OSError.
+    """
+    found: list[tuple[Path, Holder]] = []
+    path = lock
+    while (holder := _holder(path)) is not None:
+        found.append((path, holder))
+        path = _after(lock, holder)
+    return found
 
 
 def _is_gone(path: Path, holder: Holder) -> bool:
@@ -211,10 +257,8 @@ def _is_silent(path: Path, holder: Holder) -> bool:
     while time.monotonic() < deadline_s:
         time.sleep(POLL_S)
         now = _touched_s(path)
-        if now is None:
-            return True
         if now != before:
-            return False
+            return now is None
     return True
 
 
@@ -225,17 +269,3 @@ def _touched_s(path: Path) -> float | None:
             return os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return None
-
-
-def _remove(path: Path, gone: Holder) -> None:
-    """Remove the lock of a process that is gone, but not the lock of one that has taken over in the meantime."""
-    aside = path.with_name(f".{NAME}-{uuid.uuid4().hex}")
-    try:
-        path.rename(aside)
-    except FileNotFoundError:
-        return
-    found = _holder(aside)
-    if found is not None and found.token != gone.token:
-        with suppress(OSError):
-            _linked(aside, path)
-    aside.unlink(missing_ok=True)
