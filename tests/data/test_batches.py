@@ -389,7 +389,6 @@ def test_a_batch_without_noise(rows) -> None:
     assert batch.eps_BL.dtype == batch.weight_B.dtype == torch.float32
     assert batch.weight_B.tolist() == [1, 1, 1]
     assert batch.tokens == (batch.labels_BT != -100).sum()
-    assert batch.positions == 3 * longest
     assert set(batch.arguments()) == {"input_ids_BT", "attention_mask_BT", "labels_BT", "eps_BL"}
     model_inputs = (batch.input_ids_BT, batch.attention_mask_BT, batch.labels_BT)
     assert {ids_BT.dtype for ids_BT in model_inputs} == {torch.int64}
@@ -410,7 +409,6 @@ def test_a_cut_sentence_is_read_to_an_end_and_not_taught_one(rows, byt5: ByT5Tok
         assert kept == targets
         assert batch.labels_BT.shape == (3, max(map(len, targets)))  # 63 if all are cut
         assert batch.tokens == sum(map(len, targets))
-        assert batch.positions == batch.labels_BT.numel()
         for row in range(3):
             read = batch.input_ids_BT[row][batch.attention_mask_BT[row].bool()].tolist()
             assert read[-1] == byt5.eos_token_id

@@ -78,8 +78,9 @@ def rows(run: Path) -> list[dict[str, float]]:
 
 
 def curve(run: Path) -> list[dict[str, float]]:
-    """The logged rows without the speed, for comparisons between runs."""
-    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows(run)]
+    """The logged rows without what is measured by the clock or the machine, for comparisons between runs."""
+    measured = ("tokens_per_s", "positions_per_s", "tflops", "mfu", "peak_memory_gb", "share_")
+    return [{key: value for key, value in row.items() if not key.startswith(measured)} for row in rows(run)]
 
 
 def state_of(run: Path) -> str:

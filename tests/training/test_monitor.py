@@ -129,8 +129,9 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.Ca
     lines = err.splitlines()
     assert lines[0] == "full: 250/1000 steps"
     assert lines[1] == "full: trains 2 of 3 parameters"
-    assert lines[2] == "full: 300/1000 steps (30%)  rec -200  kl 2.5  beta 0.1  12,346 tokens/s"
+    assert lines[2] == "full: 300/1000 steps (30%)  rec -200  kl 2.5  beta 0.1  12,346 tokens/s  MFU 43%  0:00:00 left"
     assert lines[-4].startswith("full: 1000/1000 steps (100%)")
+    assert not lines[-4].endswith("left")
     assert lines[-3] == "valid at step 1000: nelbo 93  rec 90  kl 3"
     assert lines[-2] == "valid at step 1000: rec 90  uses z"
     assert lines[-1] == f"valid at step 1000: rec 90  uses z, {beside['cost']}"
@@ -172,7 +173,7 @@ monitor.close()
         os.close(ours)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     assert "\x1b[" in shown.decode()
-    assert re.search(r"warmup .*4/4 .*rec 96  kl 2\.5  beta 0\.1  12,346 tokens/s", text)
+    assert re.search(r"warmup .*4/4 .*rec 96  kl 2\.5  beta 0\.1  12,346 tokens/s  MFU 43%", text)
     assert re.search(r"full .*4/4", text)
     assert "valid at step 4: nelbo 93" in text
 

@@ -201,7 +201,7 @@ def test_the_objective_comes_first_and_checkpoints_last(board: Board) -> None:
     groups = list(dict.fromkeys(tag.split("/")[0] for tag in tags))
     assert groups == list(events.GROUPS)
     assert groups[-1] == "8_checkpoint"
-    train = "rec kl kl_weighted beta nelbo loss lr grad_norm tokens_per_s padding skipped_steps epoch"
+    train = "rec kl kl_weighted beta nelbo loss lr grad_norm tokens_per_s padding skipped_steps epoch mfu share_data"
     keys = {"train": train.split(), "valid": list(METRICS)}
     for split, names in keys.items():
         found = {tag.split("/")[1] for tag in tags if tag.endswith(f"/{split}")}
@@ -209,6 +209,7 @@ def test_the_objective_comes_first_and_checkpoints_last(board: Board) -> None:
     assert board.scalars("2_terms/kl/train")[55] == pytest.approx(2.5)
     assert board.scalars("2_terms/kl_weighted/train")[55] == pytest.approx(0.25)
     assert board.scalars("4_optimizer/grad_norm/train")[45] == "Infinity"
+    assert board.scalars("5_speed/share_data/train")[45] == pytest.approx(0.1)
 
 
 def test_an_evaluation_after_training_is_added_once(board: Board) -> None:

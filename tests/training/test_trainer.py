@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from support.checkpoint_cases import weights_at
 from support.launch import job, run_jobs
 from support.models import groups_by_module
-from support.processes import curve
+from support.processes import curve, rows
 from support.tiny import ENGLISH, make_base, write_splits
 from vae_ds import config as configuration
 from vae_ds.config.settings import RunConfig
@@ -267,5 +267,10 @@ def test_the_loss_falls_and_is_logged(runs: Path) -> None:
     wanted = {"phase", "step", "epoch", "rec", "kl", "kl_weighted", "beta", "loss", "lr", "grad_norm", "padding"}
     assert wanted | {"skipped_steps"} <= found[0].keys()
     assert [row["phase"] for row in found] == ["warmup"] * STEPS + ["full"] * STEPS
+    for row in rows(runs / "whole"):
+        assert row["positions_per_s"] * (1 - row["padding"]) == pytest.approx(row["tokens_per_s"])
+        assert 0 < row["mfu"] < 1
+        assert 0.5 < sum(value for key, value in row.items() if key.startswith("share_")) <= 1
+        assert row["share_backward"] > row["share_data"] > 0
     assert found[0]["beta"] == 0.0
     assert found[-1]["beta"] == 1.0

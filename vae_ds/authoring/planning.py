@@ -15,7 +15,7 @@ from vae_ds.config import RunConfig
 from vae_ds.data import corpora, from_texts, sample_train, steps_per_epoch
 from vae_ds.engine import stated_precision
 from vae_ds.errors import ConfigError
-from vae_ds.model import footprint, load_tokenizer, operations, skeleton
+from vae_ds.model import count_operations, extents, footprint, load_tokenizer, skeleton
 from vae_ds.training import phases
 
 SAMPLED = 5000
@@ -250,7 +250,8 @@ def _needs(
 ) -> PhaseNeeds:
     names, longest = phases.frozen_names(sizes, phase.settings.freeze), config.data.max_tokens
     one, two = (footprint(config.model, count, longest, precision, names) for count in (1, 2))
-    flops = operations(config.model, 1, max(1, round(mean_tokens)), names)
+    mean = (1, max(1, round(mean_tokens)))
+    flops = count_operations(skeleton(config.model), names, recomputed=True).of(extents(mean, mean))
     trained, frozen = _divided(sizes, names)
     return PhaseNeeds(
         name=phase.name,
@@ -260,7 +261,7 @@ def _needs(
         first_bytes=one.peak_bytes,
         each_bytes=two.peak_bytes - one.peak_bytes,
         logits_bytes=two.logits_bytes - one.logits_bytes,
-        flops=float(flops) * config.batch.global_size * phase.steps,
+        flops=flops * config.batch.global_size * phase.steps,
     )
 
 

@@ -72,7 +72,7 @@ def epoch_batches(lengths_N: Ints, global_batch: int, bucket_batches: int, seed:
 class Batch:
     """One micro batch.
 
-    `tokens`: number of target tokens of sentences of weight 1. `positions`: target positions with padding, B * T.
+    `tokens`: number of target tokens of sentences of weight 1.
     """
 
     index_B: torch.Tensor
@@ -82,7 +82,6 @@ class Batch:
     eps_BL: torch.Tensor
     weight_B: torch.Tensor
     tokens: int
-    positions: int
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -150,7 +149,6 @@ def collate(
         eps_BL=torch.from_numpy(eps_BL),
         weight_B=torch.from_numpy(weights_B),
         tokens=int(target_lengths_B[weights_B > 0].sum()),
-        positions=labels_BT.size,
     )
 
 

@@ -5,20 +5,25 @@ Depends on `config` and `errors`.
 
 from vae_ds.model import gaussian
 from vae_ds.model.bases import check_base, load_tokenizer, model_dir, read_export
-from vae_ds.model.cost import Footprint, footprint, operations
+from vae_ds.model.cost import Footprint, footprint
 from vae_ds.model.injection import guard_half
 from vae_ds.model.lora import held_names, is_adapter, plain_name
+from vae_ds.model.operations import EXTENTS, Operations, count_operations, extents
 from vae_ds.model.shapes import base_shapes, check_base_weights, check_latent_dim, check_start, skeleton
 from vae_ds.model.t5vae import T5VAE
 
 __all__ = [
+    "EXTENTS",
     "T5VAE",
     "Footprint",
+    "Operations",
     "base_shapes",
     "check_base",
     "check_base_weights",
     "check_latent_dim",
     "check_start",
+    "count_operations",
+    "extents",
     "footprint",
     "gaussian",
     "guard_half",
@@ -26,7 +31,6 @@ __all__ = [
     "is_adapter",
     "load_tokenizer",
     "model_dir",
-    "operations",
     "plain_name",
     "read_export",
     "skeleton",

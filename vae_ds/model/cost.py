@@ -1,4 +1,4 @@
-"""What one forward and backward pass of T5VAE needs, found by running it with torch's fake tensors.
+"""The memory of one forward and backward pass of T5VAE, found by running it with torch's fake tensors.
 
 A fake tensor has a shape and a device, but no numbers. So a base of any size is measured in seconds on any machine.
 Shapes: B sentences, T tokens, L latent units.
@@ -7,7 +7,6 @@ Shapes: B sentences, T tokens, L latent units.
 import weakref
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from vae_ds.config import ModelConfig
 from vae_ds.model.shapes import skeleton
@@ -46,31 +44,7 @@ def footprint(
     A kernel of a device can keep less than the operators that are counted here, such as the flash kernels of attention.
     Raises ConfigError if the base's configuration cannot be used.
     """
-    memory = _Memory()
-    vocabulary = _pass(memory, settings, sentences, tokens, precision, frozen)
-    return Footprint(memory.peak, memory.peak_of(vocabulary))
-
-
-def operations(settings: ModelConfig, sentences: int, tokens: int, frozen: Iterable[str] = ()) -> int:
-    """The floating-point operations of the pass of `footprint`, two for a multiplication with an addition.
-
-    Frozen weights need no gradients. With gradient checkpointing, the second forward pass counts too.
-    """
-    counter = FlopCounterMode(display=False)
-    _pass(counter, settings, sentences, tokens, "fp32", frozen)
-    return counter.get_total_flops()
-
-
-def _pass(
-    mode: AbstractContextManager[Any],
-    settings: ModelConfig,
-    sentences: int,
-    tokens: int,
-    precision: str,
-    frozen: Iterable[str],
-) -> int:
-    """One pass on fake tensors inside `mode`. Returns the size of the vocabulary."""
-    fixed = set(frozen)
+    memory, fixed = _Memory(), set(frozen)
     model = skeleton(settings).train()
     with FakeTensorMode():
         _fill(model, DTYPES[precision])
@@ -82,12 +56,11 @@ def _pass(
         ids_BT = torch.zeros(sentences, tokens, dtype=torch.long)
         mask_BT = torch.ones_like(ids_BT)
         eps_BL = torch.zeros(sentences, max(1, model.latent_dim))
-        if isinstance(mode, _Memory):
-            mode.leave_out(model.parameters())
-        with mode:
+        memory.leave_out(model.parameters())
+        with memory:
             terms = model(ids_BT, mask_BT, ids_BT, eps_BL)
             (terms.rec_B.sum() + terms.kl_BL.sum()).backward()
-    return int(model.t5.config.vocab_size)
+    return Footprint(memory.peak, memory.peak_of(model.t5.config.vocab_size))
 
 
 def _fill(model: nn.Module, dtype: torch.dtype) -> None:

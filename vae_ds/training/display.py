@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 LINE_EVERY = 0.1  # of a phase
@@ -55,11 +56,12 @@ class Lines:
         self._name = ""
         self._total = self._done = self._last_tenth = 0
         self._row: Mapping[str, Any] = {}
-        self._printed_s = time.monotonic()
+        self._printed_s = self._began_s = time.monotonic()
+        self._began = 0
 
     def begin(self, name: str, total: int, done: int) -> None:
         self._name, self._total, self._done, self._row = name, total, done, {}
-        self._last_tenth = self._tenth()
+        self._last_tenth, self._began, self._began_s = self._tenth(), done, time.monotonic()
         self.say(f"{name}: {done}/{total} steps")
 
     def show(self, row: Mapping[str, Any]) -> None:
@@ -71,7 +73,8 @@ class Lines:
             return
         self._last_tenth = self._tenth()
         percent = 100 * self._done // max(self._total, 1)
-        self.say(f"{self._name}: {self._done}/{self._total} steps ({percent}%)  {terms_of(self._row)}".rstrip())
+        told = [f"{self._name}: {self._done}/{self._total} steps ({percent}%)", terms_of(self._row), self._left()]
+        self.say("  ".join(part for part in told if part))
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -79,6 +82,12 @@ class Lines:
 
     def close(self) -> None:
         pass
+
+    def _left(self) -> str:
+        """The time left in the phase by the mean pace of this process, validations included."""
+        left = self._total - self._done
+        pace_s = (time.monotonic() - self._began_s) / max(self._done - self._began, 1)
+        return f"{timedelta(seconds=round(left * pace_s))} left" if left > 0 else ""
 
     def _tenth(self) -> int:
         return int(self._done / max(self._total * LINE_EVERY, 1))
@@ -89,7 +98,8 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def terms_of(row: Mapping[str, Any], keys: Iterable[str] = ("rec", "kl", "beta", "tokens_per_s")) -> str:
+def terms_of(row: Mapping[str, Any], keys: Iterable[str] = ("rec", "kl", "beta", "tokens_per_s", "mfu")) -> str:
     """The numbers of `row` under `keys` as one line of text; missing keys are left out."""
     shown = [(key, row[key]) for key in keys if is_number(row.get(key))]
-    return "  ".join(f"{v:,.0f} tokens/s" if k == "tokens_per_s" else f"{k} {v:.4g}" for k, v in shown)
+    words = {"tokens_per_s": "{:,.0f} tokens/s", "mfu": "MFU {:.0%}"}
+    return "  ".join(words.get(key, key + " {:.4g}").format(value) for key, value in shown)

@@ -36,13 +36,14 @@ GROUPS = {
     "2_terms": ("rec", "kl", "kl_weighted"),
     "3_latent": ("mi", "mi_ceiling", "mi_train", "au", "z_gain", "lm_gain", "kl_per_dim", "nelbo_above_yardstick"),
     "4_optimizer": ("beta", "lr", "grad_norm", "epoch", "skipped_steps", "aggressive"),
-    "5_speed": ("tokens_per_s", "texts_per_s", "padding"),
+    "5_speed": ("tokens_per_s", "texts_per_s", "padding", "positions_per_s", "tflops", "mfu", "peak_memory_gb"),
     "6_other": (),
     "7_evaluation": (),
     "8_checkpoint": ("size_bytes", "stall_s", "write_s"),
 }
 """The groups of curves in the order of TensorBoard's page, with their keys. Losses of a pretraining (`*_per_token`,
-`*_per_sentence`) are in `1_objective`, other keys in `6_other`. `7_evaluation` has the metrics of eval-<split>.json."""
+`*_per_sentence`) are in `1_objective`, the parts of a step (`share_*`) in `5_speed`, other keys in `6_other`.
+`7_evaluation` has the metrics of eval-<split>.json."""
 
 EXTENT = {"sentences", "tokens", "words", "iw_sentences", "iw_samples", "mi_sentences", "mi_train_sentences"}
 """The keys that describe the extent of an evaluation. They are constant, so they get no curve."""
@@ -65,6 +66,8 @@ def tag_of(key: str, split: str | None = None) -> str:
     group = next((group for group, keys in GROUPS.items() if key in keys), "6_other")
     if key.endswith(("_per_token", "_per_sentence")):
         group = "1_objective"
+    if key.startswith("share_"):
+        group = "5_speed"
     return "/".join(part for part in (group, key, split) if part)
 
 

@@ -5,7 +5,6 @@ optimizer step. Shapes: B sentences of a micro batch, G of a global batch, L lat
 sentence, means over the global batch (docs/method.md).
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from vae_ds.data import Batch, Feed, collate, share
 from vae_ds.engine import PhaseEngine, StepOutcome
 from vae_ds.errors import Stopped
 from vae_ds.evaluation import evaluate
-from vae_ds.model import T5VAE, gaussian
+from vae_ds.model import EXTENTS, T5VAE, extents, gaussian
 from vae_ds.runtime import StopFlag, heeded
 from vae_ds.training import checkpoint, phases, resumption, window
 from vae_ds.training.aggressive import Aggressive
@@ -35,6 +34,7 @@ from vae_ds.training.phases import PhasePlan
 from vae_ds.training.preparation import Setup, prepare, write_headers
 from vae_ds.training.saver import Requests, Saver
 from vae_ds.training.schedules import Target
+from vae_ds.training.speed import Speed
 from vae_ds.training.state import TrainState
 from vae_ds.training.status import Status
 from vae_ds.training.watch import Watch
@@ -149,7 +149,8 @@ class Trainer:
             return Start(start.stored, gathered=start.gathered)
         is_start = not start.resumes and not any(self.state.place)
         model = build_model(self.setup, plan, start.weights, is_start)
-        facts = phases.sizes(model)  # the engine may divide the parameters
+        # The engine may divide the parameters.
+        facts, self.speed = phases.sizes(model), Speed(model, self.setup.ranks, self.setup.precision)
         engine = build_engine(self.setup, plan, model)
         self.limits = limits_for(self.setup, engine)
         if plan.settings.aggressive and self.state.aggressive is None:
@@ -177,32 +178,29 @@ class Trainer:
         """The loop of one phase: step, log, validate, save, until all its optimizer steps are applied."""
         config, state = self.setup.config, self.state
         feed = Feed(self.setup.train, config.batch, config.seed, plan.index, state.place, state.bad_lines)
-        clock = time.monotonic()
         while state.step < plan.steps:
-            requests = self.step(plan, engine, feed)
+            with self.speed.step():
+                requests = self.step(plan, engine, feed)
             if requests.written:
                 self.saver.finish()
             is_finished = state.step == plan.steps
             was_applied = state.skipped_in_row == 0
             if was_applied and (is_finished or state.step % config.logging.every == 0):
-                now = time.monotonic()
-                self.log(plan, feed.epoch, now - clock)
-                clock = now
+                self.log(plan, feed.epoch)
             valid: dict[str, Any] = {}
             if was_applied and (is_finished or state.step % config.validation.every_steps == 0):
                 valid = self.validate(plan, engine)
-                clock = time.monotonic()
             has_improved = self._improves(valid)
             is_due = was_applied and (is_finished or state.step % config.checkpoint.every_steps == 0 or has_improved)
             if is_due or requests.save or requests.stop:
                 self.save(plan, engine, valid, must=requests.stop)
-                clock = time.monotonic()
             if requests.stop:
                 self._end_stopped(plan)
 
     def step(self, plan: PhasePlan, engine: PhaseEngine, feed: Feed) -> Requests:
         """One optimizer step on a global batch. Returns what the ranks request after it."""
-        index_G = feed.take()
+        with self.speed.part("data"):
+            index_G = feed.take()
         self.state.bad_lines = feed.bad_lines
         now = self._step_settings(plan, len(index_G))
         sums = self._new_sums(engine)
@@ -210,12 +208,15 @@ class Trainer:
         ranks = self.setup.ranks
         pieces = share(index_G, feed.tokens.lengths_N, ranks.rank, ranks.world, self.limits)
         for number, piece in enumerate(pieces, start=1):
-            batch = self._collate(plan, engine, feed, piece)
+            with self.speed.part("data"):
+                batch = self._collate(plan, engine, feed, piece)
             self.watch.advance()
             with explain_out_of_memory(f"a step of phase {plan.name}", STEP_ADVICE.format(self.limits)):
                 outcome = self.forward_backward_update(engine, batch, now, sums, number == len(pieces))
         self.watch.advance()
-        totals, requests = self.reduce(sums)
+        with self.speed.part("sums"):
+            totals, requests = self.reduce(sums)
+        self.speed.count(totals)
         if outcome is None or not outcome.applied:
             self.state.count_skipped(self.setup.config.max_skipped_steps)
         else:
@@ -230,16 +231,19 @@ class Trainer:
         Adds this rank's terms to `sums`. Returns the outcome of the update, None inside an accumulation.
         """
         free_bits, weight_B = now.free_bits, batch.weight_B
-        terms = engine.forward(**batch.arguments())
-        penalty_B = weight_B * gaussian.thresholded_kl(terms.kl_BL, free_bits.mode, free_bits.nats, now.held_L)
-        rec_B = weight_B * terms.rec_B
-        loss_B = rec_B + now.beta * penalty_B
+        with self.speed.part("forward"):
+            terms = engine.forward(**batch.arguments())
+            penalty_B = weight_B * gaussian.thresholded_kl(terms.kl_BL, free_bits.mode, free_bits.nats, now.held_L)
+            rec_B = weight_B * terms.rec_B
+            loss_B = rec_B + now.beta * penalty_B
         # The engine averages over the ranks. Micro batches may differ in size, but each sentence counts the same.
-        engine.backward(loss_B.sum() * (self.setup.ranks.world / now.sentences), is_last)
-        outcome = engine.step(now.lr, now.half)
+        with self.speed.part("backward"):
+            engine.backward(loss_B.sum() * (self.setup.ranks.world / now.sentences), is_last)
+        with self.speed.part("update"):
+            outcome = engine.step(now.lr, now.half)
         sums.add(loss=loss_B.detach().sum(), rec=rec_B.detach().sum(), penalty=penalty_B.detach().sum())
         kl_L = (weight_B[:, None] * terms.kl_BL.detach()).sum(0)
-        sums.add(kl_L=kl_L, tokens=batch.tokens, positions=batch.positions)
+        sums.add(kl_L=kl_L, tokens=batch.tokens, **extents(batch.input_ids_BT.shape, batch.labels_BT.shape))
         return outcome
 
     def reduce(self, sums: distributed.NamedSums) -> tuple[dict[str, torch.Tensor], Requests]:
@@ -302,11 +306,11 @@ class Trainer:
         self.saver.newest = checkpoint.name_of(progress["global_step"])
         return Start(stored, resumes=True)
 
-    def log(self, plan: PhasePlan, epoch: float, duration_s: float) -> None:
+    def log(self, plan: PhasePlan, epoch: float) -> None:
         """Report the means over the steps since the last row."""
         state = self.state
         row: dict[str, Any] = {"phase": plan.name, "step": plan.first_step + state.step, "epoch": round(epoch, 4)}
-        row |= window.row_of(state.window, duration_s)
+        row |= window.row_of(state.window) | self.speed.row()
         row["skipped_steps"] = state.skipped
         if state.aggressive:
             row["aggressive"] = float(state.aggressive.is_on)
@@ -329,7 +333,7 @@ class Trainer:
 
     def _new_sums(self, engine: PhaseEngine) -> distributed.NamedSums:
         units = _model_of(engine).latent_dim
-        sizes = {"loss": 1, "rec": 1, "penalty": 1, "kl_L": units, "tokens": 1, "positions": 1}
+        sizes = {"loss": 1, "rec": 1, "penalty": 1, "kl_L": units, "tokens": 1, **dict.fromkeys(EXTENTS, 1)}
         return distributed.NamedSums(self.setup.ranks.device, **sizes, requests=len(Requests._fields))
 
     def _collate(self, plan: PhasePlan, engine: PhaseEngine, feed: Feed, piece: Any) -> Batch:

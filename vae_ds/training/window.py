@@ -18,7 +18,7 @@ def add_step(
     """Add one applied step.
 
     `totals`: sums of the global batch, `loss`, `rec` and `penalty` (the thresholded KL) in nats, `tokens` and
-    `positions` of the targets. `kl` is the raw KL in nats a sentence.
+    positions (`target`) of the targets. `kl` is the raw KL in nats a sentence.
     """
     adds = {
         "steps": 1.0,
@@ -28,17 +28,17 @@ def add_step(
         "kl_weighted": beta * totals["penalty"] / sentences,
         "grad_norm": grad_norm,
         "tokens": totals["tokens"],
-        "positions": totals["positions"],
+        "positions": totals["target"],
     }
     for key, value in adds.items():
         window[key] = window.get(key, 0.0) + value
     window |= {"beta": beta, "lr": lr}
 
 
-def row_of(window: Window, duration_s: float) -> dict[str, Any]:
-    """What the row says of the window: means, the last beta and learning rate, tokens a second, share of padding."""
+def row_of(window: Window) -> dict[str, Any]:
+    """What the row says of the window: means, the last beta and learning rate, the share of padding."""
     row: dict[str, Any] = {key: window[key] / window["steps"] for key in MEANS}
     row["nelbo"] = row["rec"] + row["kl"]
-    row |= {"beta": window["beta"], "lr": window["lr"], "tokens_per_s": window["tokens"] / max(duration_s, 1e-9)}
+    row |= {"beta": window["beta"], "lr": window["lr"]}
     row["padding"] = 1.0 - window["tokens"] / window["positions"]
     return row

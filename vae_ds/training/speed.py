@@ -1,0 +1,127 @@
+"""How fast a phase trains: tokens and operations a second, the share of the device's rate, the parts of a step.
+
+The operations are those of the model on the positions that a step computes, padding included (`count_operations` of
+`vae_ds.model`). The rate of the device is measured: that of one large product of matrices in the precision of the run.
+Their quotient is the MFU (model FLOPs utilization, Chowdhery et al. 2022).
+"""
+
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from vae_ds.distributed import Ranks
+from vae_ds.model import EXTENTS, T5VAE, count_operations
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PARTS = ("data", "forward", "backward", "update", "sums")
+"""data: choose, pad and copy a batch. backward and update include the communication of the engine. sums: the one other
+collective of a step, in which a rank waits for the slowest one."""
+
+SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product is timed
+REPEATS = 3
+
+
+class Speed:
+    """Counts what this process has trained since the last row of the log. Nothing of it goes into a checkpoint."""
+
+    def __init__(self, model: T5VAE, ranks: Ranks, precision: str) -> None:
+        """For a phase, before an engine divides the parameters of `model`."""
+        self._ranks = ranks
+        self._operations = count_operations(model)
+        # The other ranks need no rate. They wait for rank 0, so it is measured beside idle neighbours.
+        self._rate = matrix_rate(ranks.device, DTYPES[precision]) if ranks.is_main else 0.0
+        self._begin_row()
+
+    def _begin_row(self) -> None:
+        self._sums = dict.fromkeys(("tokens", *EXTENTS), 0.0)
+        self._seconds = 0.0
+        self._parts = dict.fromkeys(PARTS, 0.0)
+        self._sampled_s = 0.0
+        self._is_sampled = True
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Time a step. The first one after a row of the log is sampled: its parts are timed, too."""
+        began_s = time.perf_counter()
+        yield
+        took_s = time.perf_counter() - began_s
+        self._seconds += took_s
+        if self._is_sampled:
+            self._sampled_s, self._is_sampled = took_s, False
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time one of PARTS, in a sampled step only: a GPU has to finish before and after it."""
+        if not self._is_sampled:
+            yield
+            return
+        began_s = self._now_s()
+        yield
+        self._parts[name] += self._now_s() - began_s
+
+    def count(self, totals: Mapping[str, torch.Tensor]) -> None:
+        """Add the `tokens` and EXTENTS of a step, sums over all ranks."""
+        for name in self._sums:
+            self._sums[name] += float(totals[name])
+
+    def row(self) -> dict[str, float]:
+        """What a row of the log says, and begin the next one.
+
+        tokens_per_s: target tokens of all ranks. positions_per_s: the same with padding. tflops: 10^12 operations a
+        second and rank. mfu: their share of the measured rate. peak_memory_gb: of rank 0 since its start, on a GPU what
+        torch has allocated, else the resident memory. share_*: of the sampled step, the rest is Python around it.
+        """
+        seconds = max(self._seconds, 1e-9)
+        rate = self._operations.of(self._sums) / seconds / self._ranks.world
+        row = {
+            "tokens_per_s": self._sums["tokens"] / seconds,
+            "positions_per_s": self._sums["target"] / seconds,
+            "tflops": rate / 1e12,
+            "peak_memory_gb": self._peak_bytes() / 1e9,
+        }
+        if self._rate:
+            row["mfu"] = rate / self._rate
+        if self._sampled_s:
+            row |= {f"share_{name}": spent / self._sampled_s for name, spent in self._parts.items()}
+        self._begin_row()
+        return row
+
+    def _now_s(self) -> float:
+        if self._ranks.device.type == "cuda":
+            torch.cuda.synchronize(self._ranks.device)
+        return time.perf_counter()
+
+    def _peak_bytes(self) -> int:
+        if self._ranks.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._ranks.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@lru_cache
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a product of two square matrices: the best of a few.
+
+    Takes tenths of a second and, on a GPU, less than a gigabyte, which is freed. Leaves torch's generators alone.
+    """
+    side = SIDE[device.type]
+    drawn: Any = torch.Generator().manual_seed(0)
+    # A processor multiplies zeros with less power, so faster.
+    one = torch.randn(side, side, generator=drawn).to(device, dtype)
+    best_s = float("inf")
+    for _ in range(1 + REPEATS):  # the first one loads the kernel
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began_s = time.perf_counter()
+        one @ one
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best_s = min(best_s, time.perf_counter() - began_s)
+    del one
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return 2 * side**3 / best_s
