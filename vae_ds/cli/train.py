@@ -31,6 +31,12 @@ def add(subparsers: Any) -> None:
         help="stop after this phase, a name or a number from 1; a later start continues (default: the last phase)",
     )
 
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="profile steps 20 to 22 of each phase on rank 0, into RUN/profile; see the setting `profile`",
+    )
+
     parser = add_command(
         subparsers,
         "pretrain",
@@ -69,7 +75,8 @@ def train(arguments: argparse.Namespace) -> None:
     from vae_ds import config as configuration
 
     recipe = recipe_of(arguments)
-    config = configuration.load(configuration.RunConfig, recipe, overrides_of(arguments))
+    overrides = [*(["profile={}"] if arguments.profile else []), *overrides_of(arguments)]
+    config = configuration.load(configuration.RunConfig, recipe, overrides)
     run_dir = run_dir_of(arguments, config.name)
     run_dirs.check_writable(run_dir)
     if not arguments.dry_run:

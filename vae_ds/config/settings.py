@@ -222,6 +222,11 @@ class LoggingConfig(Settings):
     progress: bool = Field(True, description="show a progress bar on the terminal")
 
 
+class ProfileConfig(Settings):
+    start: int = Field(20, ge=1, description="first step of a phase to profile, counted since the start or resumption")
+    steps: int = Field(3, ge=1, description="number of steps to profile")
+
+
 class EvaluationConfig(Settings):
     """Settings of the costly metrics (docs/metrics.md). Each is reported with its number of sentences or samples."""
 
@@ -259,6 +264,7 @@ class RunConfig(Settings):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig | None = Field(None, description="profile some steps of each phase; null: none")
     timeouts: TimeoutConfig = TimeoutConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: Literal["best", "last"] = Field(

@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 SHOWN_CHANGES = 3
 # What the training of a VAE may change on resumption: how it is watched and stored, not what it computes.
 FREE = (
-    *("name", "logging.", "timeouts.", "checkpoint.", "validation.", "evaluation."),
+    *("name", "logging.", "timeouts.", "checkpoint.", "validation.", "evaluation.", "profile"),
     *("deepspeed", "batch.micro", "batch.tokens", "data.cache_dir", "data.bad_lines", "data.blank_lines"),
 )
 

@@ -8,7 +8,7 @@ Their quotient is the MFU (model FLOPs utilization, Chowdhery et al. 2022).
 import resource
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +16,9 @@ import torch
 
 from vae_ds.distributed import Ranks
 from vae_ds.model import EXTENTS, T5VAE, count_operations
+from vae_ds.training.phases import PhasePlan
+from vae_ds.training.preparation import Setup
+from vae_ds.training.profiling import Profiler
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("data", "forward", "backward", "update", "sums")
@@ -29,9 +32,9 @@ REPEATS = 3
 class Speed:
     """Counts what this process has trained since the last row of the log. Nothing of it goes into a checkpoint."""
 
-    def __init__(self, model: T5VAE, ranks: Ranks, precision: str) -> None:
-        """For a phase, before an engine divides the parameters of `model`."""
-        self._ranks = ranks
+    def __init__(self, model: T5VAE, ranks: Ranks, precision: str, profiler: Profiler | None = None) -> None:
+        """For a phase, before an engine divides the parameters of `model`. `profiler` sees each step."""
+        self._ranks, self._profiler = ranks, profiler
         self._operations = count_operations(model)
         # The other ranks need no rate. They wait for rank 0, so it is measured beside idle neighbours.
         self._rate = matrix_rate(ranks.device, DTYPES[precision]) if ranks.is_main else 0.0
@@ -47,9 +50,10 @@ class Speed:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Time a step. The first one after a row of the log is sampled: its parts are timed, too."""
-        began_s = time.perf_counter()
-        yield
-        took_s = time.perf_counter() - began_s
+        with nullcontext() if self._profiler is None else self._profiler.step():
+            began_s = time.perf_counter()
+            yield
+            took_s = time.perf_counter() - began_s
         self._seconds += took_s
         if self._is_sampled:
             self._sampled_s, self._is_sampled = took_s, False
@@ -91,6 +95,11 @@ class Speed:
         self._begin_row()
         return row
 
+    def close(self) -> None:
+        """The phase ends, or training fails: write what the profiler has."""
+        if self._profiler is not None:
+            self._profiler.close()
+
     def _now_s(self) -> float:
         if self._ranks.device.type == "cuda":
             torch.cuda.synchronize(self._ranks.device)
@@ -100,6 +109,15 @@ class Speed:
         if self._ranks.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._ranks.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def speed_of(setup: Setup, plan: PhasePlan, done: int, model: T5VAE) -> Speed:
+    """The speed of a phase of which `done` steps are done, with the profile that the recipe asks for.
+
+    Call it before an engine divides the parameters of `model`.
+    """
+    profiler = Profiler(setup.config.profile, setup.run_dir / "profile" / plan.name, plan.steps - done, setup.ranks)
+    return Speed(model, setup.ranks, setup.precision, profiler)
 
 
 @lru_cache

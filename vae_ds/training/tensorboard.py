@@ -52,8 +52,8 @@ ERROR = "_se"
 """The end of the key of a standard error. Standard errors get no curve: they are in evaluations.jsonl."""
 
 NOT_HPARAMS = re.compile(
-    r"(schema_version|name|deepspeed|export|max_skipped_steps"
-    r"|(logging|checkpoint|timeouts|validation|evaluation)\..*"
+    r"(schema_version|name|deepspeed|export|max_skipped_steps|profile"
+    r"|(profile|logging|checkpoint|timeouts|validation|evaluation)\..*"
     r"|data\.(?!(corpus|path|limit|max_tokens)$).*|batch\.(micro|tokens|bucket_batches)|phases\.\d+\.name)$"
 )
 """The settings that are no hyperparameters: how a run is named, stored, watched and measured, and details of data."""

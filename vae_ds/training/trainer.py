@@ -34,7 +34,7 @@ from vae_ds.training.phases import PhasePlan
 from vae_ds.training.preparation import Setup, prepare, write_headers
 from vae_ds.training.saver import Requests, Saver
 from vae_ds.training.schedules import Target
-from vae_ds.training.speed import Speed
+from vae_ds.training.speed import speed_of
 from vae_ds.training.state import TrainState
 from vae_ds.training.status import Status
 from vae_ds.training.watch import Watch
@@ -97,9 +97,8 @@ class Trainer:
     """One run on this rank."""
 
     def __init__(self, setup: Setup, changed_data: bool, stop: StopFlag) -> None:
-        self.setup, self.changed_data = setup, changed_data
+        self.setup, self.changed_data, self.limits = setup, changed_data, setup.limits
         self.state = TrainState()
-        self.limits = setup.limits
         self.stop = stop
         logging = setup.config.logging
         self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress)
@@ -150,7 +149,7 @@ class Trainer:
         is_start = not start.resumes and not any(self.state.place)
         model = build_model(self.setup, plan, start.weights, is_start)
         # The engine may divide the parameters.
-        facts, self.speed = phases.sizes(model), Speed(model, self.setup.ranks, self.setup.precision)
+        facts, self.speed = phases.sizes(model), speed_of(self.setup, plan, self.state.step, model)
         engine = build_engine(self.setup, plan, model)
         self.limits = limits_for(self.setup, engine)
         if plan.settings.aggressive and self.state.aggressive is None:
@@ -170,6 +169,7 @@ class Trainer:
             # The checkpoint of a phase's end must exist before the next phase can fail.
             return hand_over(self.saver, plan.first_step + plan.steps, gather, must)
         finally:
+            self.speed.close()
             engine.close()
 
     # A phase
