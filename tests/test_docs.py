@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import csv
 import functools
 import math
 import re
@@ -85,6 +86,21 @@ def test_the_arithmetic_on_the_paper_holds() -> None:
         assert round(printed / math.log(ppl), 1) == naive
         assert round(printed + kl, 1) == rec
         assert round((printed + 2 * kl) / math.log(ppl), 1) == corrected == 113.0
+
+
+def test_the_published_rows_are_those_of_the_file() -> None:
+    """Paste these lines after a change of published.csv."""
+    told = re.search(r"<!-- published rows.*?-->(.*?)<!-- end of published rows -->", text(DOCS / "published.md"), re.S)
+    assert told is not None
+    lines = text(ROOT / "vae_ds" / "studies" / "published" / "published.csv").splitlines()
+    expected = []
+    for row in csv.DictReader(line for line in lines if not line.startswith("#")):
+        if row["source"] != "Park & Lee 2021":
+            source = f"{row['source']}, {row['table']}" + (f", from {row['quoted_from']}" if row["quoted_from"] else "")
+            numbers = [row[key] for key in ("iw_nll", "nelbo_printed", "kl", "mi", "au", "ppl", "iw_ppl")]
+            cells = [row["corpus"], source, row["model"], *numbers, row["unit"], row["bound"]]
+            expected.append("|" + "".join(f" {cell} |" if cell else " |" for cell in cells))
+    assert expected == [line for line in told[1].splitlines() if line.startswith("|")][2:]
 
 
 # Messages

@@ -23,7 +23,7 @@ from vae_ds.data.corpora import grammar
 from vae_ds.runtime.evaluations import with_error
 from vae_ds.studies import figures, runs, setting_words
 from vae_ds.studies.figures import Curve, Point
-from vae_ds.studies.paper import printed_rows
+from vae_ds.studies.published import PAPER, published_rows
 from vae_ds.studies.report import pareto_front
 
 RECIPE = """
@@ -287,25 +287,36 @@ def test_the_printed_rows_are_corrected(report: Path) -> None:
     assert float(rows[0]["nelbo"]) == pytest.approx(343.44)
 
 
-def test_one_number_of_tokens_fits_each_data_set() -> None:
-    tokens = defaultdict(list)
-    for row in printed_rows():
-        if row.tokens is not None:
-            tokens[row.corpus].append(row.tokens)
-    assert {corpus: len(found) for corpus, found in tokens.items()} == dict.fromkeys(tokens, 4)
-    expected = {"yahoo": 113.0, "ptb": 26.45, "yelp": 131.7, "snli": 13.67}
-    for corpus, found in tokens.items():
-        assert found == pytest.approx([expected[corpus]] * 4, rel=1e-3)
-
-
-def test_quoted_rows_and_gaps_of_the_print_stay_as_they_are() -> None:
-    rows = {(row.corpus, row.model): row for row in printed_rows()}
-    assert len(rows) == 27
-    quoted = rows["yahoo", "Optimus lambda=0.5 (Li et al. 2020)"]
-    assert (quoted.nelbo_printed, quoted.rec, quoted.nelbo, quoted.tokens) == (301.21, None, None, None)
-    assert rows["ptb", "Max pool + Denoise"].mi is None
-    lost = rows["snli", "Max pool + Denoise + KLT + Deep"]
-    assert (lost.nelbo_printed, lost.nelbo_meant) == (43.77, -43.77)
+def test_runs_stand_beside_the_numbers_of_their_corpus(trained: Path, report: Path, tmp_path: Path) -> None:
+    """As if a run and a yardstick were on yelp, and a run without an evaluation on yahoo."""
+    for name, corpus in {"study/plain": "yelp", "yardstick": "yelp", "study/left": "yahoo"}.items():
+        run = tmp_path / "runs" / Path(name).name
+        shutil.copytree(trained / name, run)
+        recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        recipe["data"]["corpus"] = corpus
+        (run / "config.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert code_of("report", tmp_path / "runs", "--to", tmp_path / "report") == 0
+    found = {}
+    for corpus in ("yelp", "yahoo"):
+        with (tmp_path / "report" / f"published-{corpus}.csv").open(encoding="utf-8", newline="") as file:
+            found[corpus] = list(csv.DictReader(file))
+        theirs = [row for row in published_rows() if row.corpus == corpus and row.source != PAPER]
+        shown = [(row["model"], row["iw_nll"], row["nelbo"], row["remark"]) for row in found[corpus][: len(theirs)]]
+        assert shown == [tuple(str(v or "") for v in (r.model, r.iw_nll, r.nelbo, r.remark)) for r in theirs]
+        assert len(theirs) > 9
+    assert not (tmp_path / "report" / "published-ptb.csv").exists()
+    plain, yardstick = ({row["run"]: row for row in found["yelp"]}[name] for name in ("plain", "yardstick"))
+    for key in ("iw_nll", "nelbo", "rec", "kl", "mi", "au", "ppl", "iw_ppl"):
+        assert plain[key] == str(evaluation(trained / "study/plain")[key]), key
+    assert (plain["unit"], plain["bound"], yardstick["bound"]) == ("word", "yes", "exact")
+    assert found["yahoo"][-1]["remark"] == "not evaluated (done)"
+    assert found["yahoo"][-1]["bound"] == ""
+    page = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    section = page.partition("## Published numbers")[2].partition("\n## ")[0]
+    assert "Perplexities of other tokenisations, or on other test sentences, do not compare." in section
+    assert "cannot exceed ln 32 = 3.47" in section
+    # No run of the first report is on a corpus with published numbers.
+    assert "## Published numbers" not in (report / "report.md").read_text(encoding="utf-8")
 
 
 # Figures

@@ -1,4 +1,4 @@
-"""A report of runs as Markdown, CSV, PNG and SVG: tables, differences, the paper's tables with corrected rows, figures.
+"""A report of runs as Markdown, CSV, PNG and SVG: tables, differences, published numbers with corrections, figures.
 
 The same runs give the same bytes: a report has no date, and no path of this machine except those of the runs.
 """
@@ -16,6 +16,7 @@ from vae_ds.studies.report.difference_section import difference_section
 from vae_ds.studies.report.figure_sections import figure_sections, pareto_front
 from vae_ds.studies.report.page import Page, Row, escape, is_number, markdown, number
 from vae_ds.studies.report.paper_tables import is_of_paper, paper_tables
+from vae_ds.studies.report.published_section import published_section
 from vae_ds.studies.runs import Run
 
 __all__ = ["figures_of", "pareto_front", "write"]
@@ -35,7 +36,8 @@ def write(paths: Sequence[str | Path], folder: Path, split: str = "test", with_p
     """Write the report of these runs, and of all runs in directories of runs, into `folder`. Returns its report.md.
 
     A run that was not evaluated on `split` is listed as such. Files of an earlier report are replaced. The paper's
-    tables are part of it with `with_paper`, or if a run is on a corpus of the paper or belongs to its study.
+    tables are part of it with `with_paper`, or if a run is on a corpus of the paper or belongs to its study. A run on a
+    corpus with published numbers of other papers stands beside them.
     Raises CheckpointError and ConfigError as `read_runs` does, CheckpointError if the values of the sentences of a run
     that has a row of differences are missing or broken, and ConfigError if `folder` cannot be created.
     """
@@ -51,6 +53,7 @@ def write(paths: Sequence[str | Path], folder: Path, split: str = "test", with_p
     difference_section(page, groups)
     if with_paper or any(is_of_paper(run) for run in every):
         paper_tables(page, every)
+    published_section(page, every)
     figure_sections(page, groups)
     records.replace_file(folder / "report.md", ("\n\n".join(page.parts) + "\n").encode())
     return folder / "report.md"

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from vae_ds.studies.paper import PrintedRow, printed_rows
+from vae_ds.studies.published import PAPER, PublishedRow, published_rows
 from vae_ds.studies.report.page import Page, Row
 from vae_ds.studies.runs import Run
 
-PAPER = "paper"
+STUDY = "paper"
 TITLES = {"yahoo": "Yahoo", "ptb": "PTB", "yelp": "Yelp", "snli": "SNLI"}
 # The columns of a table in the paper's layout, in the CSV file and in Markdown.
 COLUMNS = {
@@ -42,17 +42,17 @@ without the end-of-sentence token in the count; that of a run counts this token.
 
 def is_of_paper(run: Run) -> bool:
     """Whether a run is on a corpus of the paper, or belongs to the study `paper`."""
-    return run.config.data.corpus in TITLES or run.config.name.startswith(f"{PAPER}-")
+    return run.config.data.corpus in TITLES or run.config.name.startswith(f"{STUDY}-")
 
 
 def paper_tables(page: Page, every: Sequence[Run]) -> None:
     page.say("## The paper's tables", WHY_NO_TARGETS)
-    printed = printed_rows()
-    for number, corpus in dict.fromkeys((row.table, row.corpus) for row in printed):
-        page.say(f"### Table {number}: {TITLES[corpus]}")
+    printed = [row for row in published_rows() if row.source == PAPER]
+    for table, corpus in dict.fromkeys((row.table, row.corpus) for row in printed):
+        page.say(f"### {table}: {TITLES[corpus]}")
         own = [_own_row(run) for run in every if run.config.data.corpus == corpus]
-        theirs = [_printed_row(row) for row in printed if row.table == number]
-        page.table(f"table-{number}-{corpus}", COLUMNS, [*theirs, *own])
+        theirs = [_printed_row(row) for row in printed if row.table == table]
+        page.table(f"{table.lower().replace(' ', '-')}-{corpus}", COLUMNS, [*theirs, *own])
         if not own:
             page.say("None of the runs is on this data set.")
     others = [run for run in every if run.config.data.corpus not in TITLES]
@@ -61,12 +61,11 @@ def paper_tables(page: Page, every: Sequence[Run]) -> None:
         page.table(f"table-{corpus}", COLUMNS, [_own_row(r) for r in others if r.config.data.corpus == corpus])
 
 
-def _printed_row(row: PrintedRow) -> Row:
-    note = "; ".join(filter(None, ("quoted baseline" if row.quoted else "", row.note)))
+def _printed_row(row: PublishedRow) -> Row:
     return {
-        "run": PAPER,
+        "run": STUDY,
         "model": row.model,
-        "ppl_subword": row.ppl,
+        "ppl_subword": row.iw_ppl if row.ppl is None else row.ppl,
         "kl": row.kl,
         "paper_nelbo": row.nelbo_printed,
         "rec": row.rec,
@@ -74,7 +73,7 @@ def _printed_row(row: PrintedRow) -> Row:
         "mi": row.mi,
         "au": row.au,
         "tokens_per_sentence": row.tokens,
-        "note": note or None,
+        "note": f"Quoted baseline. {row.remark}" if row.quoted_from else row.remark,
     }
 
 
