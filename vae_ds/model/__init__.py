@@ -4,7 +4,7 @@ Depends on `config` and `errors`.
 """
 
 from vae_ds.model import gaussian
-from vae_ds.model.bases import check_base, load_tokenizer, model_dir, read_export
+from vae_ds.model.bases import MAX_TOKENS, check_base, load_tokenizer, model_dir, read_export
 from vae_ds.model.cost import Footprint, footprint, operations
 from vae_ds.model.injection import guard_half
 from vae_ds.model.lora import held_names, is_adapter, plain_name
@@ -12,6 +12,7 @@ from vae_ds.model.shapes import base_shapes, check_base_weights, check_latent_di
 from vae_ds.model.t5vae import T5VAE
 
 __all__ = [
+    "MAX_TOKENS",
     "T5VAE",
     "Footprint",
     "base_shapes",
