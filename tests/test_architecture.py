@@ -18,7 +18,7 @@ LAYERS = (
     {"engine", "data", "model"},
     {"latents", "cluster"},
     {"evaluation"},
-    {"training"},
+    {"training", "textvae"},
     {"studies", "pretraining", "authoring"},
     {"bench"},
     {"cli"},

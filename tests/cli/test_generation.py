@@ -39,7 +39,7 @@ def told(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
 
 
 def test_a_traversal_shows_the_unit_and_the_value(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    z = float(encode(T5VAE.from_pretrained(model).eval(), load_tokenizer(model), [ENGLISH[0]], max_new_tokens=12)[0, 2])
+    z = float(encode(T5VAE.from_pretrained(model).eval(), load_tokenizer(model), [ENGLISH[0]])[0, 2])
     how = ("traverse", model, ENGLISH[0], "--unit", 2, "--steps", 3, "--reach", 2, *SHORT)
     lines = told(capsys, *how)
     assert [line[:13] for line in lines] == [f"z[2] = {value:6.2f}" for value in (z - 2, z, z + 2)]

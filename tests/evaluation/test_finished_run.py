@@ -1,5 +1,6 @@
 """Work on a finished run, from any directory."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,14 @@ def test_a_run_trained_with_relative_paths_is_evaluated_from_elsewhere(
     monkeypatch.chdir(tmp_path / "elsewhere")
     run = tmp_path / "runs" / "mine"
     assert finished_run.sentences(run, "test", 2) == list(ENGLISH[320:322])
+    # The export knows the lengths of its training, away from the run, too. One of an earlier version asks its run.
+    finished_run.export(run, tmp_path / "exported")
+    assert [finished_run.max_tokens(place) for place in (run, tmp_path / "exported")] == [24, 24]
+    description = json.loads((run / "model" / "config.json").read_text(encoding="utf-8"))
+    del description["max_tokens"]
+    for folder in (run / "model", tmp_path / "exported"):
+        (folder / "config.json").write_text(json.dumps(description), encoding="utf-8")
+    assert [finished_run.max_tokens(place) for place in (run, tmp_path / "exported")] == [24, None]
     few = {"iw_samples": 2, "iw_sentences": 3, "bleu_sentences": 0, "samples": 0}
     metrics = finished_run.evaluate_run(run, "test", few)
     assert metrics is not None

@@ -22,7 +22,7 @@ from vae_ds.data.batches import collate, from_texts
 from vae_ds.evaluation import data_fingerprint
 from vae_ds.evaluation.metrics import evaluate
 from vae_ds.evaluation.text_metrics import Trigram, distinct, ngrams, self_bleu, text_metrics
-from vae_ds.latents import generate
+from vae_ds.latents import Decoding, generate
 from vae_ds.model.t5vae import T5VAE, load_tokenizer
 from vae_ds.runtime import evaluations
 
@@ -62,9 +62,9 @@ def drawn_ids(model: T5VAE, tokenizer: Any, size: int, seed: int) -> list[tuple[
     z_BL = torch.stack(
         [torch.as_tensor(distributed.stream(seed, "prior", row).standard_normal(6)).float() for row in range(size)]
     )
-    with torch.random.fork_rng(), generate.inference(model):
-        torch.manual_seed(int(distributed.stream(seed, "tokens", 0).integers(2**62)))
-        ids_BT = model.generate(z_BL, 24, do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
+    how = Decoding(max_new_tokens=24, temperature=1.0, seed=seed)
+    with generate.inference(model):
+        ids_BT = model.generate(z_BL, 24, **how.arguments(np.arange(size), z_BL.device))
     return list(zip(tokenizer.batch_decode(ids_BT, skip_special_tokens=True), ids_BT.tolist(), strict=True))
 
 

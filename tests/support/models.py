@@ -6,6 +6,7 @@ from transformers import AutoModelForSeq2SeqLM, T5ForConditionalGeneration
 
 from support import tiny
 from vae_ds.config import ModelConfig
+from vae_ds.data import collate, from_texts
 from vae_ds.model import T5VAE, load_tokenizer
 
 UNITS = 5
@@ -16,6 +17,20 @@ def build(kind: str = "t5", seed: int = 0, **settings) -> T5VAE:
     overrides = settings.pop("overrides", {})
     config = ModelConfig(base=tiny.base(kind, **overrides), **{"latent_dim": UNITS, "dropout": 0.0} | settings)
     return T5VAE.from_base(config, seed)
+
+
+def taught(units: int = UNITS) -> T5VAE:
+    """Briefly trained to reconstruct twelve texts of ENGLISH, so that its texts differ from code to code."""
+    base = tiny.base()
+    model, count = T5VAE.from_base(ModelConfig(base=base, latent_dim=units)), 12
+    tokens = from_texts(tiny.ENGLISH[:count], load_tokenizer(base), 40)
+    rows = collate(tokens, range(count), pad_id=0, latent_dim=units, seed=0, keys=(), sample=False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(50):
+        optimizer.zero_grad()
+        model(**rows.arguments()).rec_B.mean().backward()
+        optimizer.step()
+    return model.eval()
 
 
 def batch(kind: str = "t5", extra: int = 0) -> dict[str, Tensor]:

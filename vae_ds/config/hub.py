@@ -8,13 +8,46 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub import constants
 
+from vae_ds.errors import CheckpointError
+
 TIMEOUT_S = 5.0
+EXPORT_FILES = (
+    *("config.json", "model.safetensors"),
+    *("tokenizer*", "special_tokens_map.json", "spiece.model", "added_tokens.json"),
+)
+
+
+def folder_of(name: str | Path) -> Path:
+    """The directory `name` or, if there is none and this can be a hub name (OWNER/NAME), its export in the hub's cache.
+
+    The export is downloaded if the hub can be reached. A path that is neither is returned as it is.
+    Raises CheckpointError if the hub has no such model, or cannot be reached and the cache does not have it.
+    """
+    path, words = Path(name).expanduser(), str(name).split("/")
+    if path.exists() or len(words) != 2 or not all(words) or words[0].startswith((".", "~")):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        with reachable_or_offline():
+            return Path(
+                snapshot_download(
+                    str(name), allow_patterns=list(EXPORT_FILES), local_files_only=constants.HF_HUB_OFFLINE
+                )
+            )
+    except (OSError, ValueError, HfHubHTTPError):
+        raise CheckpointError(
+            f"{name}: no such directory, and the hub cannot be reached or has no such model; check the name, or "
+            f"download it on a machine with a network (`hf download {name}`)"
+        ) from None
 
 
 def is_offline() -> bool:

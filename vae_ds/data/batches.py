@@ -110,6 +110,7 @@ def collate(
     denoise: float = 0.0,
     sample: bool = True,
     eval: bool = False,
+    first: int = 0,
 ) -> Batch:
     """Pad sentences into a batch: noisy encoder input, clean labels, eps ~ N(0, I) for each sentence.
 
@@ -120,6 +121,7 @@ def collate(
         (docs/method.md, Denoising). Evaluation (`eval`) deletes nothing and draws other eps than training.
     sample: False gives eps 0, so z = mu.
     weight_B: None means weight 1 for each sentence.
+    first: number of the first sentence of `tokens`, if these are a part of more sentences.
     """
     stream_keys = tuple(int(key) for key in keys)  # the stream hashes the repr, which differs for a numpy integer
     rows_B: NDArray[np.int64] = np.array(index_B, np.int64)
@@ -131,13 +133,13 @@ def collate(
     labels_BT = _padded(np.delete(flat, np.cumsum(lengths_B)[cut_B] - 1), target_lengths_B, IGNORED)
     kept, kept_B = flat, lengths_B
     if denoise > 0 and not eval:
-        keep = _keep_mask(lengths_B, rows_B, denoise, stream(seed, "delete", *stream_keys))
+        keep = _keep_mask(lengths_B, rows_B + first, denoise, stream(seed, "delete", *stream_keys))
         starts_B = np.cumsum(lengths_B) - lengths_B
         kept, kept_B = flat[keep], np.add.reduceat(keep.astype(np.int64), starts_B)
     eps_BL = np.zeros((len(rows_B), latent_dim), np.float32)
     if sample and latent_dim:
         random = stream(seed, "eval-eps" if eval else "eps", *stream_keys)
-        for row, own in enumerate(_sentence_streams(random, rows_B)):
+        for row, own in enumerate(_sentence_streams(random, rows_B + first)):
             own.standard_normal(out=eps_BL[row], dtype=np.float32)
     input_ids_BT = _padded(kept, kept_B, pad_id)
     mask_BT = np.arange(input_ids_BT.shape[1]) < kept_B[:, None]

@@ -5,7 +5,7 @@ Depends on `latents`, `model`, `data`, `distributed`, `runtime` and `config`.
 
 from vae_ds.evaluation import finished_run
 from vae_ds.evaluation.identity import agreed_fingerprint, data_fingerprint, yardstick_values
-from vae_ds.evaluation.metrics import Evaluation, Training, evaluate
+from vae_ds.evaluation.metrics import Evaluation, Training, evaluate, log_likelihoods
 
 __all__ = [
     "Evaluation",
@@ -14,5 +14,6 @@ __all__ = [
     "data_fingerprint",
     "evaluate",
     "finished_run",
+    "log_likelihoods",
     "yardstick_values",
 ]

@@ -11,11 +11,11 @@ from vae_ds import config as configuration
 from vae_ds import distributed
 from vae_ds.config import EvaluationConfig, RunConfig
 from vae_ds.data import cache_dir, corpora, from_texts, tokenise
-from vae_ds.errors import ConfigError, DataError
+from vae_ds.errors import CheckpointError, ConfigError, DataError
 from vae_ds.evaluation.identity import agreed_fingerprint, require_language_model, yardstick_values
 from vae_ds.evaluation.metrics import Training, evaluate
 from vae_ds.evaluation.text_metrics import text_metrics
-from vae_ds.model import T5VAE, load_tokenizer
+from vae_ds.model import MAX_TOKENS, T5VAE, load_tokenizer, read_export
 from vae_ds.runtime import evaluations, run_dirs
 
 
@@ -40,6 +40,20 @@ def load_model(run: Path) -> tuple[T5VAE, Any]:
     model = T5VAE.from_pretrained(place.model_dir)
     model.eval()
     return model, load_tokenizer(str(place.model_dir))
+
+
+def max_tokens(run: Path) -> int | None:
+    """The maximum length of a text in the training of a run or an export, in tokens with the end-of-sentence token.
+
+    None if it is unknown: an export of an older version of vae_ds, away from its run. Raises CheckpointError.
+    """
+    place = locate(run)
+    found = read_export(place.model_dir).get(MAX_TOKENS)
+    if found is None:
+        return None if place.config is None else place.config.data.max_tokens
+    if not isinstance(found, int) or found < 2:
+        raise CheckpointError(f"{place.model_dir / 'config.json'}: {MAX_TOKENS} is {found!r}, not a number of tokens")
+    return found
 
 
 def sentences(run: Path, split: str, number: int) -> list[str]:

@@ -108,6 +108,29 @@ def evaluate(
     return Evaluation(metrics, sentences)
 
 
+def log_likelihoods(
+    model: T5VAE,
+    tokens: TokenSet,
+    ranks: Ranks,
+    settings: EvaluationConfig,
+    *,
+    seed: int,
+    pad_id: int,
+    first: int = 0,
+    is_shown: bool = True,
+) -> np.ndarray:
+    """The importance-weighted estimate of log p(x) of each sentence, float64 (N,), nats: minus `iw_nll`.
+
+    In expectation it is a lower bound, tighter for more `iw_samples`; without a latent code, it is exact. All sentences
+    are used. `first`: number of the first sentence, if `tokens` are a part of more. This is a collective operation.
+    """
+    with inference(model):
+        work = _Work(model, tokens, ranks, settings, seed, pad_id, is_shown, first)
+        if model.bottleneck is None:
+            return -work.own()[0].cpu().numpy()
+        return -work.importance_weighted(work.posterior(), len(tokens)).cpu().numpy()
+
+
 def log_weights(rec_P: torch.Tensor, z_PL: torch.Tensor, mu_PL: torch.Tensor, logvar_PL: torch.Tensor) -> torch.Tensor:
     """log p(x|z) p(z) / q(z|x) of each sample, float64, from rec = -log p(x|z) in nats (Burda et al. 2016)."""
     z, mu, logvar = z_PL.double(), mu_PL.double(), logvar_PL.double()
@@ -139,9 +162,10 @@ class _Work:
         seed: int,
         pad_id: int,
         is_shown: bool,
+        first: int = 0,
     ) -> None:
         self.model, self.tokens, self.ranks, self.settings, self.seed = model, tokens, ranks, settings, seed
-        self.pad_id, self.is_shown = pad_id, is_shown
+        self.pad_id, self.is_shown, self.first = pad_id, is_shown, first
         self.limits = Limits(settings.batch, logit_tokens(settings.tokens, model.t5.config.vocab_size))
         self.shares = evaluation_batches(tokens.lengths_N, self.limits, ranks.rank, ranks.world)
 
@@ -159,6 +183,15 @@ class _Work:
 
         rec_N, mu_NL, logvar_NL, z_NL = self._over_split(rows, "Encoding and decoding", self._forecast())
         return rec_N, Posterior(mu_NL, logvar_NL, z_NL)
+
+    def posterior(self) -> Posterior:
+        """The posteriors, without a pass of the decoder and without samples: z is the mean."""
+
+        def rows(index_B: np.ndarray) -> tuple[torch.Tensor, ...]:
+            return self.model.encode(*_inputs(self._collate(index_B)))
+
+        mu_NL, logvar_NL = self._over_split(rows, "Encoding")
+        return Posterior(mu_NL, logvar_NL, mu_NL)
 
     def swapped(self, posterior: Posterior) -> torch.Tensor:
         """rec_N with the z of another sentence."""
@@ -215,14 +248,9 @@ class _Work:
         index_S = np.concatenate([index_B for index_B, _ in shares])
         weight_S = np.concatenate([np.asarray(weight_B) for _, weight_B in shares])
         pairs = len(index_S) * self.settings.iw_samples
-        with Progress("Importance-weighted likelihood", pairs, "samples") as shown:
-            starts = range(0, len(index_S), WINDOW)
-            parts = [
-                self._window_nll(
-                    posterior, index_S[start : start + WINDOW], longest_S[start : start + WINDOW], shown.add
-                )
-                for start in starts
-            ]
+        with _progress("Importance-weighted likelihood", pairs, self.is_shown, "samples") as add:
+            cuts = (slice(start, start + WINDOW) for start in range(0, len(index_S), WINDOW))
+            parts = [self._window_nll(posterior, index_S[cut], longest_S[cut], add) for cut in cuts]
         return _in_order(index_S, weight_S, torch.cat(parts), count)
 
     def _window_nll(
@@ -250,12 +278,12 @@ class _Work:
 
     def _importance_noise(self, index_R: np.ndarray) -> np.ndarray:
         shape = self.settings.iw_samples, self.model.latent_dim
-        return np.stack([stream(self.seed, "iw", int(index)).standard_normal(shape) for index in index_R])
+        return np.stack([stream(self.seed, "iw", self.first + int(index)).standard_normal(shape) for index in index_R])
 
     def _collate(self, index_B: np.ndarray, sample: bool = False) -> Any:
         batch = collate(
             self.tokens, index_B, pad_id=self.pad_id, latent_dim=self.model.latent_dim, seed=self.seed, keys=(),
-            sample=sample, eval=True,
+            sample=sample, eval=True, first=self.first,
         )  # fmt: skip
         return batch.to(self.ranks.device)
 
@@ -293,12 +321,12 @@ class _Work:
 
 
 @contextmanager
-def _progress(task: str, total: int, is_shown: bool) -> Iterator[Callable[[int], Any]]:
+def _progress(task: str, total: int, is_shown: bool, unit: str = "sentences") -> Iterator[Callable[[int], Any]]:
     """A function that counts finished sentences. A validation shows none of them: its training shows its own."""
     if not is_shown:
         yield lambda count: None
         return
-    with Progress(task, total) as shown:
+    with Progress(task, total, unit) as shown:
         yield shown.add
 
 

@@ -3,13 +3,18 @@
 Depends on `model`, `data` and `distributed`.
 """
 
+from vae_ds.latents.decoding import Decoding
 from vae_ds.latents.generate import (
     Written,
     analogy,
+    around,
+    between,
+    check_texts,
     decode,
     encode,
     inference,
     interpolate,
+    posterior,
     reconstruct,
     sample,
     sample_with_ends,
@@ -19,12 +24,17 @@ from vae_ds.latents.generate import (
 )
 
 __all__ = [
+    "Decoding",
     "Written",
     "analogy",
+    "around",
+    "between",
+    "check_texts",
     "decode",
     "encode",
     "inference",
     "interpolate",
+    "posterior",
     "reconstruct",
     "sample",
     "sample_with_ends",

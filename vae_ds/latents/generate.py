@@ -11,62 +11,17 @@ texts may differ in length.
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from vae_ds.data import Limits, collate, evaluation_batches, from_texts
+from vae_ds.data import collate, evaluation_batches, from_texts
 from vae_ds.distributed import stream
 from vae_ds.errors import ConfigError, DataError
+from vae_ds.latents.decoding import Decoding
 from vae_ds.model import T5VAE, gaussian
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How to read texts and choose tokens. The default is greedy decoding, which is deterministic.
-
-    max_new_tokens: maximum length of the output in subword tokens, with the end-of-sentence token.
-    max_tokens: maximum length of an input text; longer texts are cut. None means `max_new_tokens`, but at least 2.
-    temperature: None means greedy decoding or beam search. A value above 0 draws the tokens, seeded by `seed`.
-    top_p: with a temperature, draw from the smallest set of tokens with this total probability.
-    beams: width of the beam search; 1 means no beam search.
-    batch: sentences per batch; drawn tokens depend on it.
-    seed: seed of drawn tokens and of posterior samples.
-    Raises ConfigError for invalid values or combinations.
-    """
-
-    max_new_tokens: int = 64
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    beams: int = 1
-    seed: int = 0
-    batch: int = 64
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("max_tokens", 2), ("beams", 1), ("batch", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}; found {value}")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ConfigError(f"temperature must be above 0; found {self.temperature:g}; omit it for greedy decoding")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be above 0 and at most 1; found {self.top_p:g}")
-        if self.top_p is not None and self.temperature is None:
-            raise ConfigError("top_p needs drawn tokens; give a temperature too, for example 1.0")
-        if self.beams > 1 and self.temperature is not None:
-            raise ConfigError("a beam search draws no tokens; give `beams` or a temperature, not both")
-
-    def arguments(self) -> dict[str, Any]:
-        """The corresponding keyword arguments of transformers' `generate`."""
-        if self.temperature is None:
-            return {"do_sample": False, "num_beams": self.beams}
-        # Set top_k explicitly: the default of the library silently keeps only 50 tokens.
-        nucleus = 1.0 if self.top_p is None else self.top_p
-        return {"do_sample": True, "temperature": self.temperature, "top_p": nucleus, "top_k": 0}
 
 
 class Written(NamedTuple):
@@ -101,31 +56,19 @@ def encode(
     Texts longer than `max_tokens` are cut, with a warning.
     Raises DataError for an empty text or an empty list, ConfigError for a model without a latent code.
     """
-    _need_latent(model)
-    _check_texts(texts)
-    how = Decoding(**decoding)
-    longest = how.max_tokens or max(how.max_new_tokens, 2)
-    tokens = from_texts(texts, tokenizer, longest)
-    if tokens.truncated_N.any():
-        # The message is constant, so that Python shows it once per training run and not at each validation.
-        warnings.warn(f"sentences longer than {longest} tokens are cut", stacklevel=2)
-    device = _device(model)
-    z_NL = torch.zeros(len(texts), model.latent_dim, device=device)
-    with inference(model):
-        for index_B, _ in evaluation_batches(tokens.lengths_N, Limits(how.batch), 0, 1):
-            batch = collate(
-                tokens, index_B, pad_id=tokenizer.pad_token_id, latent_dim=model.latent_dim, seed=how.seed,
-                keys=(), sample=sampled, eval=True,
-            ).to(device)  # fmt: skip
-            mu_BL, logvar_BL = model.encode(batch.input_ids_BT, batch.attention_mask_BT)
-            z_BL = gaussian.sample(mu_BL, logvar_BL, batch.eps_BL) if sampled else mu_BL
-            z_NL[torch.as_tensor(index_B, device=device)] = z_BL.float()
-    return z_NL
+    return _encode(model, tokenizer, texts, Decoding(**decoding), sampled).z_NL
+
+
+def posterior(model: T5VAE, tokenizer: Any, texts: Sequence[str], **decoding: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and log variances of the posteriors of `texts`, mu_NL and logvar_NL. Raises the same errors as `encode`."""
+    found = _encode(model, tokenizer, texts, Decoding(**decoding), sampled=False)
+    return found.z_NL, found.logvar_NL
 
 
 def decode(model: T5VAE, tokenizer: Any, z_NL: torch.Tensor, **decoding: Any) -> list[str]:
     """Texts of the latents z_NL, without special tokens. The state of torch's random generators does not change."""
-    return [written.text for written in _decode_latents(model, tokenizer, z_NL, Decoding(**decoding))]
+    _need_latent(model)
+    return [written.text for written in _decode(model, tokenizer, z_NL, Decoding(**decoding))]
 
 
 def reconstruct(
@@ -135,11 +78,15 @@ def reconstruct(
 
     Raises the same errors as `encode`.
     """
-    return decode(model, tokenizer, encode(model, tokenizer, texts, sampled=sampled, **decoding), **decoding)
+    how = Decoding(**decoding)
+    found = _encode(model, tokenizer, texts, how, sampled)
+    # A batch is decoded until its longest text ends, and the texts are about as long as their sources.
+    order_N = np.argsort(-found.lengths_N, kind="stable")
+    return [written.text for written in _decode(model, tokenizer, found.z_NL, how, order_N)]
 
 
 def sample(model: T5VAE, tokenizer: Any, n: int, seed: int = 0, **decoding: Any) -> list[str]:
-    """`n` texts from the prior z ~ N(0, I). Latent i is a function of (seed, i) only.
+    """`n` texts from the prior z ~ N(0, I). Latent i is a function of (seed, first + i) only.
 
     A model without a latent code is a plain language model: give a temperature, otherwise all texts are equal.
     Raises ConfigError if n is below 1.
@@ -151,13 +98,13 @@ def sample_with_ends(model: T5VAE, tokenizer: Any, n: int, seed: int = 0, **deco
     """The texts of `sample`, each with whether the model ended it. Raises ConfigError like `sample`."""
     if n < 1:
         raise ConfigError(f"the number of samples must be at least 1; found {n}")
+    how = Decoding(seed=seed, **decoding)
     if model.bottleneck is None:
-        how = Decoding(seed=seed, **decoding)
-        sizes = [min(how.batch, n - start) for start in range(0, n, how.batch)]
-        return _decode(model, tokenizer, sizes, how)
-    eps_NL = np.stack([stream(seed, "prior", row).standard_normal(model.latent_dim) for row in range(n)])
+        return _decode(model, tokenizer, n, how)
+    rows = range(how.first, how.first + n)
+    eps_NL = np.stack([stream(seed, "prior", row).standard_normal(model.latent_dim) for row in rows])
     z_NL = torch.as_tensor(eps_NL, dtype=torch.float32, device=_device(model))
-    return _decode_latents(model, tokenizer, z_NL, Decoding(seed=seed, **decoding))
+    return _decode(model, tokenizer, z_NL, how)
 
 
 def interpolate(
@@ -174,13 +121,17 @@ def interpolate(
 
     Raises ConfigError if `steps` is below 2 or `path` is unknown, and the same errors as `encode`.
     """
+    za_L, zb_L = encode(model, tokenizer, [a, b], **decoding)
+    return decode(model, tokenizer, between(za_L, zb_L, steps, path), **decoding)
+
+
+def between(a_L: torch.Tensor, b_L: torch.Tensor, steps: int, path: str = "linear") -> torch.Tensor:
+    """`steps` latents from a to b, both included, on a line or an arc, shape (steps, L). Raises ConfigError."""
     if steps < 2:
         raise ConfigError(f"an interpolation needs at least 2 steps; found {steps} steps")
     if path not in ("linear", "slerp"):
         raise ConfigError(f"the path must be linear or slerp; found {path}")
-    za_L, zb_L = encode(model, tokenizer, [a, b], **decoding)
-    between = linear if path == "linear" else slerp
-    return decode(model, tokenizer, between(za_L, zb_L, torch.linspace(0, 1, steps, device=za_L.device)), **decoding)
+    return (linear if path == "linear" else slerp)(a_L, b_L, torch.linspace(0, 1, steps, device=a_L.device))
 
 
 def analogy(model: T5VAE, tokenizer: Any, a: str, b: str, c: str, **decoding: Any) -> str:
@@ -219,17 +170,25 @@ def traversal(
     With an odd number of steps, the middle text is the reconstruction. Raises ConfigError if the model has no such
     unit, `steps` is below 1 or `reach` is not above 0, and the same errors as `encode`.
     """
-    _need_latent(model)
-    if not 0 <= unit < model.latent_dim:
-        raise ConfigError(f"the latent units are 0 to {model.latent_dim - 1}; found {unit}")
+    z_NL = around(encode(model, tokenizer, [text], **decoding)[0], unit, reach, steps)
+    return z_NL[:, unit].tolist(), decode(model, tokenizer, z_NL, **decoding)
+
+
+def around(z_L: torch.Tensor, unit: int, reach: float, steps: int) -> torch.Tensor:
+    """`steps` latents that differ from z in one unit, from z - reach to z + reach, shape (steps, L).
+
+    Raises ConfigError like `traversal`.
+    """
+    if not 0 <= unit < len(z_L):
+        raise ConfigError(f"the latent units are 0 to {len(z_L) - 1}; found {unit}")
     if steps < 1:
         raise ConfigError(f"a traversal needs at least 1 step; found {steps}")
     if not 0 < reach < float("inf"):
         raise ConfigError(f"the reach must be above 0; found {reach:g}")
-    z_NL = encode(model, tokenizer, [text], **decoding).repeat(steps, 1)
+    z_NL = z_L.repeat(steps, 1)
     # Symmetric by construction, so that the middle of an odd number of steps is exactly zero.
     z_NL[:, unit] += reach * (2 * torch.arange(steps, device=z_NL.device) - (steps - 1)) / max(steps - 1, 1)
-    return z_NL[:, unit].tolist(), decode(model, tokenizer, z_NL, **decoding)
+    return z_NL
 
 
 def linear(a_L: torch.Tensor, b_L: torch.Tensor, share_N: torch.Tensor) -> torch.Tensor:
@@ -255,25 +214,58 @@ def slerp(a_L: torch.Tensor, b_L: torch.Tensor, share_N: torch.Tensor) -> torch.
     return arc_NL.to(a_L.dtype)
 
 
-def _decode_latents(model: T5VAE, tokenizer: Any, z_NL: torch.Tensor, how: Decoding) -> list[Written]:
-    return _decode(model, tokenizer, list(z_NL.split(how.batch)), how)
+class _Encoded(NamedTuple):
+    """Codes of N texts: z_NL (the mean of the posterior, or a sample of it), logvar_NL, and lengths in tokens."""
+
+    z_NL: torch.Tensor
+    logvar_NL: torch.Tensor
+    lengths_N: np.ndarray
 
 
-def _decode(model: T5VAE, tokenizer: Any, parts: Sequence[torch.Tensor | int], how: Decoding) -> list[Written]:
-    """Decode each part: latents z_BL or, for a model without a latent code, the number B of texts to write."""
+def _encode(model: T5VAE, tokenizer: Any, texts: Sequence[str], how: Decoding, sampled: bool) -> _Encoded:
+    _need_latent(model)
+    check_texts(texts)
+    tokens = from_texts(texts, tokenizer, how.longest)
+    if tokens.truncated:
+        # The message is constant, so that Python shows it once per training run and not at each validation.
+        warnings.warn(f"sentences longer than {how.longest} tokens are cut", stacklevel=3)
     device = _device(model)
-    made: list[Written] = []
-    with inference(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for number, part in enumerate(parts):
-            torch.manual_seed(int(stream(how.seed, "tokens", number).integers(2**62)))
-            extra = how.arguments()
-            if isinstance(part, int):
-                ids_BT = model.generate(None, how.max_new_tokens, batch_size=part, **extra)
+    z_NL, logvar_NL = torch.zeros(2, len(texts), model.latent_dim, device=device)
+    with inference(model):
+        for index_B, _ in evaluation_batches(tokens.lengths_N, how.limits, 0, 1):
+            batch = collate(
+                tokens, index_B, pad_id=tokenizer.pad_token_id, latent_dim=model.latent_dim, seed=how.seed,
+                keys=(), sample=sampled, eval=True, first=how.first,
+            ).to(device)  # fmt: skip
+            mu_BL, logvar_BL = model.encode(batch.input_ids_BT, batch.attention_mask_BT)
+            z_BL = gaussian.sample(mu_BL, logvar_BL, batch.eps_BL) if sampled else mu_BL
+            row_B = torch.as_tensor(index_B, device=device)
+            z_NL[row_B], logvar_NL[row_B] = z_BL.float(), logvar_BL.float()
+    return _Encoded(z_NL, logvar_NL, tokens.lengths_N)
+
+
+def _decode(
+    model: T5VAE, tokenizer: Any, z_NL: torch.Tensor | int, how: Decoding, order_N: np.ndarray | None = None
+) -> list[Written]:
+    """Decode latents z_NL or, for a model without a latent code, write N texts. `order_N`: which come first."""
+    device = _device(model)
+    count = z_NL if isinstance(z_NL, int) else len(z_NL)
+    step = how.limits.count(how.max_new_tokens, count)
+    order_N = np.arange(count) if order_N is None else order_N
+    made: dict[int, Written] = {}
+    with inference(model):
+        for start in range(0, count, step):
+            index_B = order_N[start : start + step]
+            extra = how.arguments(index_B, device)
+            if isinstance(z_NL, int):
+                ids_BT = model.generate(None, how.max_new_tokens, batch_size=len(index_B), **extra)
             else:
-                ids_BT = model.generate(part, how.max_new_tokens, **extra)
+                z_BL = z_NL[torch.as_tensor(index_B, device=z_NL.device)]
+                ids_BT = model.generate(z_BL, how.max_new_tokens, **extra)
             texts = tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
-            made += map(Written, texts, (ids_BT == tokenizer.eos_token_id).any(dim=1).tolist())
-    return made
+            ends = (ids_BT == tokenizer.eos_token_id).any(dim=1).tolist()
+            made |= zip(index_B.tolist(), map(Written, texts, ends), strict=True)
+    return [made[row] for row in range(count)]
 
 
 def shown(
@@ -301,9 +293,14 @@ def _need_latent(model: T5VAE) -> None:
         raise ConfigError("this model has injection `none` and so no latent code; it can only sample")
 
 
-def _check_texts(texts: Sequence[str]) -> None:
-    if not texts:
+def check_texts(texts: Sequence[str]) -> None:
+    """Raise DataError if there is no text, or if one is empty or no string."""
+    if isinstance(texts, str):
+        raise DataError("one string was given; give a list of sentences")
+    if not len(texts):
         raise DataError("no sentence was given; give at least one")
     for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"sentence {position + 1} is no text but {type(text).__name__}")
         if not text.strip():
             raise DataError(f"sentence {position + 1} is empty; remove it or add text")

@@ -4,7 +4,7 @@ Depends on `config` and `errors`.
 """
 
 from vae_ds.model import gaussian
-from vae_ds.model.bases import check_base, load_tokenizer, model_dir, read_export
+from vae_ds.model.bases import MAX_TOKENS, check_base, load_tokenizer, model_dir, read_export
 from vae_ds.model.cost import Footprint, footprint
 from vae_ds.model.injection import guard_half
 from vae_ds.model.lora import held_names, is_adapter, plain_name
@@ -14,6 +14,7 @@ from vae_ds.model.t5vae import T5VAE
 
 __all__ = [
     "EXTENTS",
+    "MAX_TOKENS",
     "T5VAE",
     "Footprint",
     "Operations",

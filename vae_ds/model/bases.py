@@ -35,6 +35,8 @@ from vae_ds.runtime import run_dirs
 
 EXPORT_FORMAT = "vae_ds"
 EXPORT_VERSION = 1
+# The key of config.json with the maximum length of a text in the training, in tokens. Older exports have none.
+MAX_TOKENS = "max_tokens"
 # Classes of the configuration and of the model by model_type. byT5, v1.1 and Flan-T5 have the type `t5`.
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "t5": (T5Config, T5ForConditionalGeneration),

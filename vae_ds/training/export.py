@@ -10,7 +10,7 @@ from typing import Any
 from vae_ds import distributed
 from vae_ds.engine import PhaseEngine
 from vae_ds.errors import CheckpointError
-from vae_ds.model import T5VAE, read_export
+from vae_ds.model import MAX_TOKENS, T5VAE, read_export
 from vae_ds.training import choice
 from vae_ds.training.build import Weights
 from vae_ds.training.choice import Choice
@@ -94,7 +94,8 @@ class Exporter:
             except CheckpointError as error:
                 raise OSError(str(error)) from None  # told to the other ranks, which wait
             model = T5VAE.from_base(setup.config.model, setup.config.seed)
-            model.save_pretrained(target, setup.tokenizer, read, {ORIGIN: self._facts(chosen)})
+            notes = {ORIGIN: self._facts(chosen), MAX_TOKENS: setup.config.data.max_tokens}
+            model.save_pretrained(target, setup.tokenizer, read, notes)
 
         return write_on_main(target, write, setup.ranks, must)
 

@@ -1,0 +1,160 @@
+"""What the commands that use a model have in common: options, the model, and texts that pass through it in parts."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vae_ds.cli.options import Command, add_command, add_json, add_run, positive
+from vae_ds.cli.text_input import Line, fields_of, in_parts, lines_of, source_of
+from vae_ds.cli.text_output import Output, Throughput, check_output
+from vae_ds.runtime import run_dirs
+
+if TYPE_CHECKING:
+    from vae_ds.textvae import TextVAE
+
+Result = tuple[str, dict[str, Any]]
+"""A line for people, and the facts for other programs."""
+
+BATCHES_AT_ONCE = 16  # the texts of so many batches are in memory at the same time
+
+
+def add_using(
+    subparsers: Any, name: str, run: Command, summary: str, examples: Sequence[str], details: str = ""
+) -> argparse.ArgumentParser:
+    """Add a command that uses a model: RUN, `--device`, `--batch` and `--json`."""
+    parser = add_command(subparsers, name, run, summary, details, examples)
+    add_run(parser, "a run directory, an exported model, or one on the Hugging Face hub (OWNER/NAME)")
+    add_json(parser, "one JSON object per result, each on one line")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to compute (auto: a GPU if there is one; default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        metavar="N",
+        help="most texts in one forward pass; the results do not depend on it (default: 64 on a CPU, 256 on a GPU)",
+    )
+    return parser
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose tokens. `decoding_of` returns them."""
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help="maximum number of tokens to generate (default: the maximum length of the training)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="sample tokens at this temperature (default: greedy decoding)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="nucleus sampling with this probability; needs --temperature (default: all tokens)",
+    )
+    parser.add_argument(
+        "--beams",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="width of the beam search, 1 for none (default: %(default)s)",
+    )
+    add_seed(parser)
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Add `--seed`."""
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of drawn codes and drawn tokens (default: %(default)s)"
+    )
+
+
+def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_decoding`, for the methods of `TextVAE`."""
+    return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "beams", "seed")}
+
+
+def check_run(arguments: argparse.Namespace) -> None:
+    """Check that RUN has a model, before torch is loaded. Raises CheckpointError."""
+    path = Path(arguments.run)
+    if not path.exists():
+        from vae_ds.config import hub
+
+        path = hub.folder_of(arguments.run)
+    run_dirs.model_of(path)
+
+
+def load(arguments: argparse.Namespace) -> "TextVAE":
+    """The model of RUN on the device of `--device`."""
+    from vae_ds.textvae import TextVAE
+
+    return TextVAE.from_pretrained(arguments.run, arguments.device, arguments.batch)
+
+
+@contextmanager
+def lined_warnings() -> Iterator[None]:
+    """Print each warning once, as one line on standard error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("once", UserWarning)
+
+        def show(message: Any, *_: Any, **__: Any) -> None:
+            print(f"warning: {message}", file=sys.stderr)
+
+        warnings.showwarning = show
+        yield
+
+
+def for_each(
+    arguments: argparse.Namespace,
+    texts: Sequence[str],
+    work: Callable[["TextVAE", list[Any], int], list[list[Result]]],
+    columns: Sequence[str],
+    fields: int = 1,
+    output_of: Callable[[argparse.Namespace, "TextVAE"], Output] | None = None,
+) -> None:
+    """Apply `work` to the texts, or to the lines of the file, in parts, and write its results.
+
+    work: takes the model, some texts and the number of the first one among all, and returns the results of each text.
+        With `fields` above 1, it takes lists of so many texts, which tabs separate in a file.
+    columns: the columns of a CSV file.
+    output_of: makes another output than `Output`.
+    """
+    source = source_of(arguments, texts)
+    check_run(arguments)
+    check_output(arguments)
+    lines = lines_of(source, texts)
+    vae = load(arguments)
+    counted = Throughput(is_shown=source is not None or arguments.to is not None)
+    every = [*(["line"] if source else []), *columns]
+    first = 0
+    with Output(arguments) if output_of is None else output_of(arguments, vae) as output, lined_warnings():
+        for part in in_parts(lines, BATCHES_AT_ONCE * vae.batch):
+            read = [_fields(line, fields) for line in part]
+            good = [texts for texts in read if not isinstance(texts, Line)]
+            results = iter(work(vae, good, first) if good else [])
+            for line, found in zip(part, read, strict=True):
+                number = {"line": line.number} if source else {}
+                if not isinstance(found, Line):
+                    for plain, facts in next(results):
+                        output.row(plain, number | facts, every)
+                elif not arguments.skip_bad:
+                    output.row(f"error: {found.error}", number | {"error": found.error}, every)
+            first += len(good)
+            counted.add(len(good), len(part) - len(good))
+    counted.tell(vae.device, arguments.skip_bad)
+
+
+def _fields(line: Line, count: int) -> Any:
+    """The text of a line, its `count` texts, or a line with an error."""
+    if line.error is not None:
+        return line
+    return line.text if count == 1 else fields_of(line, count)
