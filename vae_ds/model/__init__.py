@@ -9,7 +9,7 @@ from vae_ds.model.cost import Footprint, footprint, operations
 from vae_ds.model.injection import guard_half
 from vae_ds.model.lora import held_names, is_adapter, plain_name
 from vae_ds.model.shapes import base_shapes, check_base_weights, check_latent_dim, check_start, skeleton
-from vae_ds.model.t5vae import T5VAE
+from vae_ds.model.t5vae import T5VAE, exported_weights
 
 __all__ = [
     "T5VAE",
@@ -19,6 +19,7 @@ __all__ = [
     "check_base_weights",
     "check_latent_dim",
     "check_start",
+    "exported_weights",
     "footprint",
     "gaussian",
     "guard_half",

@@ -148,9 +148,9 @@ class Trainer:
         if self.state.step >= plan.steps and start.weights is not None:
             return Start(start.stored, gathered=start.gathered)
         is_start = not start.resumes and not any(self.state.place)
-        model = build_model(self.setup, plan, start.weights, is_start)
+        model, weights = build_model(self.setup, plan, start.source, is_start)
         facts = phases.sizes(model)  # the engine may divide the parameters
-        engine = build_engine(self.setup, plan, model)
+        engine = build_engine(self.setup, plan, model, weights)
         self.limits = limits_for(self.setup, engine)
         if plan.settings.aggressive and self.state.aggressive is None:
             self.state.aggressive = Aggressive()
