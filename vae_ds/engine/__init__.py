@@ -11,7 +11,7 @@ from vae_ds.engine.phase_engine import (
     resolve,
 )
 from vae_ds.engine.precision import precision_for
-from vae_ds.engine.slices import MOMENTS, WEIGHTS, Part, PhaseState, Slice, Source, whole
+from vae_ds.engine.slices import MOMENTS, WEIGHTS, Part, PhaseState, Reader, Slice, Source, whole
 
 __all__ = [
     "MOMENTS",
@@ -19,6 +19,7 @@ __all__ = [
     "Part",
     "PhaseEngine",
     "PhaseState",
+    "Reader",
     "Slice",
     "Source",
     "StepOutcome",

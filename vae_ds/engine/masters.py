@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vae_ds.distributed import Ranks
-from vae_ds.engine.slices import KINDS, MOMENTS, WEIGHTS, Slice, Source, host_copy, shares, whole
+from vae_ds.engine.slices import KINDS, MOMENTS, WEIGHTS, Reader, Slice, host_copy, shares, whole
 
 
 class Masters:
@@ -71,7 +71,7 @@ class Masters:
                 yield name, Slice(one.offset + first, copies)
 
     @torch.no_grad()
-    def write(self, source: Source, kinds: tuple[str, ...] = KINDS) -> None:
+    def write(self, source: Reader, kinds: tuple[str, ...] = KINDS) -> None:
         """Set what this rank owns of all masters, or of some `kinds`. The forward pass uses them after `publish`."""
         for name in self._trainable:
             with self._slice(name, changes=True) as (offset, values):
@@ -96,7 +96,7 @@ class Masters:
                 wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
 
     @torch.no_grad()
-    def write_forward(self, parameter: nn.Parameter, name: str, source: Source) -> None:
+    def write_forward(self, parameter: nn.Parameter, name: str, source: Reader) -> None:
         """Set a frozen weight of the forward pass, rounded to the engine's precision. A collective."""
         with self._library.zero.GatheredParameters([parameter], modifier_rank=0):
             if self._stage < 3 or self._ranks.is_main:

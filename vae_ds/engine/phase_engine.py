@@ -24,12 +24,13 @@ from torch import nn
 from vae_ds import distributed
 from vae_ds.config import OptimizerConfig
 from vae_ds.distributed import Ranks
-from vae_ds.engine import ds_config, ds_keys, groups, nvme
+from vae_ds.engine import ds_config, ds_keys, filling, groups, nvme
 from vae_ds.engine.masters import Masters
-from vae_ds.engine.slices import KINDS, MOMENTS, WEIGHTS, Frozen, Part, PhaseState, Slice, Source, host_copy
+from vae_ds.engine.slices import KINDS, MOMENTS, WEIGHTS, Frozen, Part, PhaseState, Reader, Slice, Source, host_copy
 from vae_ds.errors import CheckpointError, ConfigError
 
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,10 @@ def resolve(
 class PhaseEngine:
     """The DeepSpeed engine of one phase.
 
-    `module` is in float32 on the CPU, with `requires_grad` already set; the engine keeps it. Every method is a
-    collective. Raises ConfigError if nothing is trainable, or if the ds_config conflicts with the recipe.
+    `module` is on the CPU, with `requires_grad` already set; the engine keeps it. It starts with the float32 values of
+    `weights`, which are read by slices and not kept: no rank holds more of them than it owns. Without `weights`, the
+    module itself has them. Every method is a collective. Raises ConfigError if nothing is trainable, or if the
+    ds_config conflicts with the recipe, and CheckpointError if the weights are those of another model.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class PhaseEngine:
         ranks: Ranks,
         precision: str,
         ds_config: dict[str, Any],
+        weights: Reader | None = None,
         half_of: Callable[[str], str] | None = None,
         is_new: Callable[[str], bool] | None = None,
     ) -> None:
@@ -106,15 +110,17 @@ class PhaseEngine:
         """
         parameters = dict(module.named_parameters())
         wrong = [name for name, p in parameters.items() if p.dtype != torch.float32 or p.device.type != "cpu"]
-        if wrong:
+        if wrong and weights is None:
             raise ValueError(f"a phase starts from float32 weights on the CPU; `{wrong[0]}` is not")
         self._trainable = {name: p for name, p in parameters.items() if p.requires_grad}
         if not self._trainable:
             raise ConfigError("freeze: the phase freezes every parameter, so it has nothing to train")
         self._parameters = parameters
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-        # References, not copies: DeepSpeed rounds a weight into a new tensor, so these keep the old ones.
-        exact = {name: p.detach() for name, p in self._trainable.items()} if precision != "fp32" else {}
+        if weights is not None:
+            self._check_shapes(weights)
+        # Of the module's own weights, these are references: a weight is rounded into a new tensor.
+        exact: Reader | None = weights or PhaseState({name: p.detach() for name, p in parameters.items()}, {})
         self._ranks = ranks
         self._adam = groups.adamw(self._trainable, optimizer, half_of, is_new)
         filled = _fill(ds_config, optimizer, ranks, precision, parameters.values())
@@ -122,16 +128,18 @@ class PhaseEngine:
         self._stage = int(filled.get("zero_optimization", {}).get("stage", 0))
         self._is_plain = self._stage == 0 and precision == "fp32"
         frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
-        self._frozen = Frozen(frozen, ranks, is_exact=self._stage < 3 and precision == "fp32")
+        self._frozen = Frozen(frozen, ranks, None if self._stage < 3 and precision == "fp32" else exact)
+        if precision == "fp32":
+            exact = None
         self._has_scale = precision == "fp16"
         self._library = _library()
-        self._engine = self._initialize(module, filled)
+        self._engine = self._initialize(module, filled, weights, DTYPES[precision])
         distributed.apply_timeout()  # to the process groups that DeepSpeed has made
         self._masters = Masters(self._library, self._engine, self._adam, self._trainable, self._stage, ranks)
         # DeepSpeed derives the masters from weights that it has already rounded to 16 bits. At stage 0, it has also
         # taken a step with zero gradients.
-        if exact:
-            self._masters.write(PhaseState(exact, {}), kinds=(WEIGHTS,))
+        if exact is not None:
+            self._masters.write(exact, kinds=(WEIGHTS,))
 
     @property
     def module(self) -> nn.Module:
@@ -270,18 +278,14 @@ class PhaseEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _initialize(self, module: nn.Module, filled: dict[str, Any]) -> Any:
+    def _initialize(self, module: nn.Module, filled: dict[str, Any], weights: Reader | None, dtype: torch.dtype) -> Any:
         if self._ranks.device.type == "cuda":
             # DeepSpeed uses LOCAL_RANK as the device index, even if a task sees only one device.
             os.environ["LOCAL_RANK"] = str(self._ranks.device.index)
         # At stage 1 in bf16, DeepSpeed prints memory statistics to stdout instead of its log.
         with contextlib.redirect_stdout(io.StringIO()):
-            in_float32 = not (filled["bf16"]["enabled"] or filled["fp16"]["enabled"])
-            can_fp16 = self._library.accelerator.get_accelerator().is_fp16_supported()
-            if "offload_param" in nvme.sections(filled) and in_float32 and not can_fp16:
-                # By default, DeepSpeed would write float32 weights as bf16: a fault on processors without fp16 only.
-                self._library.init_distributed(dist_init_required=False)
-                self._library.zero.Init(module=module, config_dict_or_path=filled, remote_device="nvme")
+            divide = filling.divider(self._library, filled) if self._stage == 3 else None
+            filling.fill(module, weights, self._ranks, dtype, divide)
             engine, *_ = self._library.initialize(
                 model=module,
                 optimizer=self._adam,
@@ -302,11 +306,14 @@ class PhaseEngine:
         gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
-    def _check_fits(self, state: Source) -> None:
-        found = {name: tuple(shape) for name, shape in state.shapes.items()}
+    def _check_shapes(self, weights: Reader) -> None:
+        found = {name: tuple(shape) for name, shape in weights.shapes.items()}
         if found != self._shapes:
             name = sorted(set(found.items()) ^ set(self._shapes.items()))[0][0]
             raise CheckpointError(f"the checkpoint has the weights of another model: `{name}` differs")
+
+    def _check_fits(self, state: Source) -> None:
+        self._check_shapes(state)
         if differing := set(state.trained) ^ set(self._trainable):
             raise CheckpointError(
                 f"the checkpoint is of a phase that freezes other parameters: `{min(differing)}` differs"

@@ -19,7 +19,7 @@ from vae_ds.distributed import Ranks
 WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHTS, *MOMENTS)
-# Elements of a frozen parameter that the ranks put together at a time: 256 MiB on the device.
+# Elements of a parameter that are read, or put together by the ranks, at a time: 256 MiB in float32.
 GATHERED = 2**26
 
 
@@ -50,28 +50,34 @@ class Part:
     scaler: dict[str, float] = field(default_factory=dict)
 
 
-class Source(Protocol):
-    """Where an engine reads a state from, element by element: whole tensors in memory, or the files of a checkpoint."""
+class Reader(Protocol):
+    """Where an engine reads weights from, element by element: whole tensors in memory, or memory-mapped files."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The whole shape of each parameter."""
+
+    def copy_to(self, target: torch.Tensor, name: str, kind: str, offset: int) -> None:
+        """Fill the 1-D `target` with the elements from `offset` on of a parameter or of one of its moments."""
+
+
+class Source(Reader, Protocol):
+    """Where an engine reads the state of a phase from: its weights and moments, and its progress."""
 
     steps: int
     scaler: dict[str, float]
     generators: dict[str, Any] | None
 
     @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The whole shape of each parameter."""
-
-    @property
     def trained(self) -> Collection[str]:
         """The names of the parameters that have moments."""
-
-    def copy_to(self, target: torch.Tensor, name: str, kind: str, offset: int) -> None:
-        """Fill the 1-D `target` with the elements from `offset` on of a parameter or of one of its moments."""
 
 
 @dataclass
 class PhaseState:
-    """A phase's float32 CPU tensors by parameter name: all weights, and AdamW's moments of the trained ones.
+    """A phase's CPU tensors by parameter name: all weights, and AdamW's moments of the trained ones.
+
+    They are float32. Only the weights of a base that is read as it is stored can have another dtype.
 
     `steps` is the number of steps that AdamW applied. `scaler` is the dynamic loss scale of fp16, else empty.
     `generators` are the states of this rank's random generators, if a checkpoint of the same world size has them.
@@ -99,7 +105,7 @@ class PhaseState:
         target.copy_(whole.reshape(-1)[offset : offset + target.numel()])
 
 
-def whole(source: Source, name: str, kind: str = WEIGHTS) -> torch.Tensor:
+def whole(source: Reader, name: str, kind: str = WEIGHTS) -> torch.Tensor:
     """A new tensor with all elements of a parameter or of one of its moments."""
     shape = source.shapes[name]
     value = torch.empty(torch.Size(shape).numel(), dtype=torch.float32)
@@ -132,12 +138,12 @@ class Frozen:
     rounded, and at stage 3 divided: there, each rank keeps its share of the values, 4 / world bytes per parameter.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], ranks: Ranks, is_exact: bool) -> None:
-        """`parameters` are whole and in float32. `is_exact`: they will stay so."""
+    def __init__(self, parameters: Mapping[str, nn.Parameter], ranks: Ranks, weights: Reader | None) -> None:
+        """`parameters` have their whole shapes. `weights` has the values to keep; None: the parameters stay exact."""
         self._ranks, self._parameters = ranks, parameters
         self._shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self._shares = shares({name: parameter.numel() for name, parameter in parameters.items()}, ranks)
-        self._kept = None if is_exact else {name: host_copy(self._mine(name)) for name in self._shares}
+        self._kept = None if weights is None else {name: self._read(name, weights) for name in self._shares}
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
@@ -170,14 +176,19 @@ class Frozen:
         names = list(self._shapes)
         differs = torch.zeros(len(names), dtype=torch.int32)
         for name, one in self.slices():
-            value = torch.empty(one.length, dtype=torch.float32)
-            source.copy_to(value, name, WEIGHTS, one.offset)
+            value = self._read(name, source)
             if not torch.equal(value, one.values[WEIGHTS].detach().cpu()):
                 differs[names.index(name)] = 1
                 if self._kept is not None:
                     self._kept[name].copy_(value)
         found = distributed.all_sum(differs.to(self._ranks.device)).cpu() if names else differs
         return [name for name, count in zip(names, found.tolist(), strict=True) if count]
+
+    def _read(self, name: str, weights: Reader) -> torch.Tensor:
+        offset, length = self._shares[name]
+        value = torch.empty(length, dtype=torch.float32)
+        weights.copy_to(value, name, WEIGHTS, offset)
+        return value
 
     def _mine(self, name: str) -> torch.Tensor:
         return self._parameters[name].detach().view(-1).narrow(0, *self._shares[name])

@@ -10,7 +10,7 @@ from vae_ds.model.injection import guard_half
 from vae_ds.model.lora import held_names, is_adapter, plain_name
 from vae_ds.model.operations import EXTENTS, Operations, count_operations, extents
 from vae_ds.model.shapes import base_shapes, check_base_weights, check_latent_dim, check_start, skeleton
-from vae_ds.model.t5vae import T5VAE
+from vae_ds.model.t5vae import T5VAE, exported_weights
 
 __all__ = [
     "EXTENTS",
@@ -24,6 +24,7 @@ __all__ = [
     "check_latent_dim",
     "check_start",
     "count_operations",
+    "exported_weights",
     "extents",
     "footprint",
     "gaussian",

@@ -26,7 +26,14 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.utils import cached_file
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 from transformers.utils import logging as transformers_logging
 
 from vae_ds.config import ModelConfig, hub
@@ -54,8 +61,11 @@ def check_base(base: str) -> PreTrainedConfig:
     return base_config(base)[0]
 
 
-def load_t5(settings: ModelConfig) -> Any:
-    """Load the stock model in float32, with the dropout of the recipe. Raises ConfigError if weights are missing."""
+def load_t5(settings: ModelConfig, as_stored: bool = False) -> Any:
+    """Load the stock model in float32, with the dropout of the recipe. Raises ConfigError if weights are missing.
+
+    `as_stored`: in the dtype of the files. Then, transformers converts nothing, and all weights are memory-mapped.
+    """
     config, raw, location = base_config(settings.base)
     if settings.dropout is not None:
         config.dropout_rate = settings.dropout
@@ -67,7 +77,7 @@ def load_t5(settings: ModelConfig) -> Any:
                 # Without ignore_mismatched_sizes, the error points to a report that is not printed.
                 location,
                 config=config,
-                dtype=torch.float32,
+                dtype=_stored_dtype(location) if as_stored else torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
@@ -85,6 +95,30 @@ def load_t5(settings: ModelConfig) -> Any:
     # transformers 5 ties the output head if its stored values equal the embeddings, even against the configuration.
     tie(t5, head=t5.lm_head.weight is t5.shared.weight and raw.get("tie_word_embeddings") is not False)
     return t5
+
+
+def _stored_dtype(location: str) -> torch.dtype:
+    """The dtype of a base's weights, if its files have only one, else float32, which represents any other exactly.
+
+    Files that cannot be read have float32, too: transformers describes the fault when it loads them.
+    """
+    found: set[torch.dtype] = set()
+    with contextlib.suppress(OSError, ValueError, KeyError, RuntimeError, SafetensorError):
+        for file in _weight_files(location):
+            found |= {tensor.dtype for tensor in load_state_dict(file, map_location="meta").values()}
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def _weight_files(location: str) -> list[str]:
+    """The files that transformers loads, in its order of preference."""
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        file = cached_file(location, name, _raise_exceptions_for_missing_entries=False)
+        if file is not None and not name.endswith(".json"):
+            return [file]
+        if file is not None:
+            parts = set(json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"].values())
+            return [part for one in sorted(parts) if (part := cached_file(location, one)) is not None]
+    return []
 
 
 def tie(t5: Any, head: bool) -> None:

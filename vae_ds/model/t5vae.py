@@ -123,6 +123,14 @@ class T5VAE(nn.Module):
         return cls(load_t5(settings), settings, torch.Generator().manual_seed(seed)).eval()
 
     @classmethod
+    def mapped(cls, settings: ModelConfig, seed: int = 0) -> Self:
+        """The model of `from_base` for whoever reads its weights once: those of the base are memory-mapped files.
+
+        They have the dtype that the base is stored in, if it is one, and change with the files.
+        """
+        return cls(load_t5(settings, as_stored=True), settings, torch.Generator().manual_seed(seed)).eval()
+
+    @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
         """Load a run directory or an export: float32, on the CPU, in eval mode, with exactly the saved weights.
 
@@ -292,6 +300,21 @@ class T5VAE(nn.Module):
             "t5": self.t5.config.to_dict(),
             "aliases": {name: names[id(parameter)] for name, parameter in every if names[id(parameter)] != name},
         }
+
+
+def exported_weights(path: str | Path) -> dict[str, Tensor]:
+    """The weights of a run directory or an export by name: float32, memory-mapped.
+
+    Raises CheckpointError if the export is missing, broken or of another version.
+    """
+    path = model_dir(path)
+    read_export(path)
+    file = path / "model.safetensors"
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: missing or broken: {error}") from None
 
 
 def _fill(model: T5VAE, file: Path) -> None:

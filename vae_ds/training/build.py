@@ -1,11 +1,15 @@
-"""What a phase is built from: a new float32 module with the phase's freezing, and the engine that takes it over."""
+"""What a phase is built from: a module with the phase's freezing, its weights, and the engine that takes both over.
+
+No rank holds a copy of the weights: those of the base, of `model.weights` and of a checkpoint are memory-mapped files,
+of which all ranks of a node share one copy in the page cache. The engine reads what it needs, element by element.
+"""
 
 from collections.abc import Mapping
 
 import torch
 
-from vae_ds.engine import PhaseEngine
-from vae_ds.model import T5VAE, plain_name
+from vae_ds.engine import PhaseEngine, PhaseState, Reader, Source
+from vae_ds.model import T5VAE, exported_weights, plain_name
 from vae_ds.training import phases
 from vae_ds.training.aggressive import half_of
 from vae_ds.training.phases import PhasePlan
@@ -15,36 +19,64 @@ Weights = Mapping[str, torch.Tensor]
 """Float32 CPU tensors by parameter name."""
 
 
-def build_model(setup: Setup, plan: PhasePlan, weights: Weights | None, is_start: bool) -> T5VAE:
-    """A new float32 module on the CPU. `weights` None stands for the weights that the run starts from.
+class FirstWeights:
+    """The weights that a phase begins with, for PhaseEngine: each parameter is read from a source of its own."""
+
+    def __init__(self, sources: dict[str, Reader]) -> None:
+        self._sources = sources
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The whole shape of each parameter, without those that their source lacks."""
+        known = {id(source): source.shapes for source in self._sources.values()}
+        every = {name: known[id(source)].get(name) for name, source in self._sources.items()}
+        return {name: shape for name, shape in every.items() if shape is not None}
+
+    def copy_to(self, target: torch.Tensor, name: str, kind: str, offset: int) -> None:
+        """Fill the 1-D `target` with the elements from `offset` on of a parameter."""
+        self._sources[name].copy_to(target, name, kind, offset)
+
+    def close(self) -> None:
+        """Let go of files and tensors."""
+        self._sources = {}
+
+
+def build_model(setup: Setup, plan: PhasePlan, source: Source | None, is_start: bool) -> tuple[T5VAE, FirstWeights]:
+    """A module for the engine, and the weights for it. `source` None stands for the weights that the run starts from.
 
     These are the base's, or those of the trained VAE `model.weights`.
 
     With `reset_decoder`, a phase starts (`is_start`) with the base's decoder again (Li et al. 2019).
     """
-    model = T5VAE.from_base(setup.config.model, setup.config.seed)
-    if weights is None and setup.config.model.weights is not None:
-        start = dict(T5VAE.from_pretrained(setup.config.model.weights).named_parameters())
+    model = T5VAE.mapped(setup.config.model, setup.config.seed)
+    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    of_base = PhaseState(own, {})
+    given: Reader = of_base
+    if source is not None:
+        given = source
+    elif setup.config.model.weights is not None:
+        start = exported_weights(setup.config.model.weights)
         # An export has no adapters: those of the new model begin as they are.
-        weights = {name: start.get(plain_name(name), own).detach() for name, own in model.named_parameters()}
+        given = PhaseState({name: start.get(plain_name(name), value) for name, value in own.items()}, {})
     is_reset = is_start and plan.settings.reset_decoder
-    if weights is not None:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if not (is_reset and phases.group_of(name) == "decoder"):
-                    parameter.copy_(weights[name])
+    sources: dict[str, Reader] = {
+        name: of_base if is_reset and phases.group_of(name) == "decoder" else given for name in own
+    }
     phases.freeze(model, plan.settings.freeze, f"phases.{plan.index}.freeze")
-    return model
+    return model, FirstWeights(sources)
 
 
-def build_engine(setup: Setup, plan: PhasePlan, model: T5VAE) -> PhaseEngine:
-    """The engine of a phase."""
-    return PhaseEngine(
+def build_engine(setup: Setup, plan: PhasePlan, model: T5VAE, weights: FirstWeights) -> PhaseEngine:
+    """The engine of a phase. Closes `weights`."""
+    engine = PhaseEngine(
         model,
         optimizer=plan.settings.optimizer,
         ranks=setup.ranks,
         precision=setup.precision,
         ds_config=setup.ds_config,
+        weights=weights,
         half_of=half_of if plan.settings.aggressive else None,
         is_new=phases.is_new,
     )
+    weights.close()
+    return engine

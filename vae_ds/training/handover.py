@@ -7,6 +7,7 @@ files: the next checkpoint, whose end deletes older ones, begins after every ran
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vae_ds.engine import PhaseState, Source
 from vae_ds.training.build import Weights
 from vae_ds.training.saver import Saver
 from vae_ds.training.shards import Stored
@@ -30,6 +31,11 @@ class Start:
     def weights(self) -> Weights | None:
         """The whole weights by name, read at each access if they are stored."""
         return self.gathered if self.stored is None else self.stored.weights
+
+    @property
+    def source(self) -> Source | None:
+        """The weights, to be read element by element; None stands for the weights that the run starts from."""
+        return self.stored if self.gathered is None else PhaseState(dict(self.gathered), {})
 
     def close(self) -> None:
         """Let go of files and tensors. Whoever still has this object keeps nothing alive during the phase."""

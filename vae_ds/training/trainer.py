@@ -147,10 +147,10 @@ class Trainer:
         if self.state.step >= plan.steps and start.weights is not None:
             return Start(start.stored, gathered=start.gathered)
         is_start = not start.resumes and not any(self.state.place)
-        model = build_model(self.setup, plan, start.weights, is_start)
+        model, weights = build_model(self.setup, plan, start.source, is_start)
         # The engine may divide the parameters.
         facts, self.speed = phases.sizes(model), speed_of(self.setup, plan, self.state.step, model)
-        engine = build_engine(self.setup, plan, model)
+        engine = build_engine(self.setup, plan, model, weights)
         self.limits = limits_for(self.setup, engine)
         if plan.settings.aggressive and self.state.aggressive is None:
             self.state.aggressive = Aggressive()
