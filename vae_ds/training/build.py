@@ -1,6 +1,6 @@
 """What a phase is built from: a new float32 module with the phase's freezing, and the engine that takes it over."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -18,23 +18,31 @@ Weights = Mapping[str, torch.Tensor]
 def build_model(setup: Setup, plan: PhasePlan, weights: Weights | None, is_start: bool) -> T5VAE:
     """A new float32 module on the CPU. `weights` None stands for the weights that the run starts from.
 
-    These are the base's, or those of the trained VAE `model.weights`.
-
-    With `reset_decoder`, a phase starts (`is_start`) with the base's decoder again (Li et al. 2019).
+    These are the base's, or those of the trained VAE `model.weights`. With `reset_decoder`, a phase starts (`is_start`)
+    with the base's decoder again (Li et al. 2019).
     """
     model = T5VAE.from_base(setup.config.model, setup.config.seed)
-    if weights is None and setup.config.model.weights is not None:
-        start = dict(T5VAE.from_pretrained(setup.config.model.weights).named_parameters())
-        # An export has no adapters: those of the new model begin as they are.
-        weights = {name: start.get(plain_name(name), own).detach() for name, own in model.named_parameters()}
-    is_reset = is_start and plan.settings.reset_decoder
-    if weights is not None:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if not (is_reset and phases.group_of(name) == "decoder"):
-                    parameter.copy_(weights[name])
+    fill(model, weights, ["decoder"] if is_start and plan.settings.reset_decoder else ())
     phases.freeze(model, plan.settings.freeze, f"phases.{plan.index}.freeze")
     return model
+
+
+def fill(model: T5VAE, weights: Weights | None, keep: Collection[str] = ()) -> None:
+    """Copy `weights` to a model that was built from its base, except the groups `keep`.
+
+    Where the run starts has the weights that are missing: the base, or the trained VAE `model.weights`.
+    """
+    own = {name: parameter for name, parameter in model.named_parameters() if phases.group_of(name) not in keep}
+    with torch.no_grad():
+        if model.settings.weights is not None and (weights is None or any(name not in weights for name in own)):
+            start = dict(T5VAE.from_pretrained(model.settings.weights).named_parameters())
+            for name, parameter in own.items():
+                # An export has no adapters: those of the new model begin as they are.
+                parameter.copy_(start.get(plain_name(name), parameter))
+            del start
+        for name, parameter in own.items():
+            if weights is not None and name in weights:
+                parameter.copy_(weights[name])
 
 
 def build_engine(setup: Setup, plan: PhasePlan, model: T5VAE) -> PhaseEngine:

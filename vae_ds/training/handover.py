@@ -31,6 +31,11 @@ class Start:
         """The whole weights by name, read at each access if they are stored."""
         return self.gathered if self.stored is None else self.stored.weights
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The weights that `stored` does not have, each with its SHA-256 (base_weights.py)."""
+        return {} if self.stored is None else self.stored.left_out
+
     def close(self) -> None:
         """Let go of files and tensors. Whoever still has this object keeps nothing alive during the phase."""
         if self.stored is not None:

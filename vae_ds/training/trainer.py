@@ -23,7 +23,7 @@ from vae_ds.errors import Stopped
 from vae_ds.evaluation import evaluate
 from vae_ds.model import T5VAE, gaussian
 from vae_ds.runtime import StopFlag, heeded
-from vae_ds.training import checkpoint, phases, resumption, window
+from vae_ds.training import base_weights, checkpoint, phases, resumption, window
 from vae_ds.training.aggressive import Aggressive
 from vae_ds.training.build import build_engine, build_model
 from vae_ds.training.export import Exporter
@@ -100,6 +100,7 @@ class Trainer:
         self.setup, self.changed_data = setup, changed_data
         self.state = TrainState()
         self.limits = setup.limits
+        self.left_out: dict[str, str] = {}  # of checkpoints (base_weights.py)
         self.stop = stop
         logging = setup.config.logging
         self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress)
@@ -123,7 +124,7 @@ class Trainer:
         with self.watch:
             end = self._run_phases(start, last_phase)
             if self._is_last(last_phase):
-                self.exporter.finish(end.weights or {}, self.state)
+                self.exporter.finish(end, self.state)
                 self.monitor.end_run()
             end.close()
         self.monitor.close()
@@ -149,6 +150,7 @@ class Trainer:
             return Start(start.stored, gathered=start.gathered)
         is_start = not start.resumes and not any(self.state.place)
         model = build_model(self.setup, plan, start.weights, is_start)
+        self.left_out = base_weights.left_out(model, self.setup, start, self.left_out)
         facts = phases.sizes(model)  # the engine may divide the parameters
         engine = build_engine(self.setup, plan, model)
         self.limits = limits_for(self.setup, engine)
@@ -284,7 +286,7 @@ class Trainer:
             "data": self.setup.train.facts,
             "valid": {key: valid[key] for key in checkpoint.BETTER if key in valid},
         }
-        self.saver.begin(engine.part, progress, must)
+        self.saver.begin(partial(engine.part, self.left_out), progress, must)
 
     def restore(self) -> Start:
         """Continue from the newest checkpoint, if there is one."""
