@@ -73,20 +73,31 @@ def launch(
     return finished
 
 
-def job(recipe: Path, run_dir: Path, *overrides: str, stop_at: int | None = None) -> dict[str, Any]:
-    """A training for `run_jobs`. A signal stops it after the step `stop_at`."""
-    return {"recipe": str(recipe), "run_dir": str(run_dir), "overrides": list(overrides), "stop_at": stop_at}
+def job(
+    recipe: Path, run_dir: Path, *overrides: str, stop_at: int | None = None, kill_at: int | None = None
+) -> dict[str, Any]:
+    """A training for `run_jobs`. A signal stops it after the step `stop_at`, or kills a rank after `kill_at`."""
+    signals = {"stop_at": stop_at, "kill_at": kill_at}
+    return {"recipe": str(recipe), "run_dir": str(run_dir), "overrides": list(overrides), **signals}
 
 
 def run_jobs(
     world: int, jobs: list[dict[str, Any]], folder: Path, before: str = "pass", timeout_s: float = 400
 ) -> None:
-    """Run jobs on `world` real processes, after the Python code `before`. If a job fails, raises with all output."""
+    """Run jobs on `world` real processes, after the Python code `before`. If a job fails, raises with all output.
+
+    If the last job has `kill_at`, a rank must be killed: nothing runs after that.
+    """
     listing = folder / f"jobs-{world}.json"
     listing.write_text(json.dumps(jobs), encoding="utf-8")
     run = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    finished = launch(["-c", f"{before}\n{run}", WORKER, listing], processes=world, timeout_s=timeout_s)
-    assert "ENDED" in finished.output
+    is_killed = jobs[-1]["kill_at"] is not None
+    arguments = ["-c", f"{before}\n{run}", WORKER, listing]
+    finished = launch(arguments, processes=world, timeout_s=timeout_s, check=not is_killed)
+    if is_killed:
+        assert finished.codes[-1] == -signal.SIGKILL, finished.report()
+        assert not finished.timed_out, finished.report()
+    assert ("ENDED" in finished.output) != is_killed
 
 
 def clean_environment(private: Path) -> dict[str, str]:

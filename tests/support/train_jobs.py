@@ -1,7 +1,8 @@
 """Run training jobs one after the other in one process group: `train_jobs.py JOBS.json`, on each rank.
 
-The format of a job is {"recipe": FILE, "run_dir": DIR, "overrides": [...], "stop_at": step or null}. A job with
-`stop_at` sends SIGTERM to the last rank once this step is logged, and must raise Stopped. Finally, rank 0 prints ENDED.
+The format of a job is {"recipe": FILE, "run_dir": DIR, "overrides": [...], "stop_at": step or null, "kill_at": step or
+null}. A job with `stop_at` sends SIGTERM to the last rank once this step is logged, and must raise Stopped. One with
+`kill_at` sends it SIGKILL. Finally, rank 0 prints ENDED.
 """
 
 import json
@@ -17,13 +18,13 @@ from vae_ds.errors import Stopped
 from vae_ds.training import trainer
 
 
-def signal_at(step: int, run_dir: Path) -> None:
-    """Wait until the run has logged `step`, then send SIGTERM to this process."""
+def signal_at(step: int, run_dir: Path, number: int) -> None:
+    """Wait until the run has logged `step`, then send a signal to this process."""
     metrics = run_dir / "metrics.jsonl"
     while True:
         rows = metrics.read_text().splitlines() if metrics.exists() else []
         if rows and rows[-1].endswith("}") and json.loads(rows[-1])["step"] >= step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             return
         time.sleep(0.002)
 
@@ -33,8 +34,9 @@ def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run_dir = Path(job["run_dir"])
         stop_at = job.get("stop_at")
-        if stop_at is not None and ranks.rank == ranks.world - 1:
-            threading.Thread(target=signal_at, args=(stop_at, run_dir), daemon=True).start()
+        for step, number in ((stop_at, signal.SIGTERM), (job.get("kill_at"), signal.SIGKILL)):
+            if step is not None and ranks.rank == ranks.world - 1:
+                threading.Thread(target=signal_at, args=(step, run_dir, number), daemon=True).start()
         try:
             trainer.train(job["recipe"], run_dir, job["overrides"])
             stopped = False

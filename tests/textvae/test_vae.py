@@ -237,6 +237,7 @@ def test_the_fingerprint_tells_models_apart(vae: TextVAE) -> None:
         (DataError, "no sentence", lambda v: v.log_prob([])),
         (DataError, "sentence 1500 is empty", lambda v: v.encode(["a"] * 1499 + [" "])),
         (DataError, "sentence 2 is no text but NoneType", lambda v: v.reconstruct(["a", None])),
+        (DataError, "sentence 2 has bytes that are not UTF-8", lambda v: v.log_prob(["é", "caf\udce9"])),
         (DataError, r"shape \(2, 4\); this model needs \(N, 5\)", lambda v: v.decode(np.zeros((2, 4)))),
         (DataError, r"shape \(5,\); this model needs", lambda v: v.decode(np.zeros(5))),
         (DataError, r"shape \(0, 5\)", lambda v: v.decode(np.zeros((0, 5)))),

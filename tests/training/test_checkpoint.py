@@ -180,7 +180,7 @@ def first_of(slices: list[list[int]], number: int) -> list[int]:
 BREAKS = [
     (no_marker, "incomplete, manifest.json is missing"),
     (garbled_marker, "unreadable"),
-    (other_schema, "schema version 0; this vae_ds reads 1 and 2"),
+    (other_schema, "schema version 0; this vae_ds reads 1 to 3"),
     (no_shards_named, "lists no shards"),
     (cut_shard, "bytes, not"),
     (missing_shard, "missing, not"),
@@ -211,8 +211,8 @@ def test_a_checkpoint_of_a_newer_version_is_not_replaced_by_an_older_one(tmp_pat
     """An older vae_ds would train again what the newer one has trained, and delete its checkpoints."""
     _, newer = write(tmp_path, 1, 2)
     manifest = json.loads((newer / checkpoint.MANIFEST).read_text())
-    (newer / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"schema_version": 3}))
-    told = r"schema version 3 is of a newer vae_ds; this one reads up to 2; use the newer vae_ds, or another --run-dir$"
+    (newer / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"schema_version": 4}))
+    told = r"schema version 4 is of a newer vae_ds; this one reads up to 3; use the newer vae_ds, or another --run-dir$"
     for find in (lambda: checkpoint.newest(tmp_path), lambda: checkpoint.resume(tmp_path, ALONE, {})):
         with pytest.raises(CheckpointError, match=told):
             find()

@@ -1,23 +1,28 @@
 """Runs with adapters: at each ZeRO stage the same losses, the base's own weights never move, the export is merged."""
 
+import hashlib
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from support.checkpoint_cases import write_version_1
 from support.launch import job, run_jobs
 from support.models import build
 from support.processes import curve
 from support.tiny import ENGLISH, demo_settings, make_base, write_splits
 from vae_ds import config as configuration
 from vae_ds.config import RunConfig
-from vae_ds.errors import ConfigError
+from vae_ds.engine import PhaseState
+from vae_ds.errors import CheckpointError, ConfigError, StorageError
 from vae_ds.evaluation import finished_run
 from vae_ds.latents import reconstruct, sample
-from vae_ds.model import T5VAE, is_adapter
-from vae_ds.training import dry_run, phases
+from vae_ds.model import T5VAE, held_names, is_adapter
+from vae_ds.runtime import records
+from vae_ds.training import checkpoint, dry_run, phases, trainer
 from vae_ds.training.preparation import check_model
 
 STEPS = 8  # of each of the two phases
@@ -186,6 +191,138 @@ def test_a_resumed_run_is_the_run_never_stopped(runs: Path) -> None:
     assert curve(runs / "stopped") == curve(runs / "whole")
     ours, theirs = exported(runs / "stopped"), exported(runs / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def newest(run: Path) -> checkpoint.Checkpoint:
+    found = checkpoint.newest(run)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", [*SAME, "untied-stage3", "bf16-stage1", "bf16-stage3", "stopped"])
+def test_a_checkpoint_leaves_out_what_never_trains(runs: Path, name: str) -> None:
+    """12 bytes for each trained parameter of the second phase, which trains all adapters, and headers."""
+    found, start = newest(runs / name), start_of(runs / name)
+    held = held_names(start)
+    assert set(found.layout.left_out) == held == set(found.layout.frozen)
+    trained = sum(tensor.numel() for key, tensor in start.items() if key not in held)
+    size = sum(path.stat().st_size for path in found.path.glob("*.safetensors"))
+    assert 12 * trained <= size < 12 * trained + 400 * len(start)
+    assert 4 * sum(start[key].numel() for key in held) > 400 * len(start), "the base is so small that all would pass"
+    stored, _ = checkpoint.load(found)
+    assert set(stored.weights) == set(start) - held
+    for key in held:
+        told = hashlib.sha256(start[key].numpy().tobytes()).hexdigest()
+        assert stored.left_out[key] == told, key
+
+
+KEYS = "decoder.block.0.layer.0.SelfAttention.k.weight"
+
+
+def moved(run: Path, folder: Path) -> tuple[Path, Path]:
+    """A copy of a run, with a copy of its base: the two directories."""
+    text = (run / "config.yaml").read_text(encoding="utf-8")
+    before = re.search(r"^  base: (.+)$", text, re.M)
+    assert before is not None
+    shutil.copytree(run, folder / "run")
+    own = Path(shutil.copytree(before[1], folder / "own"))
+    (folder / "run" / "config.yaml").write_text(text.replace(before[0], f"  base: {own}"), encoding="utf-8")
+    return folder / "run", own
+
+
+def change(own: Path, name: str) -> None:
+    """Change one number of a weight of a base or of an export a little; the second time, it is as before."""
+    tensors = load_file(own / "model.safetensors")
+    tensors[name].view(torch.int32).view(-1)[-1] ^= 1
+    save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
+
+
+def go_on(run: Path) -> None:
+    """Two more steps of the last phase."""
+    trainer.train(str(run / "config.yaml"), run, [f"phases.1.steps={STEPS + 2}"])
+
+
+def test_a_base_that_has_changed_is_refused_by_name(runs: Path, tmp_path: Path) -> None:
+    """The checkpoint does not have its weights: the adapters would go on with other ones."""
+    run, own = moved(runs / "one", tmp_path)
+    change(own, KEYS)
+    with pytest.raises(CheckpointError) as told:
+        go_on(run)
+    assert str(told.value) == (
+        f"model.base {own}: its weights have changed since {run}/checkpoints/step-{2 * STEPS:08d} was written, which "
+        f"does not have them (`t5.{KEYS}` differs); put the earlier weights back there, or choose another --run-dir"
+    )
+    change(own, KEYS)
+    go_on(run)
+    assert len(curve(run)) == 2 * STEPS + 2
+
+
+def test_a_base_that_changes_before_the_export_is_refused(runs: Path, tmp_path: Path) -> None:
+    """A run whose last phase is complete, and that has no model/ yet, exports what its checkpoint and the base have."""
+    run, own = moved(runs / "one", tmp_path)
+    before = exported(run)
+    status = records.read_status(run) or {}
+
+    def export() -> None:
+        shutil.rmtree(run / "model", ignore_errors=True)
+        records.write_status(run, "stopped", **{key: status[key] for key in ("step", "total_steps")})
+        trainer.train(str(run / "config.yaml"), run)
+
+    export()
+    after = exported(run)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    change(own, "shared.weight")
+    with pytest.raises(StorageError, match=r"model\.base .*: its weights have changed .*`t5\.shared\.weight` differs"):
+        export()
+    assert not (run / "model").exists()
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_has_all_weights(runs: Path, tmp_path: Path) -> None:
+    """Checkpoints of earlier versions do. Their weights count, also if the base has changed, and new ones have them."""
+    run, _ = moved(runs / "one", tmp_path)
+    go_on(run)
+    old, own = moved(runs / "one", tmp_path / "old")
+    stored, _ = checkpoint.load(newest(old))
+    start = start_of(old)
+    state = PhaseState(
+        {name: stored.weights[name].clone() if name in stored.weights else start[name] for name in stored.shapes},
+        {kind: {name: value.clone() for name, value in found.items()} for kind, found in stored.moments.items()},
+        stored.steps,
+    )
+    path, manifest = newest(old).path, newest(old).manifest
+    shutil.rmtree(path)
+    write_version_1(path, state, manifest)
+    change(own, KEYS)
+    go_on(old)
+    assert curve(old) == curve(run)
+    found = newest(old)
+    assert not found.layout.left_out
+    after, wanted = checkpoint.load(found)[0].weights, checkpoint.load(newest(run))[0].weights
+    assert all(torch.equal(after[name], wanted[name] if name in wanted else start[name]) for name in after)
+    ours, theirs = exported(old), exported(run)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_from_a_trained_vae_has_the_weights_of_that(warm: Path, tmp_path: Path) -> None:
+    """Not those of the base, from which its embeddings differ."""
+    text = (warm / "first" / "config.yaml").read_text(encoding="utf-8")
+    trained = tmp_path / "trained"
+    shutil.copytree(warm / "first" / "model", trained)
+    change(trained, "t5.shared.weight")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text.replace("  weights: null", f"  weights: {trained}"), encoding="utf-8")
+    for name, ends in (("whole", [STEPS]), ("resumed", [3, STEPS])):
+        for steps in ends:
+            trainer.train(str(recipe), tmp_path / name, [f"phases.0.steps={steps}"])
+    assert curve(tmp_path / "whole") == curve(tmp_path / "resumed")
+    ours, theirs = exported(tmp_path / "resumed"), exported(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(ours["t5.shared.weight"], load_file(trained / "model.safetensors")["t5.shared.weight"])
+    assert newest(tmp_path / "resumed").layout.left_out
+    change(trained, "t5.shared.weight")
+    with pytest.raises(CheckpointError, match=rf"^model\.weights {trained}: its weights have changed since "):
+        trainer.train(str(recipe), tmp_path / "resumed", [f"phases.0.steps={STEPS + 1}"])
 
 
 def test_a_run_does_not_resume_with_other_adapters(runs: Path, recipe: Path) -> None:

@@ -225,21 +225,27 @@ class PhaseEngine:
             (state.weights if kind == WEIGHTS else state.moments[kind])[name] = tensor
         return state
 
-    def part(self) -> Part:
-        """What this rank stores of the exact state, 12 / world bytes per trained parameter. Not a collective."""
+    def part(self, left_out: Mapping[str, str] | None = None) -> Part:
+        """What this rank stores of the exact state, 12 / world bytes per trained parameter. Not a collective.
+
+        `left_out` are frozen parameters that are not stored, with the SHA-256 of each.
+        """
+        left_out = dict(left_out or {})
         slices = {
-            name: Slice(one.offset, {WEIGHTS: host_copy(one.values[WEIGHTS])}) for name, one in self._frozen.slices()
+            name: Slice(one.offset, {WEIGHTS: host_copy(one.values[WEIGHTS])})
+            for name, one in self._frozen.slices()
+            if name not in left_out
         }
         slices.update(self._masters.slices())
         frozen = frozenset(self._shapes.keys() - self._trainable.keys())
-        return Part(self._shapes, frozen, slices, self._masters.steps, self._scaler())
+        return Part(self._shapes, frozen, slices, self._masters.steps, self._scaler(), left_out)
 
     @torch.no_grad()
     def load(self, state: Source) -> None:
         """Set masters, forward weights, moments and AdamW's step exactly, and the generators if the state has them.
 
         `state` must be from a phase with the same frozen parameters. A rank reads what it owns, and its share of the
-        frozen weights. Raises CheckpointError if names or shapes differ.
+        frozen weights, except those that `state` leaves out. Raises CheckpointError if names or shapes differ.
         """
         self._check_fits(state)
         for name in self._frozen.take(state):

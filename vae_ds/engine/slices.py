@@ -40,7 +40,8 @@ class Part:
     """What one rank stores of a phase's state: float32 copies on the CPU.
 
     `shapes` are the whole shapes of all parameters, in the order of the module; `frozen` are those without moments.
-    The slices of all ranks cover each parameter exactly once. `steps` and `scaler` are as in PhaseState.
+    `left_out` are frozen ones that no rank stores, each with the SHA-256 of its float32 values. The slices of all ranks
+    cover every other parameter exactly once. `steps` and `scaler` are as in PhaseState.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -48,6 +49,7 @@ class Part:
     slices: dict[str, Slice]
     steps: int = 0
     scaler: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 class Reader(Protocol):
@@ -71,6 +73,10 @@ class Source(Reader, Protocol):
     @property
     def trained(self) -> Collection[str]:
         """The names of the parameters that have moments."""
+
+    @property
+    def left_out(self) -> Collection[str]:
+        """The names of frozen parameters that the source does not have: the engine keeps the values that it has."""
 
 
 @dataclass
@@ -98,6 +104,11 @@ class PhaseState:
     def trained(self) -> set[str]:
         """The names of the parameters that have moments."""
         return set().union(*self.moments.values())
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """None: a state in memory is whole."""
+        return ()
 
     def copy_to(self, target: torch.Tensor, name: str, kind: str, offset: int) -> None:
         """Fill the 1-D `target` with elements of a parameter or of one of its moments."""
@@ -172,10 +183,15 @@ class Frozen:
         return bits.view(torch.float32).view(self._shapes[name])
 
     def take(self, source: Source) -> list[str]:
-        """Keep the values of `source`. Returns the names whose values differed, equal on every rank. A collective."""
+        """Keep the values that `source` has. Returns the names whose values differed, equal on every rank.
+
+        A collective.
+        """
         names = list(self._shapes)
         differs = torch.zeros(len(names), dtype=torch.int32)
         for name, one in self.slices():
+            if name in source.left_out:
+                continue
             value = self._read(name, source)
             if not torch.equal(value, one.values[WEIGHTS].detach().cpu()):
                 differs[names.index(name)] = 1

@@ -294,7 +294,7 @@ def _need_latent(model: T5VAE) -> None:
 
 
 def check_texts(texts: Sequence[str]) -> None:
-    """Raise DataError if there is no text, or if one is empty or no string."""
+    """Raise DataError if there is no text, or if one is empty, no string or no Unicode."""
     if isinstance(texts, str):
         raise DataError("one string was given; give a list of sentences")
     if not len(texts):
@@ -304,3 +304,6 @@ def check_texts(texts: Sequence[str]) -> None:
             raise DataError(f"sentence {position + 1} is no text but {type(text).__name__}")
         if not text.strip():
             raise DataError(f"sentence {position + 1} is empty; remove it or add text")
+        # Python reads arguments and file names that are not UTF-8 with such characters. No tokenizer takes them.
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise DataError(f"sentence {position + 1} has bytes that are not UTF-8; convert it to UTF-8")

@@ -4,7 +4,7 @@ No rank holds a copy of the weights: those of the base, of `model.weights` and o
 of which all ranks of a node share one copy in the page cache. The engine reads what it needs, element by element.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -44,26 +44,34 @@ class FirstWeights:
 def build_model(setup: Setup, plan: PhasePlan, source: Source | None, is_start: bool) -> tuple[T5VAE, FirstWeights]:
     """A module for the engine, and the weights for it. `source` None stands for the weights that the run starts from.
 
-    These are the base's, or those of the trained VAE `model.weights`.
-
     With `reset_decoder`, a phase starts (`is_start`) with the base's decoder again (Li et al. 2019).
     """
     model = T5VAE.mapped(setup.config.model, setup.config.seed)
-    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    of_base = PhaseState(own, {})
-    given: Reader = of_base
-    if source is not None:
-        given = source
-    elif setup.config.model.weights is not None:
-        start = exported_weights(setup.config.model.weights)
-        # An export has no adapters: those of the new model begin as they are.
-        given = PhaseState({name: start.get(plain_name(name), value) for name, value in own.items()}, {})
-    is_reset = is_start and plan.settings.reset_decoder
-    sources: dict[str, Reader] = {
-        name: of_base if is_reset and phases.group_of(name) == "decoder" else given for name in own
-    }
+    weights = first_weights(model, source, ["decoder"] if is_start and plan.settings.reset_decoder else ())
     phases.freeze(model, plan.settings.freeze, f"phases.{plan.index}.freeze")
-    return model, FirstWeights(sources)
+    return model, weights
+
+
+def first_weights(model: T5VAE, source: Source | None, of_base: Collection[str] = ()) -> FirstWeights:
+    """The weights of `source`, and where it leaves some out, or is None, those that the run starts from.
+
+    These are the base's, which a new `model` has, or those of the trained VAE `model.weights`. The groups `of_base`
+    have the base's in any case.
+    """
+    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    base: Reader = PhaseState(own, {})
+    start = base
+    if model.settings.weights is not None and (source is None or source.left_out):
+        exported = exported_weights(model.settings.weights)
+        # An export has no adapters: those of the new model begin as they are.
+        start = PhaseState({name: exported.get(plain_name(name), value) for name, value in own.items()}, {})
+
+    def reader(name: str) -> Reader:
+        if phases.group_of(name) in of_base:
+            return base
+        return start if source is None or name in source.left_out else source
+
+    return FirstWeights({name: reader(name) for name in own})
 
 
 def build_engine(setup: Setup, plan: PhasePlan, model: T5VAE, weights: FirstWeights) -> PhaseEngine:

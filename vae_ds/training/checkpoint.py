@@ -23,8 +23,8 @@ from vae_ds.errors import CheckpointError
 from vae_ds.training import shards
 from vae_ds.training.shards import Layout, Stored
 
-SCHEMA_VERSION = 2
-READABLE = (1, 2)
+SCHEMA_VERSION = 3
+READABLE = (1, 2, 3)
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})")
@@ -76,6 +76,7 @@ def describe(part: Part, progress: dict[str, Any], ranks: Ranks) -> dict[str, An
         "scaler": part.scaler,
         "shapes": part.shapes,
         "frozen": sorted(part.frozen),
+        "left_out": part.left_out,
         "progress": copy.deepcopy(progress),
         "generators": distributed.gather_objects(distributed.capture()),
     }
@@ -249,7 +250,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     if version not in READABLE:
         raise CheckpointError(
-            f"{marker}: schema version {version!r}; this vae_ds reads {READABLE[0]} and {READABLE[1]}"
+            f"{marker}: schema version {version!r}; this vae_ds reads {READABLE[0]} to {READABLE[-1]}"
         )
     if not isinstance(manifest.get("shards"), list):
         raise CheckpointError(f"{marker}: it lists no shards")

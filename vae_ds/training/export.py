@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from vae_ds import distributed
-from vae_ds.engine import PhaseEngine
+from vae_ds.engine import PhaseEngine, whole
 from vae_ds.errors import CheckpointError
 from vae_ds.model import MAX_TOKENS, T5VAE, read_export
-from vae_ds.training import choice
-from vae_ds.training.build import Weights
+from vae_ds.training import base_weights, choice
+from vae_ds.training.build import Weights, first_weights
 from vae_ds.training.choice import Choice
+from vae_ds.training.handover import Start
 from vae_ds.training.phases import PhasePlan
 from vae_ds.training.preparation import Setup
 from vae_ds.training.saver import write_on_main
@@ -30,7 +31,7 @@ class Exporter:
     with `export: last`, or if none can be chosen, at the end of the run. An export costs:
 
     - a gather of each weight, one at a time, without the moments, by all ranks; the last weights are read from their
-      checkpoint instead;
+      checkpoint instead, and what it leaves out (base_weights.py) from the base;
     - 8 bytes of host memory per parameter on rank 0, 24 GB for 3 billion: the weights, and a model to describe them;
     - writing 4 bytes per parameter, while the other ranks wait.
 
@@ -61,7 +62,7 @@ class Exporter:
             return
         before = state.choice.step, state.choice.nelbo
         is_best = state.choice.takes(plan, state.step, metrics)
-        if is_best and not self._write(engine.weights(on_main=True), state.choice, must=False):
+        if is_best and not self._write(Start(gathered=engine.weights(on_main=True)), state.choice, must=False):
             # What could not be written is not chosen: the next one that is better than model/ is tried.
             state.choice.step, state.choice.nelbo = before
         if state.choice.step is not None:
@@ -77,23 +78,28 @@ class Exporter:
             return {} if _is_chosen(state) else engine.weights(on_main=True)
         return engine.weights()
 
-    def finish(self, weights: Weights, state: TrainState) -> None:
+    def finish(self, end: Start, state: TrainState) -> None:
         """Export the last weights, which rank 0 can read, unless a validation is chosen. A collective."""
         if not _is_chosen(state):
-            self._write(weights, state.choice, must=True)
+            self._write(end, state.choice, must=True)
         self._tell(state.choice)
 
-    def _write(self, weights: Weights, chosen: Choice | None, must: bool) -> bool:
+    def _write(self, end: Start, chosen: Choice | None, must: bool) -> bool:
         """Write model/ on rank 0. Returns on every rank whether it was written (`write_on_main`). A collective."""
         setup = self._setup
         target = setup.run_dir / "model"
 
         def write() -> None:
+            model = T5VAE.mapped(setup.config.model, setup.config.seed)
             try:
-                read = dict(weights)
+                if end.gathered is None:
+                    weights = first_weights(model, end.source)
+                    base_weights.check(weights, end, setup.config.model)
+                    read = {name: whole(weights, name) for name in weights.shapes}
+                else:
+                    read = dict(end.gathered)
             except CheckpointError as error:
                 raise OSError(str(error)) from None  # told to the other ranks, which wait
-            model = T5VAE.from_base(setup.config.model, setup.config.seed)
             notes = {ORIGIN: self._facts(chosen), MAX_TOKENS: setup.config.data.max_tokens}
             model.save_pretrained(target, setup.tokenizer, read, notes)
 

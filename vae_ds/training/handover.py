@@ -37,6 +37,11 @@ class Start:
         """The weights, to be read element by element; None stands for the weights that the run starts from."""
         return self.stored if self.gathered is None else PhaseState(dict(self.gathered), {})
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The weights that `stored` does not have, each with its SHA-256 (base_weights.py)."""
+        return {} if self.stored is None else self.stored.left_out
+
     def close(self) -> None:
         """Let go of files and tensors. Whoever still has this object keeps nothing alive during the phase."""
         if self.stored is not None:

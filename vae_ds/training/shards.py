@@ -5,18 +5,20 @@ the slices that the rank owns (engine/slices.py). The manifest (checkpoint.py) s
 
 - `shapes`: the whole shape of each parameter by name, in the order of the model;
 - `frozen`: the names without moments;
+- `left_out`: frozen names that no shard has, each with the SHA-256 of its float32 values (base_weights.py);
 - `shards`: for each one its `file`, `size`, `sha256`, and `slices`, a list of [number of the name in `shapes`, offset,
   length], in elements of the flattened parameter. A slice of the moments is the slice of the weights.
 
 Any number of ranks reads it at any stage: a rank copies the elements that it needs out of the memory-mapped files.
-Schema version 1 had whole tensors, with their own shapes, in the shards, and no `slices`; it is still read.
+Schema version 2 had no `left_out`. Version 1 had whole tensors, with their own shapes, in the shards, and no `slices`.
+Both are still read.
 """
 
 import bisect
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,11 +41,15 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the elements of each parameter are: its pieces cover it exactly once, in order."""
+    """Where the elements of each parameter are: its pieces cover it exactly once, in order.
+
+    A parameter of `left_out`, which has the SHA-256 of its values, has no pieces.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     frozen: frozenset[str]
     pieces: dict[str, list[Piece]]
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def write(folder: Path, part: Part, ranks: Ranks) -> dict[str, Any]:
@@ -67,7 +73,11 @@ def read_layout(folder: Path, manifest: Mapping[str, Any]) -> Layout:
         layout = _listed(manifest) if "shapes" in manifest else _of_version_1(folder, manifest)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: its manifest is broken: {error!r}") from None
+    if wrong := layout.left_out.keys() - layout.frozen:
+        raise CheckpointError(f"{folder}: its manifest is broken: `{min(wrong)}` is trained and left out")
     for name, shape in layout.shapes.items():
+        if name in layout.left_out and not layout.pieces[name]:
+            continue
         end = 0
         for piece in layout.pieces[name]:
             if piece.offset != end:
@@ -116,7 +126,8 @@ class Stored:
         self._folder, self._layout = folder, layout
         self._open: dict[str, Any] = {}
         trained = [name for name in layout.shapes if name not in layout.frozen]
-        self.weights: Mapping[str, torch.Tensor] = _Tensors(self, WEIGHTS, list(layout.shapes))
+        stored = [name for name in layout.shapes if name not in layout.left_out]
+        self.weights: Mapping[str, torch.Tensor] = _Tensors(self, WEIGHTS, stored)
         self.moments: dict[str, Mapping[str, torch.Tensor]] = {kind: _Tensors(self, kind, trained) for kind in MOMENTS}
 
     @property
@@ -128,6 +139,14 @@ class Stored:
     def trained(self) -> set[str]:
         """The names of the parameters that have moments."""
         return self._layout.shapes.keys() - self._layout.frozen
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Frozen parameters that are not stored, each with the SHA-256 of its float32 values."""
+        return self._layout.left_out
+
+    def __str__(self) -> str:
+        return str(self._folder)
 
     def copy_to(self, target: torch.Tensor, name: str, kind: str, offset: int) -> None:
         """Fill the 1-D `target` with the elements from `offset` on of a parameter or of one of its moments."""
@@ -204,7 +223,8 @@ def _listed(manifest: Mapping[str, Any]) -> Layout:
     for shard in manifest["shards"]:
         for number, offset, length in shard["slices"]:
             pieces[names[number]].append(Piece(offset, length, shard["file"]))
-    return Layout(shapes, frozenset(manifest["frozen"]), {name: sorted(found) for name, found in pieces.items()})
+    places = {name: sorted(found) for name, found in pieces.items()}
+    return Layout(shapes, frozenset(manifest["frozen"]), places, dict(manifest.get("left_out", {})))
 
 
 def _of_version_1(folder: Path, manifest: Mapping[str, Any]) -> Layout:

@@ -22,7 +22,7 @@ from vae_ds.errors import Stopped
 from vae_ds.evaluation import evaluate
 from vae_ds.model import EXTENTS, T5VAE, extents, gaussian
 from vae_ds.runtime import StopFlag, heeded
-from vae_ds.training import checkpoint, phases, resumption, window
+from vae_ds.training import base_weights, checkpoint, phases, resumption, window
 from vae_ds.training.aggressive import Aggressive
 from vae_ds.training.build import build_engine, build_model
 from vae_ds.training.export import Exporter
@@ -97,9 +97,9 @@ class Trainer:
     """One run on this rank."""
 
     def __init__(self, setup: Setup, changed_data: bool, stop: StopFlag) -> None:
-        self.setup, self.changed_data, self.limits = setup, changed_data, setup.limits
+        self.setup, self.changed_data, self.limits, self.stop = setup, changed_data, setup.limits, stop
         self.state = TrainState()
-        self.stop = stop
+        self.left_out: dict[str, str] = {}  # of checkpoints (base_weights.py)
         logging = setup.config.logging
         self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress)
         self.saver = Saver(setup.run_dir, setup.ranks, setup.config.checkpoint, self.monitor)
@@ -122,7 +122,7 @@ class Trainer:
         with self.watch:
             end = self._run_phases(start, last_phase)
             if self._is_last(last_phase):
-                self.exporter.finish(end.weights or {}, self.state)
+                self.exporter.finish(end, self.state)
                 self.monitor.end_run()
             end.close()
         self.monitor.close()
@@ -148,9 +148,9 @@ class Trainer:
             return Start(start.stored, gathered=start.gathered)
         is_start = not start.resumes and not any(self.state.place)
         model, weights = build_model(self.setup, plan, start.source, is_start)
-        # The engine may divide the parameters.
+        self.left_out = base_weights.left_out(weights, self.setup, start, self.left_out)
         facts, self.speed = phases.sizes(model), speed_of(self.setup, plan, self.state.step, model)
-        engine = build_engine(self.setup, plan, model, weights)
+        engine = build_engine(self.setup, plan, model, weights)  # it may divide the parameters
         self.limits = limits_for(self.setup, engine)
         if plan.settings.aggressive and self.state.aggressive is None:
             self.state.aggressive = Aggressive()
@@ -288,7 +288,7 @@ class Trainer:
             "data": self.setup.train.facts,
             "valid": {key: valid[key] for key in checkpoint.BETTER if key in valid},
         }
-        self.saver.begin(engine.part, progress, must)
+        self.saver.begin(partial(engine.part, self.left_out), progress, must)
 
     def restore(self) -> Start:
         """Continue from the newest checkpoint, if there is one."""
