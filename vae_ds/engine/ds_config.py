@@ -181,7 +181,10 @@ def complete(tree: Mapping[str, Any], owned: Mapping[str, Any], source: str = "d
 
 
 def settle_accumulation(tree: dict[str, Any], stage: int, precision: str, source: str) -> None:
-    """Accumulate gradients in float32 wherever DeepSpeed can. At stage 0 in bf16, DeepSpeed raises an error."""
+    """Accumulate gradients in float32 wherever DeepSpeed can, and sum them over the ranks in float32.
+
+    At stage 0 in bf16, DeepSpeed raises an error for the accumulation.
+    """
     section = tree.setdefault("data_types", {})
     if not isinstance(section, dict):
         raise ConfigError(f"{source}: `data_types` must be an object of settings; found {section!r}")
@@ -196,6 +199,19 @@ def settle_accumulation(tree: dict[str, Any], stage: int, precision: str, source
             f"{source}: `data_types.grad_accum_dtype` is {found!r}, but ZeRO stage 0 accumulates in {precision}; "
             "remove the key, or use stage 1 or higher"
         )
+    _settle_communication(tree, precision)
+
+
+def _settle_communication(tree: dict[str, Any], precision: str) -> None:
+    """Sum 16-bit gradients over the ranks in float32, unless the file says otherwise.
+
+    By default, DeepSpeed rounds the gradients that it has accumulated in float32 to 16 bits, and adds them in 16 bits.
+    """
+    if tree.get("communication_data_type", AUTO) != AUTO:
+        return
+    tree.pop("communication_data_type", None)
+    if precision != "fp32":
+        tree["communication_data_type"] = "fp32"
 
 
 def stage_of(tree: Mapping[str, Any], source: str) -> int:
