@@ -31,6 +31,7 @@ from vae_ds.runtime import records
 from vae_ds.runtime.exits import EXIT_LOST, STOP_SIGNALS
 from vae_ds.runtime.machine import launchers_of
 from vae_ds.training import checkpoint, trainer
+from vae_ds.training.build import FirstWeights
 from vae_ds.training.phases import PhasePlan
 from vae_ds.training.preparation import Setup
 from vae_ds.training.watch import Board
@@ -243,10 +244,10 @@ def test_a_phase_that_cannot_begin_leaves_the_checkpoint_of_the_one_before(
 ) -> None:
     build = trainer.build_engine
 
-    def fails(setup: Setup, plan: PhasePlan, model: T5VAE) -> PhaseEngine:
+    def fails(setup: Setup, plan: PhasePlan, model: T5VAE, weights: FirstWeights) -> PhaseEngine:
         if plan.index == 1:
             raise ConfigError("phases.1: cannot begin")
-        return build(setup, plan, model)
+        return build(setup, plan, model, weights)
 
     run = ["train", recipe, "--run-dir", tmp_path / "run", "--set", "checkpoint.every_steps=100"]
     monkeypatch.setattr(trainer, "build_engine", fails)
