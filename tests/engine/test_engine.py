@@ -22,7 +22,8 @@ from vae_ds.distributed.ranks import Ranks
 from vae_ds.engine import ds_config, groups, nvme
 from vae_ds.engine.phase_engine import PhaseEngine, builds_async_io, resolve
 from vae_ds.engine.precision import precision_for
-from vae_ds.errors import ConfigError
+from vae_ds.engine.slices import PhaseState
+from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.model import T5VAE
 
 PROCESSES = 2
@@ -144,6 +145,22 @@ def test_a_phase_that_freezes_everything_is_an_error() -> None:
 def test_a_module_that_is_not_float32_is_refused() -> None:
     with pytest.raises(ValueError, match=r"float32 weights on the CPU; `weight` is not"):
         build(torch.nn.Linear(2, 2).bfloat16())
+
+
+@pytest.mark.parametrize(
+    "weights", [{"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, {"weight": torch.zeros(2, 3)}]
+)
+def test_weights_of_another_model_are_refused(weights: dict[str, torch.Tensor]) -> None:
+    """As many elements of another shape would be taken, and a missing parameter would keep what the module has."""
+    with pytest.raises(CheckpointError, match=r"the weights of another model: `(weight|bias)` differs"):
+        PhaseEngine(
+            torch.nn.Linear(3, 2),
+            optimizer=OptimizerConfig(),
+            ranks=alone(),
+            precision="fp32",
+            ds_config=resolve("zero1", "fp32"),
+            weights=PhaseState(weights, {}),
+        )
 
 
 def test_a_batch_size_of_the_file_that_is_not_the_recipes_is_named() -> None:
