@@ -27,7 +27,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_package_lists_its_public_names() -> None:
-    assert dir(vae_ds) == ["T5VAE", "__version__", "train"]
+    assert dir(vae_ds) == ["T5VAE", "TextVAE", "__version__", "train"]
 
 
 def test_recipes_as_json(capsys: pytest.CaptureFixture[str]) -> None:
