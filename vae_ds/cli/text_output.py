@@ -112,8 +112,9 @@ class Throughput:
         """Print the line, and how many lines were bad."""
         duration_s = time.monotonic() - self._begun
         if self._bad:
-            what = "left out" if skipped else "have an error in place of a result"
-            print(f"{self._bad:,} bad lines {what}", file=sys.stderr)
+            what = "left out" if skipped else "with an error in place of a result"
+            print(f"{self._bad:,} bad {'line' if self._bad == 1 else 'lines'} {what}", file=sys.stderr)
         if self._is_shown:
             rate = self._done / max(duration_s, 1e-9)
-            print(f"{self._done:,} texts in {duration_s:.1f} s ({rate:,.0f} per second, {device})", file=sys.stderr)
+            texts = "text" if self._done == 1 else "texts"
+            print(f"{self._done:,} {texts} in {duration_s:.1f} s ({rate:,.0f} per second, {device})", file=sys.stderr)
