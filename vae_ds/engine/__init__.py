@@ -5,6 +5,7 @@ Depends on `distributed`, `config` and `errors`.
 
 from vae_ds.engine.ds_config import stated_precision
 from vae_ds.engine.phase_engine import (
+    DTYPES,
     PhaseEngine,
     StepOutcome,
     builds_async_io,
@@ -14,6 +15,7 @@ from vae_ds.engine.precision import precision_for
 from vae_ds.engine.slices import MOMENTS, WEIGHTS, Part, PhaseState, Reader, Slice, Source, whole
 
 __all__ = [
+    "DTYPES",
     "MOMENTS",
     "WEIGHTS",
     "Part",

@@ -32,7 +32,7 @@ class Exporter:
 
     - a gather of each weight, one at a time, without the moments, by all ranks; the last weights are read from their
       checkpoint instead, and what it leaves out (base_weights.py) from the base;
-    - 8 bytes of host memory per parameter on rank 0, 24 GB for 3 billion: the weights, and a model to describe them;
+    - 8 bytes of host memory per parameter on rank 0, 24 GB for 3 billion: the weights, and the bytes of the file;
     - writing 4 bytes per parameter, while the other ranks wait.
 
     So it happens only if a validation is better than all before it, and once more at the end if there was none.

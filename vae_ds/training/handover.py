@@ -28,11 +28,6 @@ class Start:
     gathered: Weights | None = None
 
     @property
-    def weights(self) -> Weights | None:
-        """The whole weights by name, read at each access if they are stored."""
-        return self.gathered if self.stored is None else self.stored.weights
-
-    @property
     def source(self) -> Source | None:
         """The weights, to be read element by element; None stands for the weights that the run starts from."""
         return self.stored if self.gathered is None else PhaseState(dict(self.gathered), {})

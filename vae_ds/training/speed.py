@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from vae_ds.distributed import Ranks
+from vae_ds.engine import DTYPES
 from vae_ds.model import EXTENTS, T5VAE, count_operations
 from vae_ds.training.phases import PhasePlan
 from vae_ds.training.preparation import Setup
 from vae_ds.training.profiling import Profiler
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("data", "forward", "backward", "update", "sums")
 """data: choose, pad and copy a batch. backward and update include the communication of the engine. sums: the one other
 collective of a step, in which a rank waits for the slowest one."""

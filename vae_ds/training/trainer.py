@@ -144,7 +144,7 @@ class Trainer:
         After the last phase this is what to export, if model/ is not chosen already: if gathered, on rank 0 alone.
         With `must`, the checkpoint at the end has to be written. Closes `start`, unless the phase is complete already.
         """
-        if self.state.step >= plan.steps and start.weights is not None:
+        if self.state.step >= plan.steps and start.source is not None:
             return Start(start.stored, gathered=start.gathered)
         is_start = not start.resumes and not any(self.state.place)
         model, weights = build_model(self.setup, plan, start.source, is_start)
