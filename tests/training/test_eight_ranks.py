@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from support.launch import job, run_jobs
 from support.processes import curve
+from support.recipes import write_recipe
 from support.tiny import ENGLISH, make_base, write_splits
 from vae_ds.training import checkpoint, trainer
 
@@ -25,8 +26,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("eight")
     base = make_base(folder / "base", "t5", num_layers=1, num_decoder_layers=2)
     text = write_splits(folder / "text", ENGLISH[:300], ENGLISH[300:350], ENGLISH[350:400])
-    path = folder / "recipe.yaml"
-    path.write_text(
+    return write_recipe(
+        folder,
         f"""
 name: eight
 model: {{base: {base}, latent_dim: 8, dropout: 0}}
@@ -38,12 +39,8 @@ phases:
   - {{name: full, steps: {FULL}, optimizer: {{lr: 2.0e-3, clip: 50, weight_decay: 0.1}}}}
 validation: {{every_steps: 1000, sentences: 16}}
 checkpoint: {{every_steps: 2}}
-logging: {{every: 1, tensorboard: false, progress: false}}
-export: last
 """,
-        encoding="utf-8",
     )
-    return path
 
 
 @pytest.fixture(scope="module")

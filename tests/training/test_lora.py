@@ -13,6 +13,7 @@ from support.checkpoint_cases import write_version_1
 from support.launch import job, run_jobs
 from support.models import build
 from support.processes import curve
+from support.recipes import write_recipe
 from support.tiny import ENGLISH, demo_settings, make_base, write_splits
 from vae_ds import config as configuration
 from vae_ds.config import RunConfig
@@ -42,8 +43,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_base(folder / "tied", "t5", num_layers=1, num_decoder_layers=2)
     make_base(folder / "untied", "v1_1", num_layers=1, num_decoder_layers=1)
     text = write_splits(folder / "text", ENGLISH[:300], ENGLISH[300:350], ENGLISH[350:400])
-    path = folder / "recipe.yaml"
-    path.write_text(
+    return write_recipe(
+        folder,
         f"""
 name: adapted
 model: {{base: {folder / "tied"}, latent_dim: 8, dropout: 0, lora: {ADAPTERS}}}
@@ -61,12 +62,8 @@ phases:
     optimizer: {{lr: 1.0e-2, clip: 50, weight_decay: 0.1}}
 validation: {{every_steps: 1000, sentences: 16}}
 checkpoint: {{every_steps: 1000}}
-logging: {{every: 1, tensorboard: false, progress: false}}
-export: last
 """,
-        encoding="utf-8",
     )
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import torch
 
 from support.launch import job, run_jobs
 from support.processes import curve
+from support.recipes import write_recipe
 from support.tiny import ENGLISH, make_base, write_splits
 from vae_ds import config as configuration
 from vae_ds.config.settings import RunConfig
@@ -32,8 +33,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uneven")
     base = make_base(folder / "base", "t5", num_layers=1, num_decoder_layers=1)
     text = write_splits(folder / "text", ENGLISH[:200], ENGLISH[300:304], ENGLISH[350:354])
-    path = folder / "recipe.yaml"
-    path.write_text(
+    return write_recipe(
+        folder,
         f"""
 name: small
 model: {{base: {base}, latent_dim: 8, dropout: 0, pooling: mean}}
@@ -49,12 +50,8 @@ phases:
     optimizer: {{lr: {LR}, eps: {EPS}}}
 validation: {{every_steps: 1000, sentences: 4}}
 checkpoint: {{every_steps: 1000}}
-logging: {{every: 1, tensorboard: false, progress: false}}
-export: last
 """,
-        encoding="utf-8",
     )
-    return path
 
 
 @pytest.fixture(scope="module")
