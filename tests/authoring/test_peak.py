@@ -1,12 +1,12 @@
 """The memory that a plan expects of a training step, against the peak of a real step."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from support.processes import no_rank
 from support.tiny import make_base
 
 TOKENS, SENTENCES = 48, 16
@@ -73,7 +73,7 @@ def test_the_peak_of_a_real_step(stage: str, tmp_path: Path) -> None:
         [sys.executable, "-c", STEP, *words],
         capture_output=True,
         text=True,
-        env=os.environ | allocator | {"PYTHONPATH": ":".join(sys.path)},
+        env=no_rank() | allocator | {"PYTHONPATH": ":".join(sys.path)},
         timeout=250,
         check=False,
     )
