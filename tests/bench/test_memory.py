@@ -22,6 +22,7 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Weights, gradients and half of the states of Adam, at least.
     assert parts["step"] > 4 * (2 + 1) * row["parameters"] / 1e6
     assert row["expected_mb"] > row["activations_mb"] > 0
+    assert row["checkpoint_copies"] > 0
     # What the runs have left is removed.
     assert {path.name for path in tmp_path.iterdir()} == {"memory.json"}
 

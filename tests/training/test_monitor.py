@@ -38,7 +38,7 @@ def test_rows_past_the_checkpoint_and_a_torn_row_are_cut(tmp_path: Path) -> None
     for step in (10, 20, 30, 40):
         first.log(row(step))
         first.evaluation(step, "valid", {"rec": 1000.0, "iw_nll": None})
-        first.checkpoint(step, size_bytes=1, stall_s=0.1, write_s=0.1)
+        first.checkpoint(step, size_bytes=1, copy_s=0.05, stall_s=0.1, write_s=0.1)
     first.close()
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"phase": "warmup", "step": 60, "re')
@@ -83,7 +83,7 @@ def test_other_ranks_write_and_print_nothing(tmp_path: Path, capfd: pytest.Captu
     monitor.log(row(4))
     monitor.advance(10)
     monitor.evaluation(4, "valid", {"rec": 1.0}, [1.0], [("a", "b")], ["c"])
-    monitor.checkpoint(4, size_bytes=1, stall_s=0.1, write_s=0.1)
+    monitor.checkpoint(4, size_bytes=1, copy_s=0.05, stall_s=0.1, write_s=0.1)
     monitor.end_run()
     monitor.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -48,7 +48,7 @@ monitor.begin_run({recipe!r})
 monitor.begin_phase("warmup", 50, 0)
 for step in (10, 20, 30, 40, 50):
     monitor.log(row(step, rec=1000.0 + step))
-    monitor.checkpoint(step, size_bytes=7, stall_s=0.1, write_s=0.2)
+    monitor.checkpoint(step, size_bytes=7, copy_s=0.05, stall_s=0.1, write_s=0.2)
     if step == 20 or step == 40:
         monitor.evaluation(step, "valid", {{"rec": 1000.0 + step}}, [9.0], [("cut" if step > 30 else "kept", "x")])
 os._exit(1)

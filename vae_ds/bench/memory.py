@@ -30,6 +30,8 @@ class Row:
     expected_mb: what `vae-ds plan` expects for a training step, the larger of both phases.
     parts: largest memory in each part of the run: `step` is the training step, `resumed ...` is of the second run.
     bytes_per_parameter: the largest of all parts, less the activations, per parameter.
+    checkpoint_copies: how long a checkpoint makes the training of rank 0 wait for the copy of the state, as a multiple of
+        a plain copy of as many bytes in memory.
     """
 
     ds_config: str
@@ -41,6 +43,7 @@ class Row:
     expected_mb: float
     parts: dict[str, float]
     bytes_per_parameter: float
+    checkpoint_copies: float
 
 
 def memory(
@@ -78,12 +81,13 @@ def memory(
 def table(rows: Sequence[Row]) -> str:
     """The rows for people, as a Markdown table."""
     parts = list(dict.fromkeys(part for row in rows for part in row.parts))
-    head = ["ds_config", "ranks", *parts, "plan of a step", "of it activations", "bytes per parameter at most"]
+    head = ["ds_config", "ranks", *parts, "plan of a step", "of it activations", "bytes per parameter at most", "wait for a checkpoint / a plain copy"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         values = [f"{row.parts[part]:,.0f}" if part in row.parts else "" for part in parts]
         cells = [row.ds_config, str(row.processes), *values, f"{row.expected_mb:,.0f}", f"{row.activations_mb:,.0f}"]
-        lines.append("| " + " | ".join([*cells, f"{row.bytes_per_parameter:.1f}"]) + " |")
+        cells += [f"{row.bytes_per_parameter:.1f}", f"{row.checkpoint_copies:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     own = max(row.own_mb for row in rows)
     millions = rows[0].parameters / 1e6
     return "\n".join(
@@ -114,6 +118,7 @@ def _measure(run: Path, settings: Sequence[str], processes: int) -> Row:
         expected_mb=max(need.states_bytes + need.host_bytes + need.activations_bytes for need in found) / 1e6,
         parts={name: round(value / 1e6, 1) for name, value in parts.items()},
         bytes_per_parameter=round((max(parts.values()) - spent) / parameters, 2),
+        checkpoint_copies=round(first[0]["copies"], 2),
     )
 
 

@@ -1,23 +1,29 @@
 """One rank of `vae-ds bench memory`: python -m vae_ds.bench.memory_rank RUN TO SETTINGS... trains and reads its memory.
 
-Writes TO-RANK.json: `own`, the bytes before the model is loaded, and `parts`, the largest number of bytes in each part
-of the run. Only anonymous memory counts: pages of a mapped file can be dropped at any time.
+Writes TO-RANK.json: `own`, the bytes before the model is loaded, `parts`, the largest number of bytes in each part of the
+run, and on rank 0 `copies`, how long the run's checkpoints made the training wait for the copy of the state, as a multiple
+of plain copies of as many bytes. Only anonymous memory counts: pages of a mapped file can be dropped at any time.
 """
 
 import gc
 import json
 import os
 import re
+import statistics
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
+
+import torch
 
 from vae_ds import config as configuration
 from vae_ds import distributed, engine, training
 from vae_ds.config import RunConfig
 
 SAMPLE_S = 0.005
+PLAIN_COPIES = 5
 # The part of a run, by the innermost of these functions of the package that is running.
 PARTS = {
     "restore": "restore",
@@ -65,6 +71,19 @@ def _part(frame: FrameType | None) -> str:
     return "other"
 
 
+def _copies(run_dir: Path, world: int) -> float:
+    """The median wait for the copy of a checkpoint, over that of plain copies to new memory; one thread each."""
+    lines = (run_dir / "checkpoints.jsonl").read_text(encoding="utf-8").splitlines()
+    written = [json.loads(line) for line in lines]
+    state_B = torch.ones(int(statistics.median(one["size_bytes"] for one in written)) // world, dtype=torch.uint8)
+    plain_s = []
+    for _ in range(PLAIN_COPIES):
+        began_s = time.monotonic()
+        state_B.clone()
+        plain_s.append(time.monotonic() - began_s)
+    return statistics.median(one["copy_s"] for one in written) / statistics.median(plain_s)
+
+
 def main(run_dir: str, to: str, settings: list[str]) -> None:
     """Measure one training."""
     config = configuration.load(RunConfig, "demo", settings)
@@ -77,7 +96,10 @@ def main(run_dir: str, to: str, settings: list[str]) -> None:
     training.train(config, run_dir)
     sampler.is_over.set()
     sampler.join()
-    Path(f"{to}-{ranks.rank}.json").write_text(json.dumps({"own": own, "parts": sampler.parts}), encoding="utf-8")
+    found: dict[str, object] = {"own": own, "parts": sampler.parts}
+    if ranks.is_main:
+        found["copies"] = _copies(Path(run_dir), ranks.world)
+    Path(f"{to}-{ranks.rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

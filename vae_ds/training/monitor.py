@@ -162,14 +162,15 @@ class Monitor:
             self._events.text("prior_samples", table(("sample",), ((text,) for text in texts)), split, step)
         self._events.flush()
 
-    def checkpoint(self, step: int, *, size_bytes: int, stall_s: float, write_s: float) -> None:
+    def checkpoint(self, step: int, *, size_bytes: int, copy_s: float, stall_s: float, write_s: float) -> None:
         """Record a checkpoint of global step `step`: how long training waited for it, and how long writing it took.
 
-        It becomes a row of `checkpoints.jsonl`, curves `8_checkpoint/<key>`, and a line of progress.
+        `copy_s` is the part of `stall_s` until the state was copied; the rest is the wait for the disk. It becomes a
+        row of `checkpoints.jsonl`, curves `8_checkpoint/<key>`, and a line of progress.
         """
         if not self._active:
             return
-        values = {"size_bytes": size_bytes, "stall_s": stall_s, "write_s": write_s}
+        values = {"size_bytes": size_bytes, "copy_s": copy_s, "stall_s": stall_s, "write_s": write_s}
         _append(self._run_dir / "checkpoints.jsonl", {"step": step, **values})
         if self._progress:
             cost = f"{size_bytes / 1e6:.1f} MB, written in {write_s:.2f} s, training waited {stall_s:.2f} s"

@@ -48,7 +48,7 @@ class Saver:
         self.newest: str | None = None
         self._manifest: dict[str, Any] = {}
         self._began_s = time.monotonic()
-        self._stall_s = 0.0
+        self._copy_s = 0.0
 
     def requests(self, stop: bool) -> list[float]:
         """This rank's requests as numbers. Their sums over the ranks go to `agreed`."""
@@ -78,7 +78,7 @@ class Saver:
         self._manifest = checkpoint.describe(copied, progress, self._ranks)
         self._writer = _Writer(writing, copied, self._ranks)
         self._writer.start()
-        self._stall_s = time.monotonic() - self._began_s
+        self._copy_s = time.monotonic() - self._began_s
 
     def finish(self, must: bool = False) -> None:
         """Wait for the checkpoint that `begin` started, publish it, and delete older ones. A collective.
@@ -103,7 +103,8 @@ class Saver:
             self._monitor.checkpoint(
                 int(manifest["progress"]["global_step"]),
                 size_bytes=sum(shard["size"] for shard in entries),
-                stall_s=self._stall_s + time.monotonic() - began_s,
+                copy_s=self._copy_s,
+                stall_s=self._copy_s + time.monotonic() - began_s,
                 write_s=writer.duration_s,
             )
 

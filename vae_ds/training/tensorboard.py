@@ -39,7 +39,7 @@ GROUPS = {
     "5_speed": ("tokens_per_s", "texts_per_s", "padding", "positions_per_s", "tflops", "mfu", "peak_memory_gb"),
     "6_other": (),
     "7_evaluation": (),
-    "8_checkpoint": ("size_bytes", "stall_s", "write_s"),
+    "8_checkpoint": ("size_bytes", "copy_s", "stall_s", "write_s"),
 }
 """The groups of curves in the order of TensorBoard's page, with their keys. Losses of a pretraining (`*_per_token`,
 `*_per_sentence`) are in `1_objective`, the parts of a step (`share_*`) in `5_speed`, other keys in `6_other`.
