@@ -30,8 +30,8 @@ class Row:
     expected_mb: what `vae-ds plan` expects for a training step, the larger of both phases.
     parts: largest memory in each part of the run: `step` is the training step, `resumed ...` is of the second run.
     bytes_per_parameter: the largest of all parts, less the activations, per parameter.
-    checkpoint_copies: how long a checkpoint makes the training of rank 0 wait for the copy of the state, as a multiple of
-        a plain copy of as many bytes in memory.
+    checkpoint_copies: how long a checkpoint makes rank 0 wait for the copy of the state, as a multiple of a plain copy
+        of as many bytes.
     """
 
     ds_config: str
@@ -81,7 +81,8 @@ def memory(
 def table(rows: Sequence[Row]) -> str:
     """The rows for people, as a Markdown table."""
     parts = list(dict.fromkeys(part for row in rows for part in row.parts))
-    head = ["ds_config", "ranks", *parts, "plan of a step", "of it activations", "bytes per parameter at most", "wait for a checkpoint / a plain copy"]
+    head = ["ds_config", "ranks", *parts, "plan of a step", "of it activations", "bytes per parameter at most"]
+    head.append("wait for a checkpoint / a plain copy")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         values = [f"{row.parts[part]:,.0f}" if part in row.parts else "" for part in parts]
