@@ -1,7 +1,7 @@
 """One rank of `vae-ds bench memory`: python -m vae_ds.bench.memory_rank RUN TO SETTINGS... trains and reads its memory.
 
 Writes TO-RANK.json. `own` is the number of bytes before the model is loaded, `parts` the largest number in each part
-of the run. `copies`, on rank 0, is how long a checkpoint made the training wait for the copy of the state, as a multiple
+of the run. `copies`, on rank 0, is how long a checkpoint made training wait for the copy of the state, as a multiple
 of a plain copy of as many bytes. Only anonymous memory counts: pages of a mapped file can be dropped at any time.
 """
 
