@@ -57,7 +57,7 @@ def loss_of_a_step(model: T5VAE, batch: Batch, free_bits: FreeBits, *, is_first:
     trainer: Any = SimpleNamespace(
         speed=SimpleNamespace(part=lambda name: nullcontext()), setup=SimpleNamespace(ranks=SimpleNamespace(world=2))
     )
-    sizes = {"loss": 1, "rec": 1, "penalty": 1, "kl_L": model.latent_dim, "tokens": 1, **dict.fromkeys(EXTENTS, 1)}
+    sizes = {**dict.fromkeys(("loss", "rec", "penalty", "tokens", *EXTENTS), 1), "kl_L": model.latent_dim}
     held_L = None if is_first else torch.zeros(model.latent_dim, device=CUDA)
     now = StepSettings(sentences=4, free_bits=free_bits, beta=0.5, lr=1.0, half=None, held_L=held_L)
     Trainer.forward_backward_update(trainer, engine, batch, now, NamedSums(CUDA, **sizes), is_last=True)
