@@ -13,6 +13,7 @@ from vae_ds.distributed.collectives import (
     gather_objects,
     gather_rows,
     rank0_first,
+    to_device,
 )
 from vae_ds.distributed.patience import apply_timeout, is_loss, set_timeout
 from vae_ds.distributed.randomness import capture, restore, seed_everything, stream
@@ -50,4 +51,5 @@ __all__ = [
     "set_timeout",
     "start",
     "stream",
+    "to_device",
 ]

@@ -25,6 +25,15 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def to_device(values: torch.Tensor | Sequence[float], device: torch.device) -> torch.Tensor:
+    """Values of the host on the device; plain numbers as float32. The host does not wait for the device."""
+    tensor = torch.as_tensor(values)
+    if device.type != "cuda":
+        return tensor.to(device)
+    # A copy from pageable memory waits until the device has finished everything before it.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class NamedSums:
     """Named float64 sums of this rank. One reduction adds them over all ranks.
 
@@ -51,7 +60,7 @@ class NamedSums:
 
     def reduce(self) -> dict[str, torch.Tensor]:
         """The sums over all ranks, on the CPU. On GPUs, this is the only synchronization. A collective."""
-        total = all_sum(self._packed + self._host.to(self._packed.device)).cpu()
+        total = all_sum(self._packed + to_device(self._host, self._packed.device)).cpu()
         return dict(zip(self._sizes, total.split(list(self._sizes.values())), strict=True))
 
 

@@ -3,7 +3,7 @@
 Depends on `distributed`, `config` and `errors`.
 """
 
-from vae_ds.engine.ds_config import stated_precision
+from vae_ds.engine.ds_config import shipped_names, stated_precision
 from vae_ds.engine.phase_engine import (
     DTYPES,
     PhaseEngine,
@@ -28,6 +28,7 @@ __all__ = [
     "builds_async_io",
     "precision_for",
     "resolve",
+    "shipped_names",
     "stated_precision",
     "whole",
 ]

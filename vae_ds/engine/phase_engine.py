@@ -35,10 +35,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """The outcome of one optimizer step: applied or skipped, gradient norm before clipping, loss scale of fp16."""
+    """The outcome of one optimizer step: applied or skipped, gradient norm before clipping, loss scale of fp16.
+
+    The norm is the same on every rank. A tensor of one element is on the device: reading it waits for the step.
+    """
 
     applied: bool
-    grad_norm: float
+    grad_norm: float | torch.Tensor
     loss_scale: float | None = None
 
 
@@ -168,7 +171,7 @@ class PhaseEngine:
         """
         is_boundary = self._engine.is_gradient_accumulation_boundary()
         groups.set_rates(self._adam, lr, half)
-        norm = None
+        norm: float | torch.Tensor | None = None
         if is_boundary and self._is_plain:
             norm = self._gradient_norm()
             if not math.isfinite(norm):
@@ -179,7 +182,8 @@ class PhaseEngine:
         if not is_boundary:
             return None
         if norm is None:
-            norm = float(self._engine.get_global_grad_norm())
+            norm = self._engine.get_global_grad_norm()
+            assert norm is not None
         scale = float(self._engine.optimizer.loss_scale) if self._has_scale else None
         applied = bool(self._engine.was_step_applied())
         if not applied and self._stage in (1, 2):

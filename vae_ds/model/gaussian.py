@@ -90,5 +90,5 @@ def thresholded_kl(
     if mode == "per_dim_batch":
         if held_L is None:
             return kl_BL.sum(-1)
-        return torch.where(held_L.to(kl_BL.device) > nats, kl_BL, kl_BL.new_tensor(nats)).sum(-1)
+        return torch.where(held_L.to(kl_BL.device) > nats, kl_BL, nats).sum(-1)
     raise ValueError(f"unknown free-bits mode {mode!r}; use per_dim, per_dim_batch or total")

@@ -201,8 +201,11 @@ class T5VAE(nn.Module):
         if self.bottleneck is None:
             raise ValueError("a model with injection `none` has no encoder")
         every = self.settings.pool_layers == "all"
+        # Given a mask (B, T), transformers waits for the device to learn whether all of it is true.
+        whole = self.t5.config._attn_implementation == "sdpa"
+        seen = attention_mask_BT.ne(0)[:, None, None, :] if whole else attention_mask_BT
         output = self.t5.encoder(
-            input_ids=input_ids_BT, attention_mask=attention_mask_BT, output_hidden_states=every, return_dict=True
+            input_ids=input_ids_BT, attention_mask=seen, output_hidden_states=every, return_dict=True
         )
         states = output.hidden_states[1:] if every else (output.last_hidden_state,)
         mu_BL, logvar_BL = self.bottleneck(states, attention_mask_BT)

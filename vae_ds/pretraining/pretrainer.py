@@ -180,7 +180,7 @@ class Pretrainer:
         lr = self.learning_rate.at(state.step if warm else int(self.progress() * setup.config.steps))
         tokens = int(plan.target_N[index_G].sum())
         shares = share(index_G, plan.order_N, ranks.rank, ranks.world, setup.limits)
-        sums = distributed.NamedSums(ranks.device, nats=1, positions=1, requests=len(Requests._fields))
+        sums = distributed.NamedSums(ranks.device, nats=1, positions=1, grad_norm=1, requests=len(Requests._fields))
         outcome = None
         for number, (index_B, weight_B) in enumerate(shares, start=1):
             batch = setup.batch(setup.train, index_B, plan, epoch)
@@ -190,6 +190,8 @@ class Pretrainer:
             trained.backward(nats * (ranks.world / tokens), is_last=number == len(shares))
             outcome = trained.step(lr)
             sums.add(nats=nats, positions=batch.labels_BT.numel())
+            if outcome is not None and ranks.is_main:
+                sums.add(grad_norm=outcome.grad_norm)  # read with the other sums, in one copy
         self.watch.advance()
         sums.add(requests=self.saver.requests(stop=self.stop.raised is not None))
         totals = sums.reduce()
@@ -201,8 +203,8 @@ class Pretrainer:
         state.skipped_in_row = 0
         state.step += 1
         state.tokens += tokens
-        adds = {"steps": 1.0, "nats": float(totals["nats"]), "tokens": tokens, "positions": float(totals["positions"])}
-        for key, value in {**adds, "texts": len(index_G), "grad_norm": outcome.grad_norm}.items():
+        adds = {name: float(totals[name]) for name in ("nats", "positions", "grad_norm")}
+        for key, value in {**adds, "steps": 1.0, "tokens": tokens, "texts": len(index_G)}.items():
             state.window[key] = state.window.get(key, 0.0) + value
         state.window["lr"] = lr
         self.monitor.advance(1)

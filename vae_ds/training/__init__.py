@@ -12,7 +12,7 @@ from vae_ds.training.preparation import write_headers
 from vae_ds.training.saver import Requests, Saver
 from vae_ds.training.schedules import LearningRate
 from vae_ds.training.shards import Stored
-from vae_ds.training.trainer import train
+from vae_ds.training.trainer import Trainer, train
 from vae_ds.training.watch import Watch
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Requests",
     "Saver",
     "Stored",
+    "Trainer",
     "Watch",
     "check_free",
     "checkpoint",

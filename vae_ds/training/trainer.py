@@ -220,7 +220,7 @@ class Trainer:
         if outcome is None or not outcome.applied:
             self.state.count_skipped(self.setup.config.max_skipped_steps)
         else:
-            self._count_applied(plan, totals, now, len(index_G), outcome.grad_norm)
+            self._count_applied(plan, totals, now)
         return requests
 
     def forward_backward_update(
@@ -242,6 +242,8 @@ class Trainer:
         with self.speed.part("update"):
             outcome = engine.step(now.lr, now.half)
         sums.add(loss=loss_B.detach().sum(), rec=rec_B.detach().sum(), penalty=penalty_B.detach().sum())
+        if outcome is not None and self.setup.ranks.is_main:
+            sums.add(grad_norm=outcome.grad_norm)  # read with the other sums, in one copy
         kl_L = (weight_B[:, None] * terms.kl_BL.detach()).sum(0)
         sums.add(kl_L=kl_L, tokens=batch.tokens, **extents(batch.input_ids_BT.shape, batch.labels_BT.shape))
         return outcome
@@ -328,13 +330,13 @@ class Trainer:
             beta=plan.beta.at(state.step, state.beta),
             lr=plan.learning_rate.at(state.step),
             half=state.aggressive.half() if state.aggressive else None,
-            held_L=None if state.held_kl is None else torch.tensor(state.held_kl, device=self.setup.ranks.device),
+            held_L=None if state.held_kl is None else distributed.to_device(state.held_kl, self.setup.ranks.device),
         )
 
     def _new_sums(self, engine: PhaseEngine) -> distributed.NamedSums:
         units = _model_of(engine).latent_dim
-        sizes = {"loss": 1, "rec": 1, "penalty": 1, "kl_L": units, "tokens": 1, **dict.fromkeys(EXTENTS, 1)}
-        return distributed.NamedSums(self.setup.ranks.device, **sizes, requests=len(Requests._fields))
+        ones = dict.fromkeys(("loss", "rec", "penalty", "tokens", "grad_norm", *EXTENTS), 1)
+        return distributed.NamedSums(self.setup.ranks.device, **ones, kl_L=units, requests=len(Requests._fields))
 
     def _collate(self, plan: PhasePlan, engine: PhaseEngine, feed: Feed, piece: Any) -> Batch:
         return collate(
@@ -348,12 +350,10 @@ class Trainer:
             sample=plan.settings.sample_posterior,
         ).to(self.setup.ranks.device)
 
-    def _count_applied(
-        self, plan: PhasePlan, totals: dict[str, torch.Tensor], now: StepSettings, sentences: int, grad_norm: float
-    ) -> None:
+    def _count_applied(self, plan: PhasePlan, totals: dict[str, torch.Tensor], now: StepSettings) -> None:
         """Advance the schedules by an applied step and add it to the next row of the log."""
         state = self.state
-        kl_L = totals["kl_L"] / sentences
+        kl_L = totals["kl_L"] / now.sentences
         kl = float(kl_L.sum())
         sums = {name: float(total) for name, total in totals.items() if total.numel() == 1}
         state.skipped_in_row = 0
@@ -363,7 +363,7 @@ class Trainer:
             state.beta = plan.beta.carry(now.beta, kl)
         if state.aggressive and plan.settings.aggressive:
             state.aggressive.after_step(plan.settings.aggressive, sums["loss"], sums["tokens"])
-        window.add_step(state.window, sums, sentences, kl, now.beta, now.lr, grad_norm)
+        window.add_step(state.window, sums, now.sentences, kl, now.beta, now.lr)
         self.monitor.advance(1)
 
     def _improves(self, valid: dict[str, Any]) -> bool:

@@ -12,13 +12,11 @@ Window = dict[str, float]
 MEANS = ("rec", "kl", "kl_weighted", "loss", "grad_norm")
 
 
-def add_step(
-    window: Window, totals: Mapping[str, float], sentences: int, kl: float, beta: float, lr: float, grad_norm: float
-) -> None:
+def add_step(window: Window, totals: Mapping[str, float], sentences: int, kl: float, beta: float, lr: float) -> None:
     """Add one applied step.
 
     `totals`: sums of the global batch, `loss`, `rec` and `penalty` (the thresholded KL) in nats, `tokens` and
-    positions (`target`) of the targets. `kl` is the raw KL in nats a sentence.
+    positions (`target`) of the targets, `grad_norm`. `kl` is the raw KL in nats a sentence.
     """
     adds = {
         "steps": 1.0,
@@ -26,7 +24,7 @@ def add_step(
         "rec": totals["rec"] / sentences,
         "kl": kl,
         "kl_weighted": beta * totals["penalty"] / sentences,
-        "grad_norm": grad_norm,
+        "grad_norm": totals["grad_norm"],
         "tokens": totals["tokens"],
         "positions": totals["target"],
     }

@@ -1,0 +1,1 @@
+"""`vae-ds bench gpu`."""
