@@ -12,25 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import T5Config, T5ForConditionalGeneration
-
 from vae_ds import authoring, engine
 from vae_ds import config as configuration
-from vae_ds.bench import ranks
+from vae_ds.bench import profiles, ranks
 from vae_ds.config import RunConfig
-from vae_ds.errors import ConfigError, Failed
-from vae_ds.model import load_tokenizer
+from vae_ds.errors import Failed
 from vae_ds.runtime import records
 
-# Shapes of the published T5s: d_model, d_kv, d_ff, heads, layers of each stack. The vocabulary has 32,128 rows.
-SIZES = {
-    "tiny": (128, 32, 512, 4, 2),
-    "t5-small": (512, 64, 2048, 8, 6),
-    "t5-base": (768, 64, 3072, 12, 12),
-    "t5-large": (1024, 64, 4096, 16, 24),
-}
-VOCABULARY = 32_128
 STEPS = 3
 
 
@@ -67,15 +55,13 @@ def memory(
 ) -> list[Row]:
     """Measure each of `ds_configs` into a directory of its own below `run_dir`; the directories are removed again.
 
-    size: a key of SIZES. batch: sentences per step, on all ranks.
+    size: a key of `profiles.SHAPES`. batch: sentences per step, on all ranks.
 
     Writes `run_dir`/memory.json. Raises ConfigError for a wrong setting, Failed if a run fails.
     """
-    if size not in SIZES:
-        raise ConfigError(f"--size {size}: the sizes are {', '.join(SIZES)}")
     for name in ds_configs:
         engine.resolve(name, precision)
-    base = _base(run_dir / "base", size)
+    base = profiles.random_base(run_dir / "base", size)
     settings = [
         *(f"model.base={base}", f"batch.global={batch}", f"phases.0.steps={STEPS}", f"phases.1.steps={STEPS}"),
         *(f"precision={precision}", "logging.tensorboard=false", "data.limit=512", "validation.sentences=16"),
@@ -147,16 +133,3 @@ def _run(run: Path, settings: Sequence[str], processes: int, name: str) -> list[
     for file in (*files, log):
         file.unlink()
     return found
-
-
-def _base(folder: Path, size: str) -> Path:
-    """A base with random weights and the tokenizer of the tiny T5."""
-    width, of_head, inner, heads, layers = SIZES[size]
-    shape: dict[str, Any] = {"d_model": width, "d_kv": of_head, "d_ff": inner, "num_heads": heads, "num_layers": layers}
-    config = T5Config(**shape, vocab_size=VOCABULARY)
-    config.decoder_start_token_id = 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        T5ForConditionalGeneration(config).save_pretrained(folder)
-    load_tokenizer("tiny").save_pretrained(folder)
-    return folder
