@@ -12,6 +12,8 @@ from vae_ds.training.preparation import write_headers
 from vae_ds.training.saver import Requests, Saver
 from vae_ds.training.schedules import LearningRate
 from vae_ds.training.shards import Stored
+from vae_ds.training.speed import matrix_rate
+from vae_ds.training.stepping import Step, Steps
 from vae_ds.training.trainer import train
 from vae_ds.training.watch import Watch
 
@@ -20,6 +22,8 @@ __all__ = [
     "Monitor",
     "Requests",
     "Saver",
+    "Step",
+    "Steps",
     "Stored",
     "Watch",
     "check_free",
@@ -28,6 +32,7 @@ __all__ = [
     "dry_run",
     "hold",
     "learning_rate",
+    "matrix_rate",
     "phases",
     "resumption",
     "tensorboard",
