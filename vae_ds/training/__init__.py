@@ -3,7 +3,7 @@
 Stands on `evaluation`, `latents`, `model`, `engine`, `data`, `distributed`, `runtime` and `config`.
 """
 
-from vae_ds.training import checkpoint, phases, resumption, tensorboard
+from vae_ds.training import checkpoint, phases, resumption, tensorboard, trackers
 from vae_ds.training.dry_run import describe, dry_run
 from vae_ds.training.holding import check_free, hold
 from vae_ds.training.monitor import Monitor
@@ -36,6 +36,7 @@ __all__ = [
     "phases",
     "resumption",
     "tensorboard",
+    "trackers",
     "train",
     "write_headers",
 ]

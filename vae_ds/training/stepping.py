@@ -36,7 +36,7 @@ class Steps:
     def __init__(self, config: RunConfig, phase: int, run_dir: Path) -> None:
         """Builds the engine. Writes nothing but token ids in the cache. A collective. Raises UserError."""
         ranks = distributed.start()
-        quiet = config.logging.model_copy(update={"tensorboard": False, "progress": False})
+        quiet = config.logging.model_copy(update={"tensorboard": False, "progress": False, "trackers": ()})
         setup = prepare(config.model_copy(update={"logging": quiet}), run_dir, ranks)
         self._plan = setup.plans[phase]
         self._trainer = Trainer(setup, False, StopFlag())
