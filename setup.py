@@ -51,7 +51,12 @@ setup(
     ],
     extras_require={
         "lora": ["peft>=0.21,<1"],  # adapters (model.lora)
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "peft>=0.21,<1"],
+        "wandb": ["wandb>=0.20"],  # Weights & Biases (logging.trackers)
+        "mlflow": ["mlflow-skinny>=3"],  # MLflow's client (logging.trackers)
+        "test": [
+            *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
+            *("peft>=0.21,<1", "wandb>=0.20", "mlflow-skinny>=3"),  # what the extras bring
+        ],
         "dev": ["ruff>=0.9", "mypy>=1.13", "types-PyYAML"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2", "ruff>=0.9"],
     },

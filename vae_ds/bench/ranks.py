@@ -13,13 +13,23 @@ RETURN_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": 
 
 
 def start(
-    words: Sequence[str], processes: int, log: Path, env: Mapping[str, str] | None = None
+    words: Sequence[str],
+    processes: int,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    *,
+    is_piped: bool = False,
+    keeps_freed_memory: bool = False,
 ) -> list[subprocess.Popen[bytes]]:
-    """Start `python WORDS` once per rank. Their output is added to the file `log`; `env` are further variables."""
+    """Start `python WORDS` once per rank. Their output is added to the file `log`; `env` are further variables.
+
+    is_piped: standard input and output are pipes to the caller. keeps_freed_memory: do not return it to the system at
+    once, which would cost time.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     common = {
         **os.environ,
-        **RETURN_FREED_MEMORY,
+        **({} if keeps_freed_memory else RETURN_FREED_MEMORY),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
@@ -32,8 +42,8 @@ def start(
             subprocess.Popen(
                 [sys.executable, *words],
                 env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
+                stdin=subprocess.PIPE if is_piped else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if is_piped else out,
                 stderr=out,
             )
             for rank in range(processes)

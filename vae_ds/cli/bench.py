@@ -59,6 +59,49 @@ def add(subparsers: Any) -> None:
         "--no-compare", action="store_true", help="skip the undisturbed run and the comparison of the weights"
     )
     _add_memory(benches)
+    _add_speed(benches)
+
+
+def _add_speed(benches: Any) -> None:
+    parser = add_command(
+        benches,
+        "speed",
+        speed,
+        "measure the speed of training, evaluation and data beside what they are compared with, on CPUs",
+        "Measures in turns and prints a table with medians; --run-dir gets speed.json. Takes about 20 minutes on two"
+        " idle cores and 8 GB of memory.",
+        ["vae-ds bench speed --run-dir runs/speed", "vae-ds bench speed --only loop mfu"],
+    )
+    parser.add_argument(
+        "--run-dir", default="runs/speed", metavar="DIR", help="a directory for the results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="MEASURE", help="measures: see docs/speed.md (default: all)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the smallest size: shows in seconds that the measures work"
+    )
+    parser.add_argument(
+        "--lines",
+        type=positive,
+        default=1_000_000,
+        metavar="N",
+        help="lines of the longest text (default: %(default)s)",
+    )
+    add_json(parser)
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    run_dirs.check_writable(Path(arguments.run_dir))
+    from vae_ds.bench import speed
+
+    facts, rows = speed.speed(
+        Path(arguments.run_dir), only=arguments.only, is_quick=arguments.quick, lines=arguments.lines
+    )
+    if arguments.json:
+        print(json.dumps({"facts": facts, "rows": [speed.as_json(row) for row in rows]}, default=str))
+        return
+    print(speed.table(facts, rows))
 
 
 def _add_memory(benches: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from vae_ds.config.data_settings import DataConfig, Settings
+from vae_ds.config.logging_settings import LoggingConfig, ProfileConfig
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SCHEDULES = ("constant", "linear", "cyclical", "target")
@@ -214,17 +215,6 @@ class TimeoutConfig(Settings):
 
     silent_s: float = Field(60.0, gt=0, description="abort after this many seconds without a heartbeat from a rank")
     stalled_s: float = Field(1800.0, gt=0, description="abort after this many seconds without progress of any rank")
-
-
-class LoggingConfig(Settings):
-    every: int = Field(10, ge=1, description="applied steps between lines of metrics.jsonl")
-    tensorboard: bool = Field(True, description="write TensorBoard event files to the run directory")
-    progress: bool = Field(True, description="show a progress bar on the terminal")
-
-
-class ProfileConfig(Settings):
-    start: int = Field(20, ge=1, description="first step of a phase to profile, counted since the start or resumption")
-    steps: int = Field(3, ge=1, description="number of steps to profile")
 
 
 class EvaluationConfig(Settings):

@@ -5,7 +5,7 @@ Depends on `config` and `errors`.
 
 from vae_ds.model import gaussian
 from vae_ds.model.bases import MAX_TOKENS, check_base, load_tokenizer, model_dir, read_export
-from vae_ds.model.cost import Footprint, footprint
+from vae_ds.model.cost import Footprint, footprint, footprint_of
 from vae_ds.model.injection import guard_half
 from vae_ds.model.lora import held_names, is_adapter, plain_name
 from vae_ds.model.operations import EXTENTS, Operations, count_operations, extents
@@ -27,6 +27,7 @@ __all__ = [
     "exported_weights",
     "extents",
     "footprint",
+    "footprint_of",
     "gaussian",
     "guard_half",
     "held_names",

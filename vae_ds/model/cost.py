@@ -6,7 +6,7 @@ Shapes: B sentences, T tokens, L latent units.
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from vae_ds.config import ModelConfig
 from vae_ds.model.shapes import skeleton
+from vae_ds.model.t5vae import T5VAE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,6 +45,22 @@ def footprint(
     A kernel of a device can keep less than the operators that are counted here, such as the flash kernels of attention.
     Raises ConfigError if the base's configuration cannot be used.
     """
+
+    def loss(model: T5VAE) -> torch.Tensor:
+        ids_BT = torch.zeros(sentences, tokens, dtype=torch.long)
+        terms = model(ids_BT, torch.ones_like(ids_BT), ids_BT, torch.zeros(sentences, max(1, model.latent_dim)))
+        return terms.rec_B.sum() + terms.kl_BL.sum()
+
+    return footprint_of(settings, loss, precision, frozen)
+
+
+def footprint_of(
+    settings: ModelConfig,
+    loss: Callable[[T5VAE], torch.Tensor],
+    precision: str = "fp32",
+    frozen: Iterable[str] = (),
+) -> Footprint:
+    """The footprint of any loss of a model, and of its backward pass. `loss` makes its inputs: they are fake, too."""
     memory, fixed = _Memory(), set(frozen)
     model = skeleton(settings).train()
     with FakeTensorMode():
@@ -53,13 +70,9 @@ def footprint(
             if name not in fixed:
                 # The engine has the gradients, and they are counted there.
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        ids_BT = torch.zeros(sentences, tokens, dtype=torch.long)
-        mask_BT = torch.ones_like(ids_BT)
-        eps_BL = torch.zeros(sentences, max(1, model.latent_dim))
         memory.leave_out(model.parameters())
         with memory:
-            terms = model(ids_BT, mask_BT, ids_BT, eps_BL)
-            (terms.rec_B.sum() + terms.kl_BL.sum()).backward()
+            loss(model).backward()
     return Footprint(memory.peak, memory.peak_of(model.t5.config.vocab_size))
 
 

@@ -16,6 +16,7 @@ from vae_ds.distributed import Ranks
 from vae_ds.pretraining import vocabulary
 from vae_ds.pretraining.paragraphs import paragraphs
 from vae_ds.pretraining.span_corruption import Pair, Plan, Texts, pairs, tokenise_texts
+from vae_ds.training import trackers
 
 SHOWN_TEXTS = 6
 MOST_TEXTS = 512  # of a forward pass, with `batch.micro: auto`
@@ -58,6 +59,7 @@ class Setup:
 
 def prepare(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Setup:
     """Check the settings, read the corpus, learn the vocabulary, and tokenise. Raises UserError."""
+    trackers.check(config.logging.trackers)
     distributed.rank0_first(lambda: corpora.check(config.data))
     precision = engine.precision_for(config.precision, ranks.device, config.deepspeed, tell=ranks.is_main)
     ds_config = engine.resolve(config.deepspeed, precision, ranks.device.type)

@@ -91,7 +91,7 @@ class Pretrainer:
         self.state = PretrainState()
         self.stop = stop
         logging = setup.config.logging
-        self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress)
+        self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress, logging.trackers)
         self.saver = Saver(setup.run_dir, setup.ranks, setup.config.checkpoint, self.monitor)
         self.watch = Watch(setup.ranks, self.stop, setup.config.timeouts, partial(self._status, "failed"))
         rate = setup.config.learning_rate

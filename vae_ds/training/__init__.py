@@ -3,7 +3,7 @@
 Stands on `evaluation`, `latents`, `model`, `engine`, `data`, `distributed`, `runtime` and `config`.
 """
 
-from vae_ds.training import checkpoint, phases, resumption, tensorboard
+from vae_ds.training import checkpoint, phases, resumption, tensorboard, trackers
 from vae_ds.training.dry_run import describe, dry_run
 from vae_ds.training.holding import check_free, hold
 from vae_ds.training.monitor import Monitor
@@ -12,6 +12,8 @@ from vae_ds.training.preparation import write_headers
 from vae_ds.training.saver import Requests, Saver
 from vae_ds.training.schedules import LearningRate
 from vae_ds.training.shards import Stored
+from vae_ds.training.speed import matrix_rate
+from vae_ds.training.stepping import Step, Steps
 from vae_ds.training.trainer import Trainer, train
 from vae_ds.training.watch import Watch
 
@@ -20,6 +22,8 @@ __all__ = [
     "Monitor",
     "Requests",
     "Saver",
+    "Step",
+    "Steps",
     "Stored",
     "Trainer",
     "Watch",
@@ -29,9 +33,11 @@ __all__ = [
     "dry_run",
     "hold",
     "learning_rate",
+    "matrix_rate",
     "phases",
     "resumption",
     "tensorboard",
+    "trackers",
     "train",
     "write_headers",
 ]

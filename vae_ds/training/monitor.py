@@ -8,6 +8,7 @@ Files of a run directory written here:
 - `metrics.jsonl`: one JSON object per logging step. `evaluations.jsonl`: one per validation. `checkpoints.jsonl`: one
   per checkpoint. All JSON is strict: a number that is not finite is null (TensorBoard shows it as it is).
 - `events.out.tfevents.*`: TensorBoard's event files, see `tensorboard.py`.
+- `trackers/<name>.json`: the name of this run in a tracker, see `trackers.py`.
 - `samples/<split>-step-<step>.txt`: reconstructions and prior samples of a validation, as plain text.
 
 On resume, everything after the checkpoint is cut from the rows and from the event files.
@@ -17,13 +18,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vae_ds.runtime import records
 from vae_ds.training.display import Bar, Lines, is_number, terms_of
 from vae_ds.training.tensorboard import Events, escape, table
+from vae_ds.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from vae_ds.distributed import Ranks
@@ -34,17 +36,27 @@ ROWS = ("metrics.jsonl", "evaluations.jsonl", "checkpoints.jsonl")
 class Monitor:
     """Records a run in `run_dir` and shows its progress.
 
-    `tensorboard` and `progress` are the recipe's `logging.tensorboard` and `logging.progress`. What is off is not even
-    imported. The progress bar needs a terminal on standard error; elsewhere plain lines are printed there.
+    `tensorboard`, `progress` and `trackers` are those of the recipe's `logging`. What is off is not even imported. The
+    progress bar needs a terminal on standard error; elsewhere plain lines are printed there.
     Order of calls: `resume_from` at most once, before anything is logged; `begin_run`; `begin_phase`; `log`, `advance`,
     `evaluation` and `checkpoint`; `end_run` if the run is complete; `close`.
     """
 
-    def __init__(self, run_dir: str | Path, ranks: Ranks, tensorboard: bool = True, progress: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        ranks: Ranks,
+        tensorboard: bool = True,
+        progress: bool = True,
+        trackers: Sequence[str] = (),
+    ) -> None:
         self._run_dir = Path(run_dir)
         self._active = ranks.is_main
         self._metrics: TextIO | None = None
         self._events = Events(self._run_dir) if tensorboard and self._active else None
+        self._trackers = Trackers(trackers, self._run_dir) if trackers and self._active else None
+        self._sent = dict.fromkeys(ROWS, -1)  # the last step that an earlier start of the run has sent to the trackers
+        self._is_done = False
         self._progress: Bar | Lines | None = None
         if progress and self._active:
             self._progress = Bar() if sys.stderr.isatty() else Lines()
@@ -61,7 +73,7 @@ class Monitor:
             raise RuntimeError("call resume_from before anything is logged")
         last_step = step if step > 0 else -1
         for name in ROWS:
-            _cut_rows(self._run_dir / name, last_step)
+            self._sent[name] = _cut_rows(self._run_dir / name, last_step)
         if self._events:
             self._events.resume_after(last_step)
 
@@ -72,9 +84,12 @@ class Monitor:
         """
         if self._events:
             self._events.begin_run(recipe)
+        if self._trackers:
+            self._trackers.begin_run(recipe)
 
     def end_run(self) -> None:
-        """Mark the run as complete on TensorBoard's HParams page."""
+        """Mark the run as complete on TensorBoard's HParams page and, with `close`, in the trackers."""
+        self._is_done = True
         if self._events:
             self._events.end_run()
 
@@ -106,9 +121,10 @@ class Monitor:
         self._metrics.flush()
         if self._progress:
             self._progress.show(values)
+        if is_number(values.get("rec")) and is_number(values.get("kl")):
+            values = {"nelbo": values["rec"] + values["kl"]} | values
+        self._track("metrics.jsonl", values, "train", int(values["step"]))
         if self._events:
-            if is_number(values.get("rec")) and is_number(values.get("kl")):
-                values = {"nelbo": values["rec"] + values["kl"]} | values
             self._events.scalars(values, "train", int(values["step"]))
             # If the process died after the next checkpoint and before a later flush, the curve would keep a gap.
             self._events.flush()
@@ -148,6 +164,7 @@ class Monitor:
         if pairs or texts:
             path = self._run_dir / "samples" / f"{split}-step-{step:08d}.txt"
             records.replace_file(path, _plain(f"{split}, step {step}", pairs, texts).encode())
+        self._track("evaluations.jsonl", values, split, step)
         if self._events is None:
             return
         self._events.scalars(values, split, step)
@@ -175,6 +192,7 @@ class Monitor:
         if self._progress:
             cost = f"{size_bytes / 1e6:.1f} MB, written in {write_s:.2f} s, training waited {stall_s:.2f} s"
             self._progress.say(f"checkpoint at step {step}: {cost}")
+        self._track("checkpoints.jsonl", values, None, step)
         if self._events:
             self._events.scalars(values, None, step)
             self._events.flush()
@@ -188,6 +206,14 @@ class Monitor:
             self._metrics = None
         if self._events:
             self._events.close()
+        if self._trackers:
+            self._trackers.close(self._is_done)
+            self._trackers = None
+
+    def _track(self, name: str, values: Mapping[str, Any], split: str | None, step: int) -> None:
+        """Send points to the trackers, unless they have them: a resumed run makes the same steps again."""
+        if self._trackers and step > self._sent[name]:
+            self._trackers.scalars(values, split, step)
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
@@ -196,10 +222,13 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
         rows.write(records.strict_json(row) + "\n")
 
 
-def _cut_rows(path: Path, last_step: int) -> None:
-    if path.exists():
-        kept = [row for row in path.read_bytes().split(b"\n") if 0 <= _step_of(row) <= last_step]
-        records.replace_file(path, b"".join(row + b"\n" for row in kept))
+def _cut_rows(path: Path, last_step: int) -> int:
+    """Returns the last step that the file had."""
+    if not path.exists():
+        return -1
+    steps = [(_step_of(row), row) for row in path.read_bytes().split(b"\n")]
+    records.replace_file(path, b"".join(row + b"\n" for step, row in steps if 0 <= step <= last_step))
+    return max(step for step, _ in steps)
 
 
 def _step_of(row: bytes) -> int:

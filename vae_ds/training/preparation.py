@@ -34,7 +34,7 @@ from vae_ds.model import (
     skeleton,
 )
 from vae_ds.runtime import records, run_dirs
-from vae_ds.training import phases
+from vae_ds.training import phases, trackers
 from vae_ds.training.phases import PhasePlan
 
 
@@ -59,6 +59,7 @@ class Setup:
 def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
     """Check everything that can be checked, then prepare the data. Raises UserError. Loads no weights. A collective."""
     run_dirs.check_writable(run_dir)
+    trackers.check(config.logging.trackers)
     distributed.rank0_first(lambda: corpora.check(config.data))
     check_model(config)
     precision = engine.precision_for(config.precision, ranks.device, config.deepspeed, tell=ranks.is_main)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,13 @@ collective of a step, in which a rank waits for the slowest one."""
 
 SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product is timed
 REPEATS = 3
+
+
+class Counted(NamedTuple):
+    """What all ranks have computed: target tokens, and the operations of the model with padding."""
+
+    tokens: float
+    operations: float
 
 
 class Speed:
@@ -72,6 +79,10 @@ class Speed:
         """Add the `tokens` and EXTENTS of a step, sums over all ranks."""
         for name in self._sums:
             self._sums[name] += float(totals[name])
+
+    def counted(self) -> Counted:
+        """What was counted since the last row."""
+        return Counted(self._sums["tokens"], self._operations.of(self._sums))
 
     def row(self) -> dict[str, float]:
         """What a row of the log says, and begin the next one.

@@ -71,6 +71,11 @@ def tag_of(key: str, split: str | None = None) -> str:
     return "/".join(part for part in (group, key, split) if part)
 
 
+def curves_of(values: Mapping[str, Any], split: str | None) -> dict[str, float]:
+    """The points of the curves of a row or an evaluation, by tag."""
+    return {tag_of(key, split): value for key, value in _numbers(values).items()}
+
+
 def layout_of(keys: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     """The charts of the Custom Scalars page, for a run that logs `keys`: a VAE has `rec`, a pretraining has not.
 

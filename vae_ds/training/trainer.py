@@ -101,7 +101,7 @@ class Trainer:
         self.state = TrainState()
         self.left_out: dict[str, str] = {}  # of checkpoints (base_weights.py)
         logging = setup.config.logging
-        self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress)
+        self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress, logging.trackers)
         self.saver = Saver(setup.run_dir, setup.ranks, setup.config.checkpoint, self.monitor)
         self.status = Status(setup.run_dir, setup.ranks, setup.plans)
         self.exporter = Exporter(setup, self.status)
