@@ -22,6 +22,7 @@ setup(
         "vae_ds": ["tiny/*"],
         "vae_ds.config": ["recipes/*.yaml", "studies/*.yaml"],
         "vae_ds.ds_configs": ["*.json"],
+        "vae_ds.inspection": ["page.html"],
         "vae_ds.studies.published": ["*.csv"],  # the numbers that papers print
     },
     entry_points={"console_scripts": ["vae-ds = vae_ds.cli:main"]},

@@ -9,21 +9,15 @@ import numpy as np
 import pytest
 
 from support import tiny
-from support.models import taught
 from vae_ds import cli, config
 from vae_ds.config import DataConfig, ModelConfig, RunConfig
 from vae_ds.data import corpora
 from vae_ds.errors import ConfigError, DataError
 from vae_ds.inspection import Labelled, probes, targets
-from vae_ds.model import T5VAE, load_tokenizer
+from vae_ds.model import T5VAE
 from vae_ds.textvae import TextVAE
 
 TEXTS = list(tiny.ENGLISH[:150])
-
-
-@pytest.fixture(scope="module")
-def vae() -> TextVAE:
-    return TextVAE(taught(5), load_tokenizer(tiny.base()), 40, device="cpu")
 
 
 def thing(text: str) -> str:
