@@ -22,6 +22,7 @@ setup(
         "vae_ds": ["tiny/*"],
         "vae_ds.config": ["recipes/*.yaml", "studies/*.yaml"],
         "vae_ds.ds_configs": ["*.json"],
+        "vae_ds.inspection": ["page.html"],
         "vae_ds.studies.published": ["*.csv"],  # the numbers that papers print
     },
     entry_points={"console_scripts": ["vae-ds = vae_ds.cli:main"]},
@@ -53,9 +54,10 @@ setup(
         "lora": ["peft>=0.21,<1"],  # adapters (model.lora)
         "wandb": ["wandb>=0.20"],  # Weights & Biases (logging.trackers)
         "mlflow": ["mlflow-skinny>=3"],  # MLflow's client (logging.trackers)
+        "look": ["scikit-learn>=1.5,<2", "umap-learn>=0.5.7,<1"],  # classifiers of probes, maps
         "test": [
             *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
-            *("peft>=0.21,<1", "wandb>=0.20", "mlflow-skinny>=3"),  # what the extras bring
+            *("peft>=0.21,<1", "wandb>=0.20", "mlflow-skinny>=3", "scikit-learn>=1.5,<2"),  # what the extras bring
         ],
         "dev": ["ruff>=0.9", "mypy>=1.13", "types-PyYAML"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2", "ruff>=0.9"],

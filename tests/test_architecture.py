@@ -19,7 +19,7 @@ LAYERS = (
     {"latents", "cluster"},
     {"evaluation"},
     {"training", "textvae"},
-    {"studies", "pretraining", "authoring"},
+    {"studies", "pretraining", "authoring", "inspection"},
     {"bench"},
     {"cli"},
 )

@@ -60,6 +60,7 @@ def add(subparsers: Any) -> None:
     )
     _add_memory(benches)
     _add_speed(benches)
+    _add_latents(benches)
 
 
 def _add_speed(benches: Any) -> None:
@@ -144,6 +145,50 @@ def _add_memory(benches: Any) -> None:
     )
     add_set(parser, "settings of the recipe `demo`, such as data.max_tokens=128 (default: none)")
     add_json(parser, "one JSON list instead of a table")
+
+
+def _add_latents(benches: Any) -> None:
+    parser = add_command(
+        benches,
+        "latents",
+        latents,
+        "measure encode, decode and log_prob in sentences a second, beside the stock T5 doing the same work",
+        "Both are in one process and take turns. A ratio is of two neighbours in time.",
+        ["vae-ds bench latents", "vae-ds bench latents --base google-t5/t5-base --device cuda --batch 256"],
+    )
+    parser.add_argument(
+        "--base", default="tiny", help="a T5: tiny, a hub name or a directory (default: %(default)s)", metavar="BASE"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: %(default)s)"
+    )
+    numbers = {
+        "--sentences": (256, "sentences in a round"),
+        "--new-tokens": (24, "tokens that each text is decoded to"),
+        "--samples": (8, "importance samples of log_prob"),
+        "--rounds": (7, "rounds that count"),
+    }
+    for name, (default, what) in numbers.items():
+        parser.add_argument(name, type=positive, default=default, metavar="N", help=f"{what} (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=positive, metavar="N", help="most sentences in one forward pass (default: 64, on a GPU 256)"
+    )
+    add_json(parser, "one JSON object instead of a table")
+
+
+def latents(arguments: argparse.Namespace) -> None:
+    from vae_ds.bench import latents
+
+    result = latents.latents(
+        arguments.base,
+        device=arguments.device,
+        sentences=arguments.sentences,
+        batch=arguments.batch,
+        new_tokens=arguments.new_tokens,
+        samples=arguments.samples,
+        rounds=arguments.rounds,
+    )
+    print(json.dumps(asdict(result)) if arguments.json else latents.table(result))
 
 
 def memory(arguments: argparse.Namespace) -> None:

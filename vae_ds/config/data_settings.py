@@ -57,7 +57,13 @@ class DataConfig(Settings):
     column: str = Field(
         "text", description="dataset, and text in .csv, .tsv, .jsonl or .parquet files: the column with the text"
     )
-    labelled: bool = Field(False, description="text: each line is a label, a tab, and the text; the label is dropped")
+    label_column: str | None = Field(
+        None,
+        description="dataset, and text with columns: the column with a label, which probes and maps use; null: none",
+    )
+    labelled: bool = Field(
+        False, description="text: each line is a label, a tab, and the text; probes and maps use the label"
+    )
     blank_lines: Literal["skip", "error"] = Field("skip", description="lines and rows without text")
     bad_lines: Literal["skip", "error"] = Field(
         "skip", description="streaming: lines that cannot be read (with `skip`, many of them are still an error)"
@@ -95,6 +101,8 @@ class DataConfig(Settings):
             raise ValueError("corpus `dataset` needs `path`: a hub name or a directory")
         if self.streaming and self.limit is not None:
             raise ValueError("`limit` counts sentences, but `streaming` does not count them; remove one of the two")
+        if self.label_column is not None and self.corpus in ("docstrings", "wordnet", "grammar"):
+            raise ValueError(f"corpus `{self.corpus}` has no label column; remove `label_column`")
         if set(self.splits) - set(SPLITS):
             raise ValueError(f"`splits` may have only the keys {', '.join(SPLITS)}; found {', '.join(self.splits)}")
         if set(self.sentences) - set(SPLITS) or min(self.sentences.values(), default=1) < 1:

@@ -18,6 +18,7 @@ from vae_ds.data.progress import Progress
 from vae_ds.errors import DataError
 
 TEXT = pa.schema([("text", pa.large_string())])
+LABELLED = pa.schema([*TEXT, pa.field("label", pa.string())])
 _ROWS_A_BATCH = 10_000
 _CHUNK_BYTES = 1 << 22
 _NOTED_BYTES = 1 << 24  # smaller files are hashed again each time

@@ -6,12 +6,14 @@ Depends on `latents`, `model`, `data`, `distributed`, `runtime` and `config`.
 from vae_ds.evaluation import finished_run
 from vae_ds.evaluation.identity import agreed_fingerprint, data_fingerprint, yardstick_values
 from vae_ds.evaluation.metrics import Evaluation, Training, evaluate, log_likelihoods
+from vae_ds.evaluation.text_metrics import diversity
 
 __all__ = [
     "Evaluation",
     "Training",
     "agreed_fingerprint",
     "data_fingerprint",
+    "diversity",
     "evaluate",
     "finished_run",
     "log_likelihoods",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from vae_ds import latents
 from vae_ds.config import EvaluationConfig
@@ -159,6 +160,13 @@ def self_bleu(grams: Sequence[Ngrams], ranks: Ranks) -> Metrics:
 
     scores = _in_groups(len(grams), ranks, lambda rows: [score(row) for row in rows], "Self-BLEU")
     return with_errors(self_bleu=np.array(scores))
+
+
+def diversity(texts: Sequence[str]) -> Metrics:
+    """`distinct_1` to `distinct_4` and `self_bleu` of texts, as in `text_metrics`, on one process."""
+    grams = [ngrams(text) for text in texts]
+    alone = Ranks(0, 0, 1, torch.device("cpu"))
+    return {f"distinct_{n}": distinct(grams, n) for n in ORDERS} | self_bleu(grams, alone)
 
 
 def ngrams(text: str) -> Ngrams:

@@ -4,7 +4,7 @@ Depends on `config` and `errors`.
 """
 
 from vae_ds.model import gaussian
-from vae_ds.model.bases import MAX_TOKENS, check_base, load_tokenizer, model_dir, read_export
+from vae_ds.model.bases import MAX_TOKENS, check_base, load_t5, load_tokenizer, model_dir, read_export
 from vae_ds.model.cost import Footprint, footprint, footprint_of
 from vae_ds.model.injection import guard_half
 from vae_ds.model.lora import held_names, is_adapter, plain_name
@@ -32,6 +32,7 @@ __all__ = [
     "guard_half",
     "held_names",
     "is_adapter",
+    "load_t5",
     "load_tokenizer",
     "model_dir",
     "plain_name",

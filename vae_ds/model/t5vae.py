@@ -216,6 +216,10 @@ class T5VAE(nn.Module):
 
         `labels_BT` is padded with -100. z is None for injection `none`. The logits are computed as in the stock T5.
         """
+        return self.token_losses(z_BL, labels_BT).sum(1)
+
+    def token_losses(self, z_BL: Tensor | None, labels_BT: Tensor) -> Tensor:
+        """The terms of `reconstruction`, - log p(x_t | x_<t, z) of each token: (B, T), 0 where there is none."""
         output = self.t5(
             encoder_outputs=BaseModelOutput(last_hidden_state=self._memory(z_BL, len(labels_BT), labels_BT.device)),
             decoder_input_ids=self.t5.prepare_decoder_input_ids_from_labels(labels_BT),
@@ -224,7 +228,7 @@ class T5VAE(nn.Module):
         nll_N = functional.cross_entropy(
             output.logits.float().flatten(0, 1), labels_BT.flatten(), ignore_index=-100, reduction="none"
         )
-        return nll_N.view_as(labels_BT).sum(1)
+        return nll_N.view_as(labels_BT)
 
     def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor, eps_BL: Tensor) -> Terms:
         """One pass: encode, z = mu + exp(logvar / 2) eps, decode. eps 0 gives z = mu.

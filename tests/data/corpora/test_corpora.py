@@ -300,7 +300,7 @@ def test_files_can_be_named_one_by_one(folder, tmp_path):
         corpora.check(DataConfig(corpus="text", **{**named, "valid": str(tmp_path / "nothing.txt")}))
 
 
-def test_labels_are_dropped(folder):
+def test_a_label_is_no_text(folder):
     for split in SPLITS:
         _write(folder, f"{split}.txt", "0\tIt was bad.\n1\tIt was good,\tand cheap.\n")
     corpus = corpora.load(_text(folder, labelled=True))

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 def load(data: DataConfig) -> Corpus:
     """Load the chosen column of each split, in the order of the data set. Rows without text are dropped with a warning.
 
+    The column `label` has what `data.label_column` holds, in its own type.
+
     Raises DataError if the data set, the directory, a split or the column does not exist, or if the hub cannot be
     reached.
     """
@@ -72,6 +74,8 @@ def _check_first_rows(data: DataConfig) -> None:
             raise DataError(f"{data.path}: split `{name}` has no rows")
         if data.column not in first:
             raise _no_column(list(first), data, split)
+        if data.label_column is not None and data.label_column not in first:
+            raise _no_label(list(first), data, split)
 
 
 def _parts(data: DataConfig) -> dict[str, Dataset]:
@@ -141,13 +145,26 @@ def _check_column(features: datasets.Features, data: DataConfig, split: str) -> 
         raise DataError(
             f"{data.path}: column `{data.column}` in {split} holds {kind or 'lists'}, not text; set data.column"
         )
+    if data.label_column is None:
+        return
+    if data.label_column not in features:
+        raise _no_label(list(features), data, split)
+    if not isinstance(features[data.label_column], datasets.Value | datasets.ClassLabel):
+        raise DataError(
+            f"{data.path}: column `{data.label_column}` in {split} holds lists, not labels; set data.label_column"
+        )
+
+
+def _no_label(found: list[str], data: DataConfig, split: str) -> DataError:
+    return DataError(
+        f"{data.path}: no column `{data.label_column}` in {split}; found: {', '.join(found)}; set data.label_column"
+    )
 
 
 def _texts(part: Dataset, data: DataConfig, split: str) -> Dataset:
     _check_column(part.features, data, split)
-    rows = part.select_columns([data.column])
-    if data.column != "text":
-        rows = rows.rename_column(data.column, "text")
+    names = {data.column: "text"} | ({data.label_column: "label"} if data.label_column else {})
+    rows = part.select_columns(list(names)).rename_columns(names)
     texts = enumerate(_column(rows, f"Checking {split}"))
     filled = np.fromiter((index for index, text in texts if text and not text.isspace()), np.int64)
     blank = len(rows) - len(filled)

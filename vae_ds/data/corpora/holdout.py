@@ -14,7 +14,7 @@ import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from vae_ds.data.cache import cache_error, make_folder, write_batches, write_rows
+from vae_ds.data.cache import LABELLED, TEXT, cache_error, make_folder, write_batches, write_rows
 from vae_ds.data.progress import Progress
 from vae_ds.errors import DataError
 
@@ -28,6 +28,8 @@ Rows = NDArray[np.int64]
 
 def draw(name: str, whole: Dataset, numbers: dict[str, float], seed: int, targets: dict[str, Path]) -> None:
     """Write the rows of `whole` to one Arrow file for each split: `targets` maps train, valid and test to files.
+
+    The columns are `text` and, if the rows have it, `label`.
 
     The sentences are sorted by a hash of the seed and the sentence. The first ones are test, the next ones valid. These
     two files have that random order, so that their first rows are a random sample. The rest is train, in file order.
@@ -44,6 +46,7 @@ def draw(name: str, whole: Dataset, numbers: dict[str, float], seed: int, target
     if sum(wanted.values()) >= total:
         raise DataError(_too_small(name, total, wanted))
     folder = targets["train"].parent
+    schema = LABELLED if "label" in whole.column_names else TEXT
     make_folder(folder)
     try:
         # A file, not memory: eight bytes for each sentence.
@@ -57,10 +60,11 @@ def draw(name: str, whole: Dataset, numbers: dict[str, float], seed: int, target
     if chosen is None:
         raise DataError(f"{_too_small(name, total, wanted)}; equal sentences are not divided")
     for part, rows_K in chosen.items():
-        texts = whole.select(rows_K)
-        write_rows(targets[part], ((row,) for batch in texts.iter(_ROWS_AT_ONCE) for row in batch["text"]))
+        chosen_rows = whole.select(rows_K)
+        batches = (zip(*batch.values(), strict=True) for batch in chosen_rows.iter(_ROWS_AT_ONCE))
+        write_rows(targets[part], (row for batch in batches for row in batch), schema)
     held = np.sort(np.concatenate(list(chosen.values())))
-    write_batches(targets["train"], _others(whole, held))
+    write_batches(targets["train"], _others(whole, held), schema)
 
 
 def choose(keys_N: Keys, wanted: dict[str, int]) -> dict[str, Rows] | None:

@@ -1,4 +1,4 @@
-"""Read the text column of a parquet file, row group by row group."""
+"""Read the columns of the text and of the label of a parquet file, row group by row group."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,18 +14,24 @@ from vae_ds.errors import DataError
 _ROWS_AT_ONCE = 10_000
 
 
-def read_rows(path: Path, column: str, found: Findings) -> Iterator[tuple[int, str | None]]:
-    """Pairs of a row number, counted from 1, and the text of the row, or None.
+def read_rows(
+    path: Path, column: str, label_column: str | None, found: Findings
+) -> Iterator[tuple[int, str | None, str | None]]:
+    """The number of each row, counted from 1, its text, or None, and its label, or None.
 
-    Texts that are not UTF-8 are added to `found`. Raises DataError if the file is not parquet or has no such column of
-    text.
+    Texts that are not UTF-8 are added to `found`. Raises DataError if the file is not parquet or has no such columns of
+    text and of labels (text, numbers or truth values).
     """
     try:
         with pq.ParquetFile(path) as file, Progress(f"Reading {path.name}", file.metadata.num_rows, "rows") as progress:
             _check_column(path, file.schema_arrow, column)
+            if label_column is not None:
+                _check_label_column(path, file.schema_arrow, label_column)
             first = 1
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
-                yield from enumerate(_texts(batch.column(0), first, found), first)
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column, *([label_column] if label_column else [])]):
+                texts = _texts(batch.column(column), first, found)
+                labels = _labels(batch.column(label_column)) if label_column else [None] * len(batch)
+                yield from zip(range(first, first + len(batch)), texts, labels, strict=True)
                 first += len(batch)
                 progress.add(len(batch))
     except OSError as error:
@@ -35,13 +41,28 @@ def read_rows(path: Path, column: str, found: Findings) -> Iterator[tuple[int, s
 
 
 def _check_column(path: Path, schema: pa.Schema, column: str) -> None:
-    if schema.names.count(column) != 1:
-        found = "two columns" if column in schema.names else "no column"
-        raise DataError(f"{path}: {found} `{column}`; found: {', '.join(schema.names)[:200]}; set data.column")
-    kind = schema.field(column).type
-    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    kind, plain = _kind(path, schema, column, "data.column")
     if not (pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_string_view(plain)):
         raise DataError(f"{path}: column `{column}` holds {kind}, not text; set data.column")
+
+
+def _check_label_column(path: Path, schema: pa.Schema, column: str) -> None:
+    kind, plain = _kind(path, schema, column, "data.label_column")
+    if pa.types.is_nested(plain) or pa.types.is_binary(plain) or pa.types.is_large_binary(plain):
+        raise DataError(f"{path}: column `{column}` holds {kind}, not labels; set data.label_column")
+
+
+def _kind(path: Path, schema: pa.Schema, column: str, setting: str) -> tuple[pa.DataType, pa.DataType]:
+    """The type of a column, and the type of its values."""
+    if schema.names.count(column) != 1:
+        found = "two columns" if column in schema.names else "no column"
+        raise DataError(f"{path}: {found} `{column}`; found: {', '.join(schema.names)[:200]}; set {setting}")
+    kind = schema.field(column).type
+    return kind, kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _labels(column: pa.Array) -> list[str | None]:
+    return [None if value is None else str(value).strip() or None for value in column.to_pylist()]
 
 
 def _texts(column: pa.Array, first: int, found: Findings) -> list[str | None]:

@@ -130,7 +130,8 @@ class LineStream:
                     return  # its rest is longer than the block, in which no other line begins
                 yield offset, line
 
-        yield from delimited.parse(numbered(), self.path, self.data, found, first=0, unit=_UNIT)
+        for sentence in delimited.parse(numbered(), self.path, self.data, found, first=0, unit=_UNIT):
+            yield sentence.text
 
 
 def open_stream(data: DataConfig, fingerprint: str | None = None) -> LineStream:

@@ -13,7 +13,17 @@ from pathlib import Path
 from datasets import Dataset
 
 from vae_ds.config import SPLITS, DataConfig
-from vae_ds.data.cache import cache_dir, digest, make_folder, noted_hash, read_rows, write_rows, write_text
+from vae_ds.data.cache import (
+    LABELLED,
+    TEXT,
+    cache_dir,
+    digest,
+    make_folder,
+    noted_hash,
+    read_rows,
+    write_rows,
+    write_text,
+)
 from vae_ds.data.corpora import delimited, holdout, text_files
 from vae_ds.data.corpora.corpus import Corpus, limited
 from vae_ds.data.corpora.findings import Findings
@@ -30,8 +40,9 @@ log = logging.getLogger(__name__)
 def load(data: DataConfig) -> Corpus:
     """Load the sentences of the files, in file order; without the training files if they are read as a stream.
 
-    With `data.split`, valid and test are drawn from the only source. Facts: `blank_lines`, the number of skipped lines
-    without text of each split, or of `all` with `data.split`. It is also logged.
+    With `data.labelled` or `data.label_column`, the column `label` has the labels. With `data.split`, valid and test
+    are drawn from the only source. Facts: `blank_lines`, the number of skipped lines without text of each split, or of
+    `all` with `data.split`. It is also logged.
 
     Raises DataError for a missing or empty file and, with file and line, for every error of `delimited.read`.
     """
@@ -99,6 +110,9 @@ def _hash(files: Files, data: DataConfig) -> str:
 def _cached(files: Files, content: str, data: DataConfig) -> Path:
     """The Arrow file of a source. The file beside it with the suffix .json has the blank lines of each file."""
     formats = [fact for path in files for fact in _format(path, data)]
+    if delimited.has_labels(data):
+        # Files of older versions have no labels.
+        formats += ["labels", str(data.label_column)]
     return cache_dir(data.cache_dir) / "text" / f"{digest([_LAYOUT, content, str(data.labelled), *formats])}.arrow"
 
 
@@ -109,20 +123,26 @@ def _rows(files: Files, content: str, data: DataConfig) -> Dataset:
         findings: list[Findings] = []
         make_folder(cached.parent)
         # The reader ends before the Arrow file gets its name, so the file beside it exists first.
-        write_rows(cached, ((text,) for text in _noted(_sentences(files, data, findings), findings, cached)))
+        sentences = _noted(_sentences(files, data, findings), findings, cached)
+        if delimited.has_labels(data):
+            write_rows(cached, sentences, LABELLED)
+        else:
+            write_rows(cached, ((text,) for text, _ in sentences), TEXT)
     elif data.blank_lines == "error":
         for path, found in zip(files, _notes(cached), strict=False):
             found.raise_blank(str(path))
     return read_rows(cached)
 
 
-def _sentences(files: Files, data: DataConfig, findings: list[Findings]) -> Iterator[str]:
+def _sentences(files: Files, data: DataConfig, findings: list[Findings]) -> Iterator[delimited.Sentence]:
     for path in files:
         findings.append(Findings(data.blank_lines))
         yield from delimited.read(path, data, findings[-1])
 
 
-def _noted(sentences: Iterator[str], findings: list[Findings], cached: Path) -> Iterator[str]:
+def _noted(
+    sentences: Iterator[delimited.Sentence], findings: list[Findings], cached: Path
+) -> Iterator[delimited.Sentence]:
     """Yield the sentences, then write the blank lines of their files beside the Arrow file."""
     yield from sentences
     notes = [[found.blank, found.first_blank] for found in findings]
