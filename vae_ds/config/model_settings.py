@@ -32,9 +32,20 @@ class ModelConfig(Settings):
     injection: Literal["cross_attention", "self_attention", "embedding", "self_attention+embedding", "none"] = Field(
         "cross_attention", description="how z enters the decoder"
     )
+    prior: Literal["normal", "gaussian", "mixture", "flow"] = Field(
+        "normal", description="p(z): N(0, I), or learned: a full Gaussian, a mixture of Gaussians, a flow"
+    )
+    prior_components: int = Field(64, ge=1, description="prior `mixture`: number of components")
+    prior_couplings: int = Field(8, ge=1, description="prior `flow`: number of affine coupling layers")
+    prior_width: int = Field(64, ge=1, description="prior `flow`: width of the two hidden layers of a coupling")
     mu_std: float | None = Field(None, gt=0, description="initial std of W_mu; null: 1/sqrt(d_model)")
     logvar_std: float = Field(0.02, gt=0, description="initial std of W_logvar")
     memory_std: float | None = Field(None, gt=0, description="initial std of W_proj; null: 1/sqrt(latent_dim)")
     dropout: float | None = Field(None, ge=0, lt=1, description="dropout rate; null: that of the base model")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     lora: LoraConfig | None = None
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether p(z) is learned. A plain language model has none."""
+        return self.prior != "normal" and self.injection != "none"

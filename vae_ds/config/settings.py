@@ -95,8 +95,12 @@ BetaConfig = Annotated[ConstantBeta | LinearBeta | CyclicalBeta | TargetBeta, Fi
 class FreeBits(Settings):
     """The KL threshold (docs/method.md). `nats: 0` turns it off."""
 
-    mode: Literal["per_dim", "per_dim_batch", "total"] = Field("per_dim", description="what the threshold applies to")
-    nats: float = Field(0.0, ge=0, description="the threshold: per latent unit, or of the sum in mode `total`; 0: off")
+    mode: Literal["per_dim", "per_dim_batch", "total", "total_batch"] = Field(
+        "per_dim", description="what the threshold applies to; a prior that is learned along needs `total_batch`"
+    )
+    nats: float = Field(
+        0.0, ge=0, description="the threshold: per latent unit, or of the sum in modes `total`, `total_batch`; 0: off"
+    )
 
 
 class OptimizerConfig(Settings):
@@ -106,7 +110,7 @@ class OptimizerConfig(Settings):
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of Adam's two moments")
     eps: float = Field(1e-8, gt=0, description="added to the square root of the second moment")
     new_weights_lr_factor: float = Field(
-        1.0, gt=0, description="learning rate of the new weights (bottleneck, memory), as a multiple of `lr`"
+        1.0, gt=0, description="learning rate of the new weights (bottleneck, memory, prior), as a multiple of `lr`"
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay, not of layer norms and biases")
     clip: float = Field(0.0, ge=0, description="maximum gradient norm of the loss in nats per sentence; 0: no clipping")

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from vae_ds.config import ModelConfig
 from vae_ds.model.shapes import skeleton
+from vae_ds.model.t5vae import PriorTerms
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,8 +59,14 @@ def footprint(
         eps_BL = torch.zeros(sentences, max(1, model.latent_dim))
         memory.leave_out(model.parameters())
         with memory:
-            terms = model(ids_BT, mask_BT, ids_BT, eps_BL)
-            (terms.rec_B.sum() + terms.kl_BL.sum()).backward()
+            fits_prior = model.prior is not None and not any(
+                parameter.requires_grad for name, parameter in model.named_parameters() if not name.startswith("prior.")
+            )
+            terms = model(ids_BT, mask_BT, None if fits_prior else ids_BT, eps_BL)
+            loss = terms.rec_B.sum() + terms.kl_BL.sum()
+            if isinstance(terms, PriorTerms):
+                loss = loss - terms.log_p_B.sum()
+            loss.backward()
     return Footprint(memory.peak, memory.peak_of(model.t5.config.vocab_size))
 
 
