@@ -43,6 +43,8 @@ CASES = {
     "export nope --to out": "nope: no such directory",
     "export begun --to out": "begun: no model/ yet",
     "export run --to file": "--to file: file is a file; choose another directory",
+    "prior nope --kind flow": "nope: no such directory",
+    "prior model --kind flow": "model is an exported model, which has no data settings; select the data with --recipe",
     "reconstruct nope": "nope: no such directory",
     "reconstruct model": "give sentences",
     "sample nope": "nope: no such directory",

@@ -26,6 +26,7 @@ from vae_ds.evaluation import forecast
 from vae_ds.evaluation import metrics as evaluation
 from vae_ds.evaluation.metrics import Training, derangement, evaluate, importance_nll, log_weights
 from vae_ds.evaluation.verdict import cost, verdict
+from vae_ds.model import gaussian
 from vae_ds.model.t5vae import T5VAE, load_tokenizer
 from vae_ds.studies.metric_tables import print_metrics
 
@@ -101,7 +102,8 @@ class LinearGaussian:
         eps_SKL = torch.randn(len(mu_SL), samples, 3, generator=generator, dtype=torch.float64)
         z_SKL = mu_SL[:, None] + torch.exp(logvar_SL / 2)[:, None] * eps_SKL
         rec_SK = -Independent(Normal(z_SKL @ self.w_XL.T, self.s), 1).log_prob(self.x_SX[:, None])
-        return importance_nll(log_weights(rec_SK, z_SKL, mu_SL[:, None], logvar_SL[:, None]))
+        log_p_SK = Independent(Normal(torch.zeros_like(z_SKL), 1.0), 1).log_prob(z_SKL)
+        return importance_nll(log_weights(rec_SK, z_SKL, mu_SL[:, None], logvar_SL[:, None], log_p_SK))
 
 
 @pytest.mark.parametrize("samples", [1, 2, 50])
@@ -139,6 +141,7 @@ class Solvable(nn.Module):
         super().__init__()
         self.world, self.shift = world, shift
         self.bottleneck, self.latent_dim = nn.Identity(), 3
+        self.prior, self.log_prior = None, gaussian.log_prior
         self.t5 = SimpleNamespace(config=SimpleNamespace(vocab_size=100))
         self.row_of = {tuple(tokens[i]): i for i in range(len(tokens))}
         self.pairs = []

@@ -107,6 +107,9 @@ KL_BL = torch.tensor([[0.5, 4.0, 3.5], [2.0, 1.0, 0.0]])
         ("total", None, [8.0, 3.0], [[1, 1, 1], [1, 1, 1]]),
         ("per_dim_batch", None, [8.0, 3.0], [[1, 1, 1], [1, 1, 1]]),
         ("per_dim_batch", [1.25, 5.0, 3.0], [3 + 4 + 3, 3 + 1 + 3], [[0, 1, 0], [0, 1, 0]]),
+        ("total_batch", None, [8.0, 3.0], [[1, 1, 1], [1, 1, 1]]),
+        ("total_batch", [1.5, 1.5, 0.1], [8.0, 3.0], [[1, 1, 1], [1, 1, 1]]),
+        ("total_batch", [1.5, 1.5, 0.0], [3.0, 3.0], [[0, 0, 0], [0, 0, 0]]),
     ],
 )
 def test_free_bits_values_and_gradients(mode, held_L, expected_B, gradient_BL):
@@ -126,7 +129,7 @@ def test_free_bits_total_holds_a_sentence_below_the_floor_without_gradient():
     assert kl_BL.grad.tolist() == [[1, 1, 1], [0, 0, 0]]
 
 
-@pytest.mark.parametrize("mode", ["per_dim", "total", "per_dim_batch"])
+@pytest.mark.parametrize("mode", ["per_dim", "total", "per_dim_batch", "total_batch"])
 def test_lambda_zero_and_no_units_leave_the_raw_kl(mode):
     assert torch.equal(gaussian.thresholded_kl(KL_BL, mode, 0.0, torch.zeros(3)), KL_BL.sum(1))
     assert torch.equal(gaussian.thresholded_kl(torch.zeros(2, 0), mode, 3.0, torch.zeros(0)), torch.zeros(2))

@@ -28,6 +28,9 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("t5", {"gradient_checkpointing": True}, ()),
     ("t5", {"injection": "self_attention"}, ("t5.decoder", "t5.shared")),
     ("t5", {"lora": {"rank": 4}}, ("LoRA",)),
+    ("t5", {"prior": "flow"}, ()),
+    ("t5", {"prior": "flow"}, (EVERYTHING, "prior.")),
+    ("t5", {"prior": "gaussian"}, ("t5.encoder", "t5.shared", "bottleneck")),
     ("v1_1", {"lora": {"rank": 4, "where": "decoder"}, "injection": "self_attention"}, ("LoRA",)),
 ]
 
@@ -37,8 +40,11 @@ def counted(model: T5VAE, rows: int, source: int, target: int) -> int:
     labels_BT = torch.randint(3, 50, (rows, target))
     # The fused kernels of attention compute the scores a second time in the backward pass, which is counted there.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        terms = model(ids_BT, torch.ones_like(ids_BT), labels_BT, torch.zeros(rows, model.latent_dim))
-        (terms.rec_B.sum() + terms.kl_BL.sum()).backward()
+        needs = any(one.requires_grad for name, one in model.named_parameters() if not name.startswith("prior."))
+        eps_BL = torch.zeros(rows, model.latent_dim)
+        terms = model(ids_BT, torch.ones_like(ids_BT), labels_BT if needs else None, eps_BL)
+        loss = terms.rec_B.sum() + terms.kl_BL.sum()
+        (loss if model.prior is None else loss - terms.log_p_B.sum()).backward()
     return counter.get_total_flops()
 
 

@@ -61,6 +61,8 @@ def groups_by_module(model: T5VAE) -> dict[str, str]:
         "encoder": {id(p) for p in model.t5.encoder.parameters()},
         "decoder": {id(p) for stack in (model.t5.decoder, model.t5.lm_head) for p in stack.parameters()},
     }
+    if model.prior is not None:
+        ids["prior"] = {id(p) for p in model.prior.parameters()}
     # The stacks share the embeddings, and the memory is inside the decoder: the first group that has one owns it.
     return {
         name: next(group for group, members in ids.items() if id(parameter) in members)

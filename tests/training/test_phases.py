@@ -138,9 +138,12 @@ def test_a_phase_is_named_or_numbered_from_1() -> None:
             phases.number_of(unknown, names)
 
 
+OTHERS = [group for group in phases.GROUPS if group != "prior"]
+
+
 @pytest.fixture
 def model() -> T5VAE:
-    return T5VAE.from_base(ModelConfig(base=str(base("t5")), latent_dim=4, dropout=0.1))
+    return T5VAE.from_base(ModelConfig(base=str(base("t5")), latent_dim=4, dropout=0.1, prior="flow"))
 
 
 def test_each_parameter_is_in_one_group(model: T5VAE) -> None:
@@ -172,9 +175,12 @@ def test_freezing_by_group_and_pattern(model: T5VAE) -> None:
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (["encodr"], "`encodr` matches no parameter; groups are encoder, decoder, embeddings, memory, bottleneck"),
+        (
+            ["encodr"],
+            "`encodr` matches no parameter; groups are encoder, decoder, embeddings, memory, bottleneck",
+        ),
         (["decoder", "t5.decoder.block.9.*"], "`t5.decoder.block.9.*` matches no parameter; groups are encoder, "),
-        (list(phases.GROUPS), "encoder, decoder, embeddings, memory, bottleneck leaves nothing to train"),
+        (list(phases.GROUPS), "encoder, decoder, embeddings, memory, bottleneck, prior leaves nothing to train"),
     ],
 )
 def test_patterns_that_match_nothing_or_everything_are_errors(model: T5VAE, patterns: list[str], message: str) -> None:
@@ -196,3 +202,37 @@ def test_frozen_modules_run_without_dropout(model: T5VAE, also: list[str]) -> No
     phases.freeze(model, [])
     phases.train_mode(model)
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"free_bits": {"mode": "total", "nats": 8.0}}, r"phases.2.free_bits.mode is total, .* use total_batch, "),
+        ({"sample_posterior": False}, r"phases.2.sample_posterior is false, .* freeze `prior` and keep beta at 0$"),
+        ({"denoise": 0.2, "freeze": OTHERS}, r"phases.2.denoise is 0.2, but the phase fits the prior alone, "),
+    ],
+)
+def test_phases_that_a_learned_prior_does_not_fit_are_errors(model: T5VAE, settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        check_prior(model, settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"free_bits": {"mode": "total_batch", "nats": 8.0}},
+        {"free_bits": {"mode": "per_dim", "nats": 0.0}},
+        {"free_bits": {"mode": "per_dim", "nats": 1.0}, "freeze": ["encoder", "embeddings", "bottleneck"]},
+        {"sample_posterior": False, "freeze": ["prior"], "beta": {"schedule": "constant", "value": 0.0}},
+        {"denoise": 0.2},
+        {"freeze": OTHERS},
+    ],
+)
+def test_phases_that_a_learned_prior_fits(model: T5VAE, settings: dict) -> None:
+    check_prior(model, settings)
+
+
+def check_prior(model: T5VAE, settings: dict) -> None:
+    phase = PhaseConfig.model_validate({"name": "x", "steps": 1} | settings)
+    names = [name for name, _ in model.named_parameters()]
+    phases.check_prior(phase, 2, set(names) - phases.frozen_names(names, phase.freeze))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vae_ds.cli.options import positive
+from vae_ds.cli.options import add_prior, positive
 from vae_ds.cli.text_input import add_input, in_parts, lines_of
 from vae_ds.cli.text_output import ROWS, Output, Throughput, add_output, check_output
 from vae_ds.cli.using import (
@@ -104,6 +104,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--samples", type=positive, default=100, metavar="N", help="codes per text (default: %(default)s)"
     )
+    add_prior(parser)
     add_seed(parser)
     add_output(parser)
 

@@ -15,7 +15,19 @@ from contextlib import suppress
 from typing import NoReturn
 
 from vae_ds import __version__
-from vae_ds.cli import bench, cluster, codes, evaluation, inspection, latents, recipes, status, studies, train
+from vae_ds.cli import (
+    bench,
+    cluster,
+    codes,
+    evaluation,
+    inspection,
+    latents,
+    prior,
+    recipes,
+    status,
+    studies,
+    train,
+)
 from vae_ds.errors import Failed, Lost, OutOfMemory, Stopped, UserError
 from vae_ds.runtime import EXIT_FAULT, EXIT_LOST, EXIT_STOPPED, EXIT_USER, note_exit, own_rank
 
@@ -56,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"vae_ds {__version__}")
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
-    for family in (train, status, evaluation, latents, codes, inspection, studies, cluster, bench, recipes):
+    for family in (train, status, evaluation, prior, latents, codes, inspection, studies, cluster, bench, recipes):
         family.add(subparsers)
     return top
 

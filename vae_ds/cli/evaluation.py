@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vae_ds.cli.options import add_command, add_json, add_run, add_split, count, positive, two_or_more
+from vae_ds.cli.options import add_command, add_json, add_prior, add_run, add_split, count, positive, two_or_more
 from vae_ds.errors import ConfigError
 from vae_ds.runtime import evaluations, outlive_terminal, own_rank, records, run_dirs
 
@@ -82,6 +82,7 @@ def add(subparsers: Any) -> None:
         help="prior samples for the text metrics, 0 for none (default: evaluation.samples of the recipe, 256 if it "
         "does not say)",
     )
+    add_prior(parser)
     parser.add_argument("--recipe", help="the recipe whose data and settings are used (default: the recipe of the run)")
     parser.add_argument(
         "--yardstick",
@@ -139,7 +140,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "bleu_sentences": arguments.bleu_sentences,
         "samples": arguments.samples,
     }
-    metrics = finished_run.evaluate_run(run, split, settings, recipe=arguments.recipe, yardstick=arguments.yardstick)
+    metrics = finished_run.evaluate_run(
+        run, split, settings, recipe=arguments.recipe, yardstick=arguments.yardstick, prior=arguments.prior
+    )
     if metrics is not None:
         from vae_ds import studies, training
 

@@ -10,7 +10,7 @@ import termios
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vae_ds.cli.options import SPLITS, above_zero, positive
+from vae_ds.cli.options import SPLITS, above_zero, add_prior, positive
 from vae_ds.cli.text_input import add_input, in_parts, lines_of
 from vae_ds.cli.text_output import Output, Throughput, add_output, check_output
 from vae_ds.cli.using import (
@@ -71,6 +71,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         *("-n", "--number"), type=positive, default=8, metavar="N", help="number of samples (default: %(default)s)"
     )
+    add_prior(parser)
     add_decoding(parser)
     add_output(parser)
 

@@ -9,6 +9,7 @@ from typing import Any
 from vae_ds.errors import ConfigError
 
 SPLITS = ("train", "valid", "test")
+PRIORS = ("normal", "gaussian", "mixture", "flow")
 RECIPE_HELP = "a YAML file, or the name of a shipped recipe"
 HELP_WIDTH = 79
 
@@ -109,6 +110,15 @@ def add_job(parser: argparse._ActionsContainer) -> None:
 def add_split(parser: argparse.ArgumentParser) -> None:
     """Add the split of an evaluation."""
     parser.add_argument("--split", choices=SPLITS, default="test", help="the evaluated split (default: %(default)s)")
+
+
+def add_prior(parser: argparse.ArgumentParser) -> None:
+    """Add the choice among the priors of an export."""
+    parser.add_argument(
+        "--prior",
+        choices=PRIORS,
+        help="one of the model's priors (default: the one in use, see `vae-ds prior`)",
+    )
 
 
 def overrides_of(arguments: argparse.Namespace) -> list[str]:

@@ -97,7 +97,9 @@ def load(arguments: argparse.Namespace) -> "TextVAE":
     """The model of RUN on the device of `--device`."""
     from vae_ds.textvae import TextVAE
 
-    return TextVAE.from_pretrained(arguments.run, arguments.device, arguments.batch)
+    return TextVAE.from_pretrained(
+        arguments.run, arguments.device, arguments.batch, prior=getattr(arguments, "prior", None)
+    )
 
 
 @contextmanager

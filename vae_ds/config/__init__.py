@@ -14,6 +14,7 @@ from vae_ds.config.loading import (
     reference,
     shipped_recipes,
 )
+from vae_ds.config.model_settings import LoraConfig, ModelConfig
 from vae_ds.config.paths import absolute
 from vae_ds.config.settings import (
     AggressiveConfig,
@@ -26,8 +27,6 @@ from vae_ds.config.settings import (
     FreeBits,
     LearningRateConfig,
     LinearBeta,
-    LoraConfig,
-    ModelConfig,
     OptimizerConfig,
     PhaseConfig,
     PretrainConfig,

@@ -10,21 +10,10 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from vae_ds.config.data_settings import DataConfig, Settings
 from vae_ds.config.logging_settings import LoggingConfig, ProfileConfig
+from vae_ds.config.model_settings import ModelConfig
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SCHEDULES = ("constant", "linear", "cyclical", "target")
-
-
-class LoraConfig(Settings):
-    """Low-rank adapters in the stacks of the T5 (Hu et al. 2021). They train in place of the stacks' own weights."""
-
-    rank: int = Field(8, ge=1, description="rank of the adapters; without `model.lora`, there are none")
-    alpha: int = Field(16, ge=1, description="an adapter is multiplied by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate of the input of an adapter")
-    where: Literal["both", "encoder", "decoder"] = Field("both", description="the stacks with adapters")
-    modules: tuple[str, ...] = Field(
-        ("q", "v"), min_length=1, description="the layers with adapters: q, k, v, o, wo, and wi or wi_0, wi_1"
-    )
 
 
 def _count_or_auto(value: Any) -> Any:
@@ -35,27 +24,6 @@ def _count_or_auto(value: Any) -> Any:
 
 
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
-
-
-class ModelConfig(Settings):
-    """The parts added to the pretrained T5 (docs/method.md)."""
-
-    base: str = Field("tiny", description="`tiny` (shipped with the package), a hub name, or a directory")
-    weights: str | None = Field(
-        None, description="start from this trained VAE, a run or an export, instead of the base's weights"
-    )
-    latent_dim: int = Field(32, ge=1, description="L, the number of latent units")
-    pooling: Literal["max", "mean"] = Field("max", description="how the encoder states become one vector")
-    pool_layers: Literal["last", "all"] = Field("last", description="encoder layers whose states are pooled")
-    injection: Literal["cross_attention", "self_attention", "embedding", "self_attention+embedding", "none"] = Field(
-        "cross_attention", description="how z enters the decoder"
-    )
-    mu_std: float | None = Field(None, gt=0, description="initial std of W_mu; null: 1/sqrt(d_model)")
-    logvar_std: float = Field(0.02, gt=0, description="initial std of W_logvar")
-    memory_std: float | None = Field(None, gt=0, description="initial std of W_proj; null: 1/sqrt(latent_dim)")
-    dropout: float | None = Field(None, ge=0, lt=1, description="dropout rate; null: that of the base model")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    lora: LoraConfig | None = None
 
 
 class BatchConfig(Settings):
@@ -128,8 +96,12 @@ BetaConfig = Annotated[ConstantBeta | LinearBeta | CyclicalBeta | TargetBeta, Fi
 class FreeBits(Settings):
     """The KL threshold (docs/method.md). `nats: 0` turns it off."""
 
-    mode: Literal["per_dim", "per_dim_batch", "total"] = Field("per_dim", description="what the threshold applies to")
-    nats: float = Field(0.0, ge=0, description="the threshold: per latent unit, or of the sum in mode `total`; 0: off")
+    mode: Literal["per_dim", "per_dim_batch", "total", "total_batch"] = Field(
+        "per_dim", description="what the threshold applies to; a prior that is learned along needs `total_batch`"
+    )
+    nats: float = Field(
+        0.0, ge=0, description="the threshold: per latent unit, or of the sum in modes `total`, `total_batch`; 0: off"
+    )
 
 
 class OptimizerConfig(Settings):
@@ -139,7 +111,7 @@ class OptimizerConfig(Settings):
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of Adam's two moments")
     eps: float = Field(1e-8, gt=0, description="added to the square root of the second moment")
     new_weights_lr_factor: float = Field(
-        1.0, gt=0, description="learning rate of the new weights (bottleneck, memory), as a multiple of `lr`"
+        1.0, gt=0, description="learning rate of the new weights (bottleneck, memory, prior), as a multiple of `lr`"
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay, not of layer norms and biases")
     clip: float = Field(0.0, ge=0, description="maximum gradient norm of the loss in nats per sentence; 0: no clipping")

@@ -88,12 +88,12 @@ class Batch:
         tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
-    def arguments(self) -> dict[str, torch.Tensor]:
-        """Keyword arguments of the model's `forward`."""
+    def arguments(self, decodes: bool = True) -> dict[str, torch.Tensor | None]:
+        """Keyword arguments of the model's `forward`, without labels if it does not decode."""
         return {
             "input_ids_BT": self.input_ids_BT,
             "attention_mask_BT": self.attention_mask_BT,
-            "labels_BT": self.labels_BT,
+            "labels_BT": self.labels_BT if decodes else None,
             "eps_BL": self.eps_BL,
         }
 

@@ -6,16 +6,19 @@ Depends on `latents`, `model`, `data`, `distributed`, `runtime` and `config`.
 from vae_ds.evaluation import finished_run
 from vae_ds.evaluation.identity import agreed_fingerprint, data_fingerprint, yardstick_values
 from vae_ds.evaluation.metrics import Evaluation, Training, evaluate, log_likelihoods
+from vae_ds.evaluation.prior_fit import FitSettings, fit_prior
 from vae_ds.evaluation.text_metrics import diversity
 
 __all__ = [
     "Evaluation",
+    "FitSettings",
     "Training",
     "agreed_fingerprint",
     "data_fingerprint",
     "diversity",
     "evaluate",
     "finished_run",
+    "fit_prior",
     "log_likelihoods",
     "yardstick_values",
 ]

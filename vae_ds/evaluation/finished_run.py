@@ -34,10 +34,10 @@ def locate(run: Path) -> Place:
     return Place(model_dir, configuration.load(RunConfig, str(run / "config.yaml")) if is_run else None)
 
 
-def load_model(run: Path) -> tuple[T5VAE, Any]:
-    """The exported model of a run in eval mode, and its tokenizer."""
+def load_model(run: Path, prior: str | None = None) -> tuple[T5VAE, Any]:
+    """The exported model of a run in eval mode, and its tokenizer. `prior`: one of its priors, None for that in use."""
     place = locate(run)
-    model = T5VAE.from_pretrained(place.model_dir)
+    model = T5VAE.from_pretrained(place.model_dir, prior)
     model.eval()
     return model, load_tokenizer(str(place.model_dir))
 
@@ -58,7 +58,7 @@ def max_tokens(run: Path) -> int | None:
 
 def sentences(run: Path, split: str, number: int) -> list[str]:
     """The first `number` sentences of a split of the run."""
-    config = _config_of(run, None)
+    config = config_of(run, None)
     corpora.check(config.data)
     corpus = corpora.load(config.data)
     if split not in corpus.splits:
@@ -67,17 +67,23 @@ def sentences(run: Path, split: str, number: int) -> list[str]:
 
 
 def evaluate_run(
-    run: Path, split: str, settings: dict[str, int | None], recipe: str | None = None, yardstick: str | None = None
+    run: Path,
+    split: str,
+    settings: dict[str, int | None],
+    recipe: str | None = None,
+    yardstick: str | None = None,
+    prior: str | None = None,
 ) -> dict[str, Any] | None:
     """Compute all metrics of docs/metrics.md on one split, over all ranks, and write them to RUN/eval-SPLIT.json.
 
     The values of each sentence are written beside it (`vae_ds.runtime.evaluations`). `yardstick` is a run of a plain
-    language model that was evaluated on the same sentences, for `above_yardstick`, `lm_gain` and `forward_ppl`.
+    language model that was evaluated on the same sentences, for `above_yardstick`, `lm_gain` and `forward_ppl`. `prior`
+    is one of the model's priors, None the one in use.
 
     Returns the metrics on rank 0, None on the other ranks. Raises UserError if the run, its data or the yardstick's
     evaluation is missing, if the yardstick has a latent code, or if it was evaluated on other data.
     """
-    place, config = locate(run), _config_of(run, recipe)
+    place, config = locate(run), config_of(run, recipe)
     distributed.rank0_first(lambda: corpora.check(config.data))
     if yardstick is not None:
         require_language_model(Path(yardstick))
@@ -92,7 +98,7 @@ def evaluate_run(
     tokens = distributed.rank0_first(lambda: tokenise(corpus, split, tokenizer, config.data.max_tokens, cache))
     fingerprint = agreed_fingerprint(tokens, tokenizer)
     nll_N = None if yardstick is None else yardstick_values(Path(yardstick), split, fingerprint, str(run))
-    model, _ = load_model(run)
+    model, _ = load_model(run, prior)
     model.to(ranks.device)
     found = evaluate(
         model,
@@ -102,7 +108,7 @@ def evaluate_run(
         seed=config.seed,
         pad_id=tokenizer.pad_token_id,
         yardstick_N=nll_N,
-        train=_training(config, corpus, split, tokenizer, chosen.mi_train_sentences),
+        train=training_sentences(config, corpus, split, tokenizer, chosen.mi_train_sentences),
     )
     language_model = None
     if yardstick is not None and chosen.samples:
@@ -121,6 +127,8 @@ def evaluate_run(
     if not ranks.is_main:
         return None
     facts = {"model": str(place.model_dir), "split": split, "seed": config.seed, "yardstick": yardstick}
+    if model.prior is not None:
+        facts["prior"] = model.settings.prior
     metrics = {**facts, evaluations.FINGERPRINT: fingerprint, **metrics}
     evaluations.write(run, split, metrics, found.sentences)
     return metrics
@@ -134,7 +142,8 @@ def export(run: Path, to: Path) -> None:
     shutil.copytree(place.model_dir, to, dirs_exist_ok=True)
 
 
-def _config_of(run: Path, recipe: str | None) -> RunConfig:
+def config_of(run: Path, recipe: str | None) -> RunConfig:
+    """The recipe of a run, or `recipe`. Raises ConfigError for an export alone."""
     if recipe is not None:
         return configuration.load(RunConfig, recipe)
     config = locate(run).config
@@ -143,7 +152,9 @@ def _config_of(run: Path, recipe: str | None) -> RunConfig:
     return config
 
 
-def _training(config: RunConfig, corpus: Any, split: str, tokenizer: Any, limit: int | None) -> Training | None:
+def training_sentences(
+    config: RunConfig, corpus: Any, split: str, tokenizer: Any, limit: int | None
+) -> Training | None:
     """At most `limit` training sentences, drawn at random: of a stream, the first ones of its first windows.
 
     Only these are tokenised, so the cost does not depend on the size of the training split.

@@ -16,6 +16,7 @@ import torch
 
 from vae_ds.data import Limits, TokenSet, collate, evaluation_batches
 from vae_ds.distributed import Ranks, gather_rows, stream
+from vae_ds.errors import CheckpointError
 from vae_ds.model import T5VAE, gaussian
 
 CHUNK = 2048  # sentences between two lines of progress, the size of the chunks of `log_aggregate`
@@ -24,11 +25,37 @@ Add = Callable[[int], Any]
 
 
 class Posterior(NamedTuple):
-    """The posterior of each sentence, in order, and one sample z of each. All are float64."""
+    """The posterior of each sentence, in order, and one sample z of each. All are float64.
+
+    log_p_N: log p(z) under a learned prior, in nats; None for N(0, I).
+    """
 
     mu_NL: torch.Tensor
     logvar_NL: torch.Tensor
     z_NL: torch.Tensor
+    log_p_N: torch.Tensor | None = None
+
+    def kl(self) -> dict[str, torch.Tensor]:
+        """`kl` of each sentence, (N,): analytic to N(0, I). Under a learned prior it is that of the sample z.
+
+        Then `kl_normal` is the analytic one. Raises CheckpointError if a density is not finite.
+        """
+        normal_N = gaussian.kl_per_dim(self.mu_NL, self.logvar_NL).sum(dim=1)
+        if self.log_p_N is None:
+            return {"kl": normal_N}
+        need_finite(self.log_p_N)
+        kl_N = gaussian.log_density(self.z_NL, self.mu_NL, self.logvar_NL) - self.log_p_N
+        return {"kl": kl_N, "kl_normal": normal_N}
+
+
+def need_finite(log_p_N: torch.Tensor) -> None:
+    """Raise CheckpointError unless the density of every code under a learned prior is finite."""
+    wrong = int((~log_p_N.isfinite()).sum())
+    if wrong:
+        raise CheckpointError(
+            f"the learned prior has no finite density for {wrong:,} of {len(log_p_N):,} codes; fit it again at a lower "
+            "learning rate (vae-ds prior), or use the prior `normal`"
+        )
 
 
 def chosen(count: int, limit: int | None, seed: int) -> np.ndarray:

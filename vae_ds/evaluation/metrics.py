@@ -22,6 +22,7 @@ from vae_ds.errors import DataError
 from vae_ds.evaluation import information
 from vae_ds.evaluation.estimates import perplexity, with_errors
 from vae_ds.evaluation.forecast import Forecast
+from vae_ds.evaluation.importance import importance_nll, log_weights
 from vae_ds.evaluation.information import Posterior
 from vae_ds.evaluation.verdict import cost, verdict
 from vae_ds.latents import inference
@@ -93,7 +94,7 @@ def evaluate(
         rec_N, posterior = work.own()
         values = {"rec": rec_N}
         if not plain:
-            values["kl"] = gaussian.kl_per_dim(posterior.mu_NL, posterior.logvar_NL).sum(dim=1)
+            values |= posterior.kl()
             if len(tokens) > 1:
                 values["rec_swapped"] = work.swapped(posterior)
         if full:
@@ -129,17 +130,6 @@ def log_likelihoods(
         if model.bottleneck is None:
             return -work.own()[0].cpu().numpy()
         return -work.importance_weighted(work.posterior(), len(tokens)).cpu().numpy()
-
-
-def log_weights(rec_P: torch.Tensor, z_PL: torch.Tensor, mu_PL: torch.Tensor, logvar_PL: torch.Tensor) -> torch.Tensor:
-    """log p(x|z) p(z) / q(z|x) of each sample, float64, from rec = -log p(x|z) in nats (Burda et al. 2016)."""
-    z, mu, logvar = z_PL.double(), mu_PL.double(), logvar_PL.double()
-    return gaussian.log_prior(z) - gaussian.log_density(z, mu, logvar) - rec_P.double()
-
-
-def importance_nll(log_weights_SK: torch.Tensor) -> torch.Tensor:
-    """-log 1/K sum_k w_k of each sentence, nats: in expectation an upper bound on -log p(x), tighter for larger K."""
-    return math.log(log_weights_SK.shape[1]) - torch.logsumexp(log_weights_SK, dim=1)
 
 
 def derangement(count: int, seed: int) -> np.ndarray:
@@ -179,10 +169,11 @@ class _Work:
                 return self.model.reconstruction(None, batch.labels_BT), nothing_B0, nothing_B0, nothing_B0
             mu_BL, logvar_BL = (part.double() for part in self.model.encode(*_inputs(batch)))
             z_BL = gaussian.sample(mu_BL, logvar_BL, batch.eps_BL.double())
-            return self.model.reconstruction(z_BL.float(), batch.labels_BT), mu_BL, logvar_BL, z_BL
+            log_p = () if self.model.prior is None else (self.model.log_prior(z_BL),)
+            return self.model.reconstruction(z_BL.float(), batch.labels_BT), mu_BL, logvar_BL, z_BL, *log_p
 
-        rec_N, mu_NL, logvar_NL, z_NL = self._over_split(rows, "Encoding and decoding", self._forecast())
-        return rec_N, Posterior(mu_NL, logvar_NL, z_NL)
+        rec_N, *parts_NX = self._over_split(rows, "Encoding and decoding", self._forecast())
+        return rec_N, Posterior(*parts_NX)
 
     def posterior(self) -> Posterior:
         """The posteriors, without a pass of the decoder and without samples: z is the mean."""
@@ -271,7 +262,8 @@ class _Work:
             z_PL = gaussian.sample(mu_PL, logvar_PL, eps_PL)
             labels_PT = self._collate(index_R).labels_BT[torch.as_tensor(row_P - row_P[0], device=device)]
             rec_P = self.model.reconstruction(z_PL.float(), labels_PT)
-            log_weights_F[start : start + count] = log_weights(rec_P, z_PL, mu_PL, logvar_PL)
+            terms = rec_P, z_PL, mu_PL, logvar_PL, self.model.log_prior(z_PL)
+            log_weights_F[start : start + count] = log_weights(*terms)
             done(count)
             start += count
         return importance_nll(log_weights_F.view(len(index_W), K))
@@ -365,6 +357,7 @@ def _likelihood(tokens: TokenSet, sentences: Mapping[str, np.ndarray]) -> Metric
         with_errors(
             rec=rec_N,
             kl=kl_N,
+            **{name: sentences[name] for name in ("kl_normal",) if name in sentences},
             nelbo=nelbo_N,
             paper_nelbo=None if kl_N is None else rec_N - kl_N,
             z_gain=None if swapped_N is None else swapped_N - rec_N,

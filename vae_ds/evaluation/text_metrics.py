@@ -48,7 +48,7 @@ def text_metrics(
 
     - `bleu`: corpus BLEU of sacrebleu, 0 to 100, of greedy reconstructions from the posterior mean. The references are
       the first `bleu_sentences` sentences, cut to `max_tokens`. `bleu_signature` records how it was computed.
-    - Of `samples` texts of the model, from z ~ N(0, I), with tokens drawn at `sample_temperature` (None: greedy):
+    - Of `samples` texts of the model, from codes of the prior, tokens drawn at `sample_temperature` (None: greedy):
       `self_bleu`: mean sentence BLEU of each text against all others, 0 to 100; high if the texts are alike.
       `distinct_1` to `distinct_4`: share of different n-grams among all n-grams, in the words of BLEU (13a).
       `forward_ppl`: perplexity per word of the texts under the yardstick, with its tokenizer; None without yardstick.

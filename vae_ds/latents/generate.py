@@ -86,7 +86,7 @@ def reconstruct(
 
 
 def sample(model: T5VAE, tokenizer: Any, n: int, seed: int = 0, **decoding: Any) -> list[str]:
-    """`n` texts from the prior z ~ N(0, I). Latent i is a function of (seed, first + i) only.
+    """`n` texts from the model's prior, z ~ p(z). Latent i is a function of (seed, first + i) and the prior only.
 
     A model without a latent code is a plain language model: give a temperature, otherwise all texts are equal.
     Raises ConfigError if n is below 1.
@@ -102,8 +102,11 @@ def sample_with_ends(model: T5VAE, tokenizer: Any, n: int, seed: int = 0, **deco
     if model.bottleneck is None:
         return _decode(model, tokenizer, n, how)
     rows = range(how.first, how.first + n)
-    eps_NL = np.stack([stream(seed, "prior", row).standard_normal(model.latent_dim) for row in rows])
-    z_NL = torch.as_tensor(eps_NL, dtype=torch.float32, device=_device(model))
+    streams = [stream(seed, "prior", row) for row in rows]
+    eps_NL = torch.as_tensor(np.stack([own.standard_normal(model.latent_dim) for own in streams]), dtype=torch.float32)
+    choice_N = torch.as_tensor([own.random() for own in streams])
+    with inference(model):
+        z_NL = model.draw_codes(eps_NL.to(_device(model)), choice_N.to(_device(model)))
     return _decode(model, tokenizer, z_NL, how)
 
 

@@ -9,8 +9,10 @@ from vae_ds.model.cost import Footprint, footprint, footprint_of
 from vae_ds.model.injection import guard_half
 from vae_ds.model.lora import held_names, is_adapter, plain_name
 from vae_ds.model.operations import EXTENTS, Operations, count_operations, extents
+from vae_ds.model.prior import Prior, least_sentences, make_prior
+from vae_ds.model.prior_files import need_prior, save_prior, select_prior, stored_priors
 from vae_ds.model.shapes import base_shapes, check_base_weights, check_latent_dim, check_start, skeleton
-from vae_ds.model.t5vae import T5VAE, exported_weights
+from vae_ds.model.t5vae import T5VAE, PriorTerms, Terms, exported_weights
 
 __all__ = [
     "EXTENTS",
@@ -18,6 +20,9 @@ __all__ = [
     "T5VAE",
     "Footprint",
     "Operations",
+    "Prior",
+    "PriorTerms",
+    "Terms",
     "base_shapes",
     "check_base",
     "check_base_weights",
@@ -32,10 +37,16 @@ __all__ = [
     "guard_half",
     "held_names",
     "is_adapter",
+    "least_sentences",
     "load_t5",
     "load_tokenizer",
+    "make_prior",
     "model_dir",
+    "need_prior",
     "plain_name",
     "read_export",
+    "save_prior",
+    "select_prior",
     "skeleton",
+    "stored_priors",
 ]

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from vae_ds.config import ModelConfig
 from vae_ds.model.shapes import skeleton
-from vae_ds.model.t5vae import T5VAE
+from vae_ds.model.t5vae import T5VAE, PriorTerms
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -48,8 +48,12 @@ def footprint(
 
     def loss(model: T5VAE) -> torch.Tensor:
         ids_BT = torch.zeros(sentences, tokens, dtype=torch.long)
-        terms = model(ids_BT, torch.ones_like(ids_BT), ids_BT, torch.zeros(sentences, max(1, model.latent_dim)))
-        return terms.rec_B.sum() + terms.kl_BL.sum()
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        decodes = model.prior is None or any(not name.startswith("prior.") for name in trained)
+        eps_BL = torch.zeros(sentences, max(1, model.latent_dim))
+        terms = model(ids_BT, torch.ones_like(ids_BT), ids_BT if decodes else None, eps_BL)
+        nats = terms.rec_B.sum() + terms.kl_BL.sum()
+        return nats - terms.log_p_B.sum() if isinstance(terms, PriorTerms) else nats
 
     return footprint_of(settings, loss, precision, frozen)
 

@@ -31,6 +31,14 @@ def log_density(z_BL: Tensor, mu_BL: Tensor, logvar_BL: Tensor) -> Tensor:
     return -0.5 * (square_BL + logvar_BL + LOG_2PI).sum(-1)
 
 
+def log_density_of_sample(logvar_BL: Tensor, eps_BL: Tensor) -> Tensor:
+    """log q(z | x) of z = mu + exp(logvar / 2) * eps, summed over the units, shape (B,), in nats.
+
+    In this form, mu has no gradient: it moves z and the density together, and the two terms would cancel by rounding.
+    """
+    return -0.5 * (eps_BL.square() + logvar_BL + LOG_2PI).sum(-1)
+
+
 def log_prior(z_BL: Tensor) -> Tensor:
     """log N(z; 0, I) summed over the units, shape (B,), in nats."""
     return -0.5 * (z_BL.square() + LOG_2PI).sum(-1)
@@ -69,7 +77,7 @@ def active_units(mu_ML: Tensor, threshold: float = 0.01) -> int:
 
 def thresholded_kl(
     kl_BL: Tensor,
-    mode: Literal["per_dim", "per_dim_batch", "total"],
+    mode: Literal["per_dim", "per_dim_batch", "total", "total_batch"],
     nats: float,
     held_L: Tensor | None = None,
 ) -> Tensor:
@@ -79,7 +87,7 @@ def thresholded_kl(
     takes it of the sum over the units of each sentence. `per_dim_batch` uses `held_L`, the mean KL of each unit over
     the GLOBAL batch of the previous optimizer step. A unit counts with its KL if this mean is above lambda; otherwise
     it counts as lambda, without gradient. None (before the first step) counts the KL of all units. Therefore the result
-    does not depend on micro batches or ranks.
+    does not depend on micro batches or ranks. `total_batch` does the same with the sum over the units.
     """
     if nats == 0 or kl_BL.shape[-1] == 0:
         return kl_BL.sum(-1)
@@ -91,4 +99,9 @@ def thresholded_kl(
         if held_L is None:
             return kl_BL.sum(-1)
         return torch.where(held_L.to(kl_BL.device) > nats, kl_BL, nats).sum(-1)
-    raise ValueError(f"unknown free-bits mode {mode!r}; use per_dim, per_dim_batch or total")
+    if mode == "total_batch":
+        total_B = kl_BL.sum(-1)
+        if held_L is None:
+            return total_B
+        return torch.where(held_L.to(kl_BL.device).sum() > nats, total_B, nats)
+    raise ValueError(f"unknown free-bits mode {mode!r}; use per_dim, per_dim_batch, total or total_batch")

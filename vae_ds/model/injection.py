@@ -131,6 +131,16 @@ class NoCrossAttention(nn.Module):
         return hidden_states, None, None
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32, for any dtype of its weights and with or without autocast."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs), float32."""
+        with torch.autocast(input.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return functional.linear(input.float(), self.weight.float(), bias)
+
+
 class SafeInHalf(nn.Linear):
     """The last feed-forward projection of T5, `wo`, which computes in float32 if its weight is float16.
 

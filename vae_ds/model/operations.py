@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from vae_ds.model.injection import LatentCrossAttention, LatentSelfAttention
+from vae_ds.model.prior import Coupling, Whitening
 from vae_ds.model.t5vae import T5VAE
 
 EXTENTS = ("rows", "source", "target", "source_squared", "target_squared")
@@ -70,14 +71,31 @@ class _Counter:
 
     def pass_of(self, model: T5VAE) -> None:
         t5, embedded = model.t5, self._is_trained(model.t5.shared)
+        own = {id(parameter) for parameter in model.prior.parameters()} if model.prior is not None else set()
+        fits_prior = not any(trained for key, trained in self._trains.items() if key not in own) and bool(own)
         needs_z = False
         if model.bottleneck is not None:
             needs = self._stack(t5.encoder, _SOURCE, _SOURCE_SQUARED, embedded, False)
             needs_z = self._linears((model.bottleneck.mu, model.bottleneck.logvar), _ROWS, needs)
+        if model.prior is not None:
+            self._prior(model.prior, needs_z)
+        if fits_prior:
+            return  # no pass of the decoder
         if hasattr(t5.decoder, "memory"):
             embedded = self._linear(t5.decoder.memory, _ROWS, needs_z) or embedded
         needs = self._stack(t5.decoder, _TARGET, _TARGET_SQUARED, embedded, needs_z)
         self._linear(t5.lm_head, _TARGET, needs)
+
+    def _prior(self, prior: nn.Module, needs: bool) -> None:
+        for part in prior.modules():
+            if isinstance(part, Whitening):
+                # The mean is subtracted before the product.
+                is_trained = self._is_trained(part)
+                needs = self._product(_ROWS, len(part.mean) ** 2, needs or is_trained, is_trained)
+            elif isinstance(part, Coupling):
+                # The units that a coupling keeps reach the next one whether it trains or not.
+                inner = self._linear(part.first, _ROWS, needs)
+                needs = self._linear(part.last, _ROWS, self._linear(part.second, _ROWS, inner)) or needs
 
     def _stack(self, stack: Any, each: str, pairs: str, needs: bool, needs_z: bool) -> bool:
         bias = self._is_trained(stack.block[0].layer[0].SelfAttention.relative_attention_bias)
@@ -121,8 +139,10 @@ class _Counter:
             down = self._linears(layer.lora_A.values(), each, needs)
             up = self._linears(layer.lora_B.values(), each, down)
             return self._linear(layer.base_layer, each, needs) or up
-        is_trained = self._is_trained(layer)
-        self._add(each, 2 * layer.in_features * layer.out_features, 1 + needs + is_trained)
+        return self._product(each, layer.in_features * layer.out_features, needs, self._is_trained(layer))
+
+    def _product(self, each: str, size: int, needs: bool, is_trained: bool) -> bool:
+        self._add(each, 2 * size, 1 + needs + is_trained)
         return needs or is_trained
 
     def _add(self, extent: str, operations: int, times: int) -> None:

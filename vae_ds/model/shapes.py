@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from vae_ds.config import ModelConfig
 from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.model.bases import FAMILIES, base_config, model_dir, read_export, tie
+from vae_ds.model.prior_files import KEYS, NORMAL, read_settings, stored_priors
 from vae_ds.model.t5vae import T5VAE
 
 Shapes = dict[str, tuple[int, ...]]
@@ -96,13 +97,28 @@ def check_start(settings: ModelConfig) -> None:
         theirs, ours = getattr(stored, key), getattr(settings, key)
         if theirs != ours:
             raise ConfigError(f"model.weights {settings.weights}: its {key} is {theirs!r}, the recipe's {ours!r}")
-    plain = settings.model_copy(update={"lora": None})  # an export has no adapters
+    _check_prior(settings, export)
+    # An export has no adapters, and its priors are files of their own.
+    plain = settings.model_copy(update={"lora": None, "prior": NORMAL})
     found, wanted = _read_header(export / "model.safetensors", CheckpointError), shapes_of(skeleton(plain))
     if differing := sorted(set(found.items()) ^ set(wanted.items())):
         raise ConfigError(
             f"model.weights {settings.weights}: `{differing[0][0]}` differs from the recipe's model; was it trained on "
             f"another base than {settings.base}?"
         )
+
+
+def _check_prior(settings: ModelConfig, export: Path) -> None:
+    """A prior of the recipe's kind continues to train; without one, the run begins a new prior."""
+    if not settings.has_prior or settings.prior not in stored_priors(export):
+        return
+    stored = read_settings(export, settings.prior)
+    for key in KEYS:
+        if stored[key] != getattr(settings, key):
+            raise ConfigError(
+                f"model.weights {settings.weights}: {key} of its prior `{settings.prior}` is {stored[key]!r}, the "
+                f"recipe's {getattr(settings, key)!r}"
+            )
 
 
 def _stored_shapes(folder: Path, base: str) -> Mapping[str, tuple[int, ...]]:

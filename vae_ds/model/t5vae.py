@@ -37,13 +37,18 @@ from vae_ds.model.bases import (
     save_tokenizer,
     tie,
 )
-from vae_ds.model.injection import guard_half, inject, normal_linear
+from vae_ds.model.injection import Float32Linear, guard_half, inject, normal_linear
+from vae_ds.model.prior import make_prior
+from vae_ds.model.prior_files import NORMAL, PREFIX, need_prior, read_prior, save_prior, with_prior
 
 __all__ = ["T5VAE", "Terms", "check_base", "load_tokenizer"]
 
 
 class Terms(NamedTuple):
-    """The result of one forward pass, float32, one row per sentence: `rec_B` and `kl_BL` in nats, and the posterior."""
+    """The result of one forward pass, float32, one row per sentence: `rec_B` and `kl_BL` in nats, and the posterior.
+
+    `kl_BL` is the analytic KL to N(0, I).
+    """
 
     rec_B: Tensor
     kl_BL: Tensor
@@ -51,13 +56,15 @@ class Terms(NamedTuple):
     logvar_BL: Tensor
 
 
-class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32, for any dtype of its weight and with or without autocast."""
+class PriorTerms(NamedTuple):
+    """`Terms` of a model with a learned prior, and log q(z|x) and log p(z) of the sampled z."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., inputs) to (..., outputs), float32."""
-        with torch.autocast(input.device.type, enabled=False):
-            return functional.linear(input.float(), self.weight.float())
+    rec_B: Tensor
+    kl_BL: Tensor
+    mu_BL: Tensor
+    logvar_BL: Tensor
+    log_q_B: Tensor
+    log_p_B: Tensor
 
 
 class Bottleneck(nn.Module):
@@ -91,12 +98,14 @@ class T5VAE(nn.Module):
     """A T5 whose decoder reads the encoder only through z. Build it with `from_base` or `from_pretrained`.
 
     With injection `none` it is a plain language model: no encoder, `bottleneck` None, no memory, `latent_dim` 0.
+    `prior` is None for N(0, I).
     """
 
     def __init__(self, t5: Any, settings: ModelConfig, generator: torch.Generator) -> None:
         """Changes the stock T5ForConditionalGeneration `t5` in place.
 
-        New weights are drawn from `generator` only, those of the bottleneck first, those of adapters last.
+        New weights are drawn from `generator` only, those of the bottleneck first, those of a learned prior last: all
+        others do not depend on it.
         """
         super().__init__()
         self.settings = settings
@@ -108,6 +117,7 @@ class T5VAE(nn.Module):
         if settings.lora is not None:
             lora.adapt(t5, settings.lora, generator)
         self.t5 = t5
+        self.prior = None if plain else make_prior(settings, generator)
         if settings.gradient_checkpointing:
             # Newer releases of transformers 5 warn about the older name.
             enable = getattr(t5, "activation_checkpointing_enable", None) or t5.gradient_checkpointing_enable
@@ -131,10 +141,11 @@ class T5VAE(nn.Module):
         return cls(load_t5(settings, as_stored=True), settings, torch.Generator().manual_seed(seed)).eval()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Self:
+    def from_pretrained(cls, path: str | Path, prior: str | None = None) -> Self:
         """Load a run directory or an export: float32, on the CPU, in eval mode, with exactly the saved weights.
 
-        Raises CheckpointError if the export is missing, broken or of another version.
+        `prior`: the kind of its priors to use, None for the one that the export names.
+        Raises CheckpointError if the export is missing, broken or of another version, or has no such prior.
         """
         path = model_dir(path)
         export = read_export(path)
@@ -144,12 +155,13 @@ class T5VAE(nn.Module):
             aliases = set(export["aliases"])
         except (KeyError, TypeError, ValidationError) as error:
             raise CheckpointError(f"{path / 'config.json'}: not a complete vae_ds export: {error!r}") from None
+        settings = with_prior(settings, path, prior)
         config = family[0].from_dict(dict(export["t5"]))
         with torch.device("meta"):
             t5 = family[1](config)
         model = cls(t5, settings, torch.Generator()).to_empty(device="cpu")
         tie(model.t5, head="t5.lm_head.weight" in aliases)
-        _fill(model, path / "model.safetensors")
+        _fill(model, path / "model.safetensors", read_prior(path, settings.prior) if model.prior is not None else {})
         return model.eval()
 
     def save_pretrained(
@@ -163,6 +175,7 @@ class T5VAE(nn.Module):
 
         `weights` replaces the weights of this module. For a partitioned module, pass whole parameters by name. Tied
         weights are stored once. Adapters are merged, so the export is a model without any; `adapters/` has them, too.
+        A learned prior has a file of its own (prior_files.py).
         `notes` are further entries of `config.json`, plain data that loading ignores.
         The export is written to a temporary directory and renamed, so `path` never contains an
         incomplete export. An older export is replaced.
@@ -184,7 +197,13 @@ class T5VAE(nn.Module):
             if self.settings.lora is not None:
                 lora.save_adapters(fresh / lora.FOLDER, tensors, self.settings.lora, self.settings.base)
                 tensors = lora.merged(tensors, self.settings.lora)
-            stored = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+            if self.prior is not None:
+                save_prior(fresh, self.settings, {name: tensors[name] for name in tensors if name.startswith(PREFIX)})
+            stored = {
+                name: tensor.to("cpu", torch.float32).contiguous()
+                for name, tensor in tensors.items()
+                if not name.startswith(PREFIX)
+            }
             save_file(stored, fresh / "model.safetensors", metadata={"format": "pt"})
             text = json.dumps(self._description() | dict(notes or {}), indent=2, ensure_ascii=False)
             (fresh / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -230,20 +249,46 @@ class T5VAE(nn.Module):
         )
         return nll_N.view_as(labels_BT)
 
-    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor, eps_BL: Tensor) -> Terms:
-        """One pass: encode, z = mu + exp(logvar / 2) eps, decode. eps 0 gives z = mu.
+    def log_prior(self, z_BL: Tensor) -> Tensor:
+        """log p(z), shape (B,), in nats: in the dtype of z for N(0, I), else float32."""
+        return gaussian.log_prior(z_BL) if self.prior is None else self.prior.log_prob(z_BL)
+
+    def draw_codes(self, eps_BL: Tensor, choice_B: Tensor) -> Tensor:
+        """Codes z ~ p(z), shape (B, L), from eps ~ N(0, I) and `choice_B`, uniform in [0, 1). N(0, I) gives eps."""
+        return eps_BL if self.prior is None else self.prior.sample(eps_BL, choice_B)
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        labels_BT: Tensor | None,
+        eps_BL: Tensor,
+        prior_pull: float = 1.0,
+    ) -> Terms | PriorTerms:
+        """One pass: encode, z = mu + exp(logvar / 2) eps, decode. eps 0 gives z = mu. Without labels, rec is 0.
+
+        prior_pull: factor of the gradient of log p(z) by z, for a learned prior. That by the prior's weights has none.
 
         The posterior and z are computed in float32 without autocast. z is cast to the dtype of the decoder at its
         injection. With injection `none` no encoder runs, eps is ignored, and kl, mu and logvar have shape (B, 0).
         """
         if self.bottleneck is None:
+            if labels_BT is None:
+                raise ValueError("a model with injection `none` needs labels")
             nothing_B0 = eps_BL.new_zeros(len(labels_BT), 0, dtype=torch.float32)
             return Terms(self.reconstruction(None, labels_BT), nothing_B0, nothing_B0, nothing_B0)
         mu_BL, logvar_BL = self.encode(input_ids_BT, attention_mask_BT)
         with torch.autocast(mu_BL.device.type, enabled=False):
             z_BL = gaussian.sample(mu_BL, logvar_BL, eps_BL.float())
             kl_BL = gaussian.kl_per_dim(mu_BL, logvar_BL)
-        return Terms(self.reconstruction(z_BL, labels_BT), kl_BL, mu_BL, logvar_BL)
+        rec_B = z_BL.new_zeros(len(z_BL)) if labels_BT is None else self.reconstruction(z_BL, labels_BT)
+        if self.prior is None:
+            return Terms(rec_B, kl_BL, mu_BL, logvar_BL)
+        with torch.autocast(mu_BL.device.type, enabled=False):
+            log_q_B = gaussian.log_density_of_sample(logvar_BL, eps_BL.float())
+            still_BL = z_BL.detach()
+            log_p_B = self.prior.log_prob(still_BL + prior_pull * (z_BL - still_BL))
+        return PriorTerms(rec_B, kl_BL, mu_BL, logvar_BL, log_q_B, log_p_B)
 
     def generate(
         self, z_BL: Tensor | None, max_new_tokens: int, batch_size: int | None = None, **generate_kwargs: Any
@@ -309,31 +354,37 @@ class T5VAE(nn.Module):
         }
 
 
-def exported_weights(path: str | Path) -> dict[str, Tensor]:
-    """The weights of a run directory or an export by name: float32, memory-mapped.
+def exported_weights(path: str | Path, prior: str = NORMAL) -> dict[str, Tensor]:
+    """The weights of a run directory or an export by name: float32, memory-mapped. With those of its prior `prior`.
 
-    Raises CheckpointError if the export is missing, broken or of another version.
+    Raises CheckpointError if the export is missing, broken or of another version, or has no such prior.
     """
     path = model_dir(path)
     read_export(path)
+    need_prior(path, prior)
     file = path / "model.safetensors"
     try:
         with safe_open(file, framework="pt") as stored:
-            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+            found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+            return found | read_prior(path, prior)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: missing or broken: {error}") from None
 
 
-def _fill(model: T5VAE, file: Path) -> None:
-    """Copy the tensors of a safetensors file to the parameters with the same names. Raises CheckpointError."""
+def _fill(model: T5VAE, file: Path, prior: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of a safetensors file, and those of a prior, to the parameters with the same names.
+
+    Raises CheckpointError.
+    """
     own = dict(model.named_parameters())
     try:
         with safe_open(file, framework="pt") as stored, torch.no_grad():
-            if set(stored.keys()) != own.keys():
-                differing = sorted(set(stored.keys()) ^ own.keys())
+            found = {*stored.keys(), *prior}
+            if found != own.keys():
+                differing = sorted(found ^ own.keys())
                 raise CheckpointError(f"{file}: its tensors do not fit config.json: {', '.join(differing[:3])}")
             for name, parameter in own.items():
-                tensor = stored.get_tensor(name)
+                tensor = prior[name] if name in prior else stored.get_tensor(name)
                 if tensor.shape != parameter.shape:
                     raise CheckpointError(
                         f"{file}: {name} has shape {list(tensor.shape)}, but config.json needs {list(parameter.shape)}"

@@ -182,12 +182,14 @@ def statements(metrics: Metrics) -> list[str]:
 def information(metrics: Metrics) -> str | None:
     """The mutual information of sentence and code as an interval in nats; None without a latent code.
 
-    `kl` bounds it from above. `mi_train` and `mi` estimate it from below. An estimate cannot exceed the logarithm of
-    the number of its sentences, which says nothing about the code.
+    `kl` bounds it from above, and with a learned prior the lower of `kl` and `kl_normal`. `mi_train` and `mi` estimate
+    it from below. An estimate cannot exceed the logarithm of the number of its sentences, which says nothing about the
+    code.
     """
     if metrics.get("kl") is None:
         return None
-    above = f"{cell(metrics, 'kl')} nats (kl)"
+    lowest = min((key for key in ("kl", "kl_normal") if metrics.get(key) is not None), key=lambda key: metrics[key])
+    above = f"{cell(metrics, lowest)} nats ({lowest})"
     words = f"mutual information at most {above}"
     if metrics.get("mi_train") is not None:
         count = metrics["mi_train_sentences"]

@@ -73,15 +73,18 @@ class TextVAE:
         self.batch = BATCH.get(self.device.type, 64) if batch is None else batch
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str = "auto", batch: int | None = None) -> Self:
+    def from_pretrained(
+        cls, path: str | Path, device: str = "auto", batch: int | None = None, prior: str | None = None
+    ) -> Self:
         """Load a run directory, an export, or an export on the Hugging Face hub (OWNER/NAME).
 
-        `max_tokens` is that of the training. Raises CheckpointError if there is no model or it is broken.
+        `max_tokens` is that of the training. `prior` is the kind of one of its priors, None for the one in use.
+        Raises CheckpointError if there is no model, if it is broken, or if it has no such prior.
         """
         chosen = _device(device)
         place = hub.folder_of(path)
         max_tokens = finished_run.max_tokens(place) or UNKNOWN_MAX_TOKENS
-        return cls(*finished_run.load_model(place), max_tokens, str(chosen), batch)
+        return cls(*finished_run.load_model(place, prior), max_tokens, str(chosen), batch)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write an export that `from_pretrained` reads. Raises CheckpointError if `path` exists and is no export."""
@@ -96,11 +99,15 @@ class TextVAE:
     def fingerprint(self) -> str:
         """Sixteen digits that differ for other weights or another tokenizer: codes belong to one fingerprint.
 
+        A learned prior does not count, because codes do not depend on it.
+
         It is a hash of the names, shapes and evenly spread values of all weights, so it takes milliseconds for each
         billion parameters. A change of a few single values can go unnoticed; a step of training cannot.
         """
         hashed = hashlib.sha256(tokenizer_fingerprint(self.tokenizer).encode())
         for name, weight in self.model.named_parameters():
+            if name.startswith("prior."):
+                continue
             flat = weight.detach().flatten()
             index = torch.linspace(0, len(flat) - 1, min(len(flat), SAMPLED_VALUES), dtype=torch.float64)
             values = flat[index.long().to(flat.device)].float().cpu().numpy()
@@ -141,7 +148,7 @@ class TextVAE:
         )
 
     def sample(self, n: int, **decoding: Any) -> list[str]:
-        """`n` texts from z ~ N(0, I), given by `seed`. The first ones of more are the same."""
+        """`n` texts from codes of the prior, given by `seed`. The first ones of more are the same."""
         if n < 1:
             raise ConfigError(f"the number of samples must be at least 1; found {n}")
         return self._texts(

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from vae_ds.engine import PhaseEngine, PhaseState, Reader, Source
-from vae_ds.model import T5VAE, exported_weights, plain_name
+from vae_ds.model import T5VAE, exported_weights, model_dir, plain_name, stored_priors
 from vae_ds.training import phases
 from vae_ds.training.aggressive import half_of
 from vae_ds.training.phases import PhasePlan
@@ -62,8 +62,10 @@ def first_weights(model: T5VAE, source: Source | None, of_base: Collection[str] 
     base: Reader = PhaseState(own, {})
     start = base
     if model.settings.weights is not None and (source is None or source.left_out):
-        exported = exported_weights(model.settings.weights)
-        # An export has no adapters: those of the new model begin as they are.
+        has = stored_priors(model_dir(model.settings.weights))
+        kind = model.settings.prior if model.settings.prior in has else "normal"
+        exported = exported_weights(model.settings.weights, kind)
+        # An export has no adapters, and perhaps not this prior: those of the new model begin as they are.
         start = PhaseState({name: exported.get(plain_name(name), value) for name, value in own.items()}, {})
 
     def reader(name: str) -> Reader:

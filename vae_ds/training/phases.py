@@ -6,7 +6,7 @@ and eval mode.
 """
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,7 +16,8 @@ from vae_ds.errors import ConfigError
 from vae_ds.model import held_names, is_adapter
 from vae_ds.training import schedules
 
-GROUPS = ("encoder", "decoder", "embeddings", "memory", "bottleneck")
+GROUPS = ("encoder", "decoder", "embeddings", "memory", "bottleneck", "prior")
+REACH_CODES = ("encoder", "embeddings", "bottleneck")  # the groups that z is a function of
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def group_of(name: str) -> str:
     """The freezing group of a parameter of T5VAE, by its name. Each parameter is in exactly one group."""
     if name.startswith("bottleneck."):
         return "bottleneck"
+    if name.startswith("prior."):
+        return "prior"
     if ".memory." in name:
         return "memory"
     if name.startswith("t5.shared."):
@@ -114,7 +117,37 @@ def group_of(name: str) -> str:
 
 def is_new(name: str) -> bool:
     """Whether a parameter of T5VAE is one of the new weights, which the pretrained T5 does not have."""
-    return group_of(name) in ("bottleneck", "memory")
+    return group_of(name) in ("bottleneck", "memory", "prior")
+
+
+def decodes(trained: Iterable[str]) -> bool:
+    """Whether a phase that trains these parameters needs the decoder: not to fit a prior to codes that stay."""
+    return any(group_of(name) != "prior" for name in trained)
+
+
+def check_prior(phase: PhaseConfig, index: int, trained: Collection[str]) -> None:
+    """Check a phase of a model with a learned prior that trains these parameters. Raises ConfigError."""
+    where = f"phases.{index}"
+    moves = any(group_of(name) in REACH_CODES for name in trained)
+    bits = phase.free_bits
+    if moves and bits.nats > 0 and bits.mode != "total_batch":
+        raise ConfigError(
+            f"{where}.free_bits.mode is {bits.mode}, which has no KL per unit with a learned prior; use total_batch, "
+            "model.prior=normal, or freeze encoder, embeddings and bottleneck"
+        )
+    is_felt = any(group_of(name) == "prior" for name in trained) or phase.beta != ConstantBeta(
+        schedule="constant", value=0.0
+    )
+    if not phase.sample_posterior and is_felt:
+        raise ConfigError(
+            f"{where}.sample_posterior is false, but the KL to a learned prior is that of samples; set it to true, or "
+            "freeze `prior` and keep beta at 0"
+        )
+    if phase.denoise > 0 and not decodes(trained):
+        raise ConfigError(
+            f"{where}.denoise is {phase.denoise:g}, but the phase fits the prior alone, to codes of whole sentences; "
+            "set it to 0"
+        )
 
 
 def frozen_names(names: Iterable[str], patterns: Sequence[str], where: str = "freeze") -> set[str]:

@@ -22,7 +22,7 @@ from vae_ds.data import (
     tokenise,
 )
 from vae_ds.distributed import Ranks
-from vae_ds.errors import ConfigError
+from vae_ds.errors import ConfigError, DataError
 from vae_ds.evaluation import agreed_fingerprint, yardstick_values
 from vae_ds.model import (
     check_base,
@@ -30,6 +30,7 @@ from vae_ds.model import (
     check_latent_dim,
     check_start,
     is_adapter,
+    least_sentences,
     load_tokenizer,
     skeleton,
 )
@@ -80,6 +81,13 @@ def prepare(config: RunConfig, run_dir: Path, ranks: Ranks) -> Setup:
         train_set = tokens_of("train")
         source = Whole(train_set)
         plans = phases.plan(config.phases, steps_per_epoch(len(train_set), config.batch.global_size))
+    if train_set is not None and config.model.has_prior:
+        least = least_sentences(config.model.latent_dim)
+        if len(train_set) < least:
+            raise DataError(
+                f"the training split has {len(train_set)} sentences, too few for a prior of {config.model.latent_dim} "
+                f"latent units; use at least {least}, or model.prior=normal"
+            )
     valid_set = tokens_of("valid")
     yardstick_N = _yardstick(config, valid_set, tokenizer)
     valid_set = valid_set.first(config.validation.sentences)
@@ -116,7 +124,10 @@ def check_model(config: RunConfig) -> None:
     adapters = {name for name in names if is_adapter(name)}
     idle = adapters.copy()
     for index, phase in enumerate(config.phases):
-        idle &= phases.frozen_names(names, phase.freeze, f"phases.{index}.freeze")
+        frozen = phases.frozen_names(names, phase.freeze, f"phases.{index}.freeze")
+        idle &= frozen
+        if model.has_prior:
+            phases.check_prior(phase, index, set(names) - frozen)
     if adapters and idle == adapters:
         raise ConfigError(
             "model.lora: every phase freezes all adapters, so they would stay 0; change `freeze` or `model.lora.where`"

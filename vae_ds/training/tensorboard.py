@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 GROUPS = {
     "1_objective": ("nelbo", "loss"),
-    "2_terms": ("rec", "kl", "kl_weighted"),
+    "2_terms": ("rec", "kl", "kl_weighted", "kl_normal"),
     "3_latent": ("mi", "mi_ceiling", "mi_train", "au", "z_gain", "lm_gain", "kl_per_dim", "nelbo_above_yardstick"),
     "4_optimizer": ("beta", "lr", "grad_norm", "epoch", "skipped_steps", "aggressive"),
     "5_speed": ("tokens_per_s", "texts_per_s", "padding", "positions_per_s", "tflops", "mfu", "peak_memory_gb"),
@@ -77,16 +77,16 @@ def curves_of(values: Mapping[str, Any], split: str | None) -> dict[str, float]:
 
 
 def layout_of(keys: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
-    """The charts of the Custom Scalars page, for a run that logs `keys`: a VAE has `rec`, a pretraining has not.
+    """The charts of the Custom Scalars page, for a run that logs `keys`: a VAE has `kl`, a pretraining has not.
 
     TensorBoard reads a tag here as a regular expression from the tag's start: `2_terms/kl/` is KL of all splits.
     """
     speed = {"Throughput (tokens/s)": ["Multiline", [tag_of("tokens_per_s", "train")]]}
-    if "rec" not in keys:
+    if "kl" not in keys:
         return {"Pretraining": {"Losses (nats)": ["Multiline", ["1_objective/"]]} | speed}
     charts = {
         "Objective: nelbo = rec + kl (nats per sentence)": ("nelbo", "rec", "kl"),
-        "KL and weighted KL (nats per sentence)": ("kl", "kl_weighted"),
+        "KL and weighted KL (nats per sentence)": ("kl", "kl_weighted", "kl_normal"),
         "beta, the weight of the KL": ("beta",),
         "Mutual information within the validation sentences, and its limit (nats)": ("mi", "mi_ceiling"),
         "Active units": ("au",),

@@ -6,7 +6,7 @@ sentence, means over the global batch (docs/method.md).
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ import torch
 
 from vae_ds import config as configuration
 from vae_ds import distributed, latents
-from vae_ds.config import FreeBits, RunConfig
+from vae_ds.config import RunConfig
 from vae_ds.data import Batch, Feed, collate, share
 from vae_ds.engine import PhaseEngine, StepOutcome
 from vae_ds.errors import Stopped
 from vae_ds.evaluation import evaluate
-from vae_ds.model import EXTENTS, T5VAE, extents, gaussian
+from vae_ds.model import EXTENTS, T5VAE, extents
 from vae_ds.runtime import StopFlag, heeded
-from vae_ds.training import base_weights, checkpoint, phases, resumption, window
+from vae_ds.training import base_weights, checkpoint, objective, phases, resumption, window
 from vae_ds.training.aggressive import Aggressive
 from vae_ds.training.build import build_engine, build_model
 from vae_ds.training.export import Exporter
@@ -30,6 +30,7 @@ from vae_ds.training.handover import Start, hand_over
 from vae_ds.training.holding import check_free, hold
 from vae_ds.training.memory import STEP_ADVICE, explain_out_of_memory, limits_for
 from vae_ds.training.monitor import Monitor
+from vae_ds.training.objective import StepSettings
 from vae_ds.training.phases import PhasePlan
 from vae_ds.training.preparation import Setup, prepare, write_headers
 from vae_ds.training.saver import Requests, Saver
@@ -81,18 +82,6 @@ def train(
     return directory
 
 
-@dataclass(frozen=True)
-class StepSettings:
-    """What the phase and its schedules say for one optimizer step, and the sentences of its global batch."""
-
-    sentences: int
-    free_bits: FreeBits
-    beta: float
-    lr: float
-    half: str | None  # the half of the model that the step updates, None for all of it (aggressive.py)
-    held_L: torch.Tensor | None  # global mean KL of each unit at the last step, nats
-
-
 class Trainer:
     """One run on this rank."""
 
@@ -100,6 +89,7 @@ class Trainer:
         self.setup, self.changed_data, self.limits, self.stop = setup, changed_data, setup.limits, stop
         self.state = TrainState()
         self.left_out: dict[str, str] = {}  # of checkpoints (base_weights.py)
+        self.has_prior = setup.config.model.has_prior
         logging = setup.config.logging
         self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress, logging.trackers)
         self.saver = Saver(setup.run_dir, setup.ranks, setup.config.checkpoint, self.monitor)
@@ -149,6 +139,7 @@ class Trainer:
         is_start = not start.resumes and not any(self.state.place)
         model, weights = build_model(self.setup, plan, start.source, is_start)
         self.left_out = base_weights.left_out(weights, self.setup, start, self.left_out)
+        self.decodes = phases.decodes(name for name, one in model.named_parameters() if one.requires_grad)
         facts, self.speed = phases.sizes(model), speed_of(self.setup, plan, self.state.step, model)
         engine = build_engine(self.setup, plan, model, weights)  # it may divide the parameters
         self.limits = limits_for(self.setup, engine)
@@ -226,26 +217,21 @@ class Trainer:
     def forward_backward_update(
         self, engine: PhaseEngine, batch: Batch, now: StepSettings, sums: distributed.NamedSums, is_last: bool
     ) -> StepOutcome | None:
-        """One micro batch: its loss rec + beta * KL, the gradient, and, after the last of a step, the update.
+        """One micro batch: its loss (objective.py), the gradient, and, after the last of a step, the update.
 
         Adds this rank's terms to `sums`. Returns the outcome of the update, None inside an accumulation.
         """
-        free_bits, weight_B = now.free_bits, batch.weight_B
         with self.speed.part("forward"):
-            terms = engine.forward(**batch.arguments())
-            penalty_B = weight_B * gaussian.thresholded_kl(terms.kl_BL, free_bits.mode, free_bits.nats, now.held_L)
-            rec_B = weight_B * terms.rec_B
-            loss_B = rec_B + now.beta * penalty_B
+            terms = engine.forward(**batch.arguments(decodes=now.decodes), prior_pull=now.prior_pull)
+            found = objective.loss_of(terms, batch.weight_B, now)
         # The engine averages over the ranks. Micro batches may differ in size, but each sentence counts the same.
         with self.speed.part("backward"):
-            engine.backward(loss_B.sum() * (self.setup.ranks.world / now.sentences), is_last)
+            engine.backward(found.loss * (self.setup.ranks.world / now.sentences), is_last)
         with self.speed.part("update"):
             outcome = engine.step(now.lr, now.half)
-        sums.add(loss=loss_B.detach().sum(), rec=rec_B.detach().sum(), penalty=penalty_B.detach().sum())
         if outcome is not None and self.setup.ranks.is_main:
             sums.add(grad_norm=outcome.grad_norm)  # read with the other sums, in one copy
-        kl_L = (weight_B[:, None] * terms.kl_BL.detach()).sum(0)
-        sums.add(kl_L=kl_L, tokens=batch.tokens, **extents(batch.input_ids_BT.shape, batch.labels_BT.shape))
+        sums.add(**found.sums, tokens=batch.tokens, **extents(batch.input_ids_BT.shape, batch.labels_BT.shape))
         return outcome
 
     def reduce(self, sums: distributed.NamedSums) -> tuple[dict[str, torch.Tensor], Requests]:
@@ -312,7 +298,7 @@ class Trainer:
         """Report the means over the steps since the last row."""
         state = self.state
         row: dict[str, Any] = {"phase": plan.name, "step": plan.first_step + state.step, "epoch": round(epoch, 4)}
-        row |= window.row_of(state.window) | self.speed.row()
+        row |= window.row_of(state.window, self.decodes) | self.speed.row()
         row["skipped_steps"] = state.skipped
         if state.aggressive:
             row["aggressive"] = float(state.aggressive.is_on)
@@ -331,12 +317,14 @@ class Trainer:
             lr=plan.learning_rate.at(state.step),
             half=state.aggressive.half() if state.aggressive else None,
             held_L=None if state.held_kl is None else distributed.to_device(state.held_kl, self.setup.ranks.device),
+            held_nats=None if state.held_kl is None else sum(state.held_kl),
+            decodes=self.decodes,
         )
 
     def _new_sums(self, engine: PhaseEngine) -> distributed.NamedSums:
-        units = _model_of(engine).latent_dim
-        ones = dict.fromkeys(("loss", "rec", "penalty", "tokens", "grad_norm", *EXTENTS), 1)
-        return distributed.NamedSums(self.setup.ranks.device, **ones, kl_L=units, requests=len(Requests._fields))
+        sizes = objective.sizes_of_sums(_model_of(engine).latent_dim, self.has_prior)
+        sizes |= dict.fromkeys(("tokens", "grad_norm", *EXTENTS), 1)
+        return distributed.NamedSums(self.setup.ranks.device, **sizes, requests=len(Requests._fields))
 
     def _collate(self, plan: PhasePlan, engine: PhaseEngine, feed: Feed, piece: Any) -> Batch:
         return collate(
@@ -354,7 +342,7 @@ class Trainer:
         """Advance the schedules by an applied step and add it to the next row of the log."""
         state = self.state
         kl_L = totals["kl_L"] / now.sentences
-        kl = float(kl_L.sum())
+        kl = float(totals["kl_sampled"]) / now.sentences if self.has_prior else float(kl_L.sum())
         sums = {name: float(total) for name, total in totals.items() if total.numel() == 1}
         state.skipped_in_row = 0
         state.step += 1
@@ -363,7 +351,8 @@ class Trainer:
             state.beta = plan.beta.carry(now.beta, kl)
         if state.aggressive and plan.settings.aggressive:
             state.aggressive.after_step(plan.settings.aggressive, sums["loss"], sums["tokens"])
-        window.add_step(state.window, sums, now.sentences, kl, now.beta, now.lr)
+        to_normal = float(kl_L.sum()) if self.has_prior else None
+        window.add_step(state.window, sums, now.sentences, kl, now.beta, now.lr, to_normal)
         self.monitor.advance(1)
 
     def _improves(self, valid: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ __all__ = ["figures_of", "pareto_front", "write"]
 # In words, with columns of their own.
 STATEMENTS = ("verdict", "verdict_reason", "cost")
 # In no table of metrics: paths, and what is not one number.
-NOT_METRICS = {"model", "split", "seed", "yardstick", "kl_per_dim", evaluations.FINGERPRINT, *STATEMENTS}
+NOT_METRICS = {"model", "split", "seed", "yardstick", "prior", "kl_per_dim", evaluations.FINGERPRINT, *STATEMENTS}
 COLUMNS_PER_TABLE = 12
 WHAT_SEEDS_SAY = """\
 Runs that differ only in the seed: mean ± standard error over the S seeds, sd / √S. It covers the training and the noise
