@@ -93,7 +93,8 @@ def test_the_actions_are_those_of_the_model(page: server.Server, vae: TextVAE) -
         ("/api/sample", {"n": 10_000}, 400, "1 to 50 texts; found 10000"),
         ("/api/interpolate", {"a": "x", "b": "y", "path": "zigzag"}, 400, "linear or slerp"),
         ("/api/mix", {"texts": ["a", "b"], "weights": [1, -1]}, 400, "must not be 0"),
-        ("/api/neighbours", {"z": [0] * 4}, 400, "wrong argument"),
+        ("/api/neighbours", {"z": [0] * 4}, 400, "a code has 5 units"),
+        ("/api/neighbours", {"z": [0]}, 400, "a code has 5 units"),
         ("/api/__init__", {}, 400, "no action __init__"),
         ("/api/encode", [1], 400, "one JSON object"),
         ("/api/encode", b"{", 400, "no JSON"),
@@ -104,6 +105,19 @@ def test_a_wrong_request_is_one_line(page: server.Server, path: str, body: Any, 
     assert found[0] == status
     assert re.search(message, found[1]["error"])
     assert "\n" not in found[1]["error"]
+
+
+def test_a_fault_is_told_to_the_page(
+    page: server.Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def out_of_memory(self: server.Explorer) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(server.Explorer, "sample", out_of_memory)
+    assert ask(page, "/api/sample", {}) == (500, {"error": "a fault: out of memory"})
+    assert "out_of_memory" in capsys.readouterr().err  # the traceback
+    monkeypatch.undo()
+    assert ask(page, "/api/sample", {"n": 1})[0] == 200
 
 
 def test_requests_of_other_sites_are_refused(page: server.Server, vae: TextVAE) -> None:

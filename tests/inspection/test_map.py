@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,28 @@ def test_pca_finds_the_directions_of_the_largest_variance() -> None:
     for z in (z_NL[:1], z_NL[:, :1]):
         with pytest.raises(DataError, match="needs two texts and two latent units"):
             maps.pca(z)
+
+
+def test_umap_gets_the_seed_and_fits_few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package compiles for half a minute when it is first used, so this is not the package."""
+    asked: dict[str, object] = {}
+
+    class Umap:
+        def __init__(self, **settings: object) -> None:
+            asked.update(settings)
+
+        def fit_transform(self, z_NL: np.ndarray) -> np.ndarray:
+            return z_NL[:, :2]
+
+    package = types.ModuleType("umap")
+    package.UMAP = Umap  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "umap", package)
+    z_NL = np.random.default_rng(0).standard_normal((9, 4))
+    assert maps.umap(z_NL, seed=3).axes == ("UMAP 1", "UMAP 2")
+    assert asked == {"n_components": 2, "n_neighbors": 8, "random_state": 3}
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(ConfigError, match=r"--umap needs the package umap-learn .*vae_ds\[look\]"):
+        maps.umap(z_NL)
 
 
 def test_a_grid_lies_between_its_corners(vae: TextVAE) -> None:

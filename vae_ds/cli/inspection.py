@@ -226,6 +226,8 @@ def draw(arguments: argparse.Namespace) -> None:
     if not path.parent.is_dir():
         raise ConfigError(f"--to {path}: {path.parent} is no directory")
     run_dirs.check_writable(path.parent, "--to")
+    if arguments.projector is not None:
+        run_dirs.check_writable(Path(arguments.projector), "--projector")
     source_of(arguments, arguments.file, "a FILE of texts")
     from vae_ds.inspection import mapping, targets
 

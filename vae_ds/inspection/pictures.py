@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ENDINGS = (".png", ".svg", ".pdf")
 # Okabe and Ito 2008, which colour-blind readers can distinguish; yellow is too pale on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvPX"
 GREY = "#c8c8c8"
 STYLE: dict[str, Any] = {
@@ -116,9 +116,9 @@ def draw_units(path: Path, steps: Sequence[int], kl_SL: np.ndarray, title: str) 
     order_L = np.argsort(-kl_SL[-1], kind="stable")
     with _figure(7.4, 3.4) as figure:
         axes = figure.subplots()
-        for unit in order_L[len(COLOURS) - 2 :]:
+        for unit in order_L[len(COLOURS) - 1 :]:
             axes.plot(steps, kl_SL[:, unit], color=GREY, linewidth=0.8)
-        for colour, unit in zip(COLOURS[:-2], order_L, strict=False):
+        for colour, unit in zip(COLOURS[:-1], order_L, strict=False):
             axes.plot(steps, kl_SL[:, unit], color=colour, linewidth=1.4, marker="o", markersize=3, label=f"z[{unit}]")
         axes.set(xlabel="step", ylabel="KL of a unit (nats)", title=title)
         axes.set_ylim(bottom=0)
@@ -152,7 +152,17 @@ def _save(figure: Figure, path: Path) -> None:
     # A date would make each file of the same picture another one.
     undated: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
     figure.savefig(content, format=kind, metadata=undated)
-    records.replace_file(path, content.getvalue())
+    records.replace_file(path, _small(content) if kind == "png" else content.getvalue())
+
+
+def _small(png: io.BytesIO) -> bytes:
+    """The picture with at most 256 colours: the loss is invisible, and the file has a third of the size."""
+    from PIL import Image
+
+    few = Image.open(png).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE)
+    small = io.BytesIO()
+    few.save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 def _short(value: str) -> str:

@@ -8,8 +8,10 @@ Shapes: N texts, L latent units.
 
 import inspect
 import json
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -109,6 +111,8 @@ class Explorer:
         """The texts of the corpus with the nearest codes."""
         if not self._texts:
             raise DataError("there is no corpus; start `vae-ds explore` with --corpus FILE")
+        if np.shape(z) != (self._vae.latent_dim,):
+            raise DataError(f"a code has {self._vae.latent_dim} units; found the shape {np.shape(z)}")
         distance_N = np.linalg.norm(self._z_NL - np.array(z, np.float32), axis=1)
         rows = np.argsort(distance_N, kind="stable")[: _few(k)].tolist()
         found = [{"text": self._texts[row], "row": row, "distance": float(distance_N[row])} for row in rows]
@@ -135,6 +139,11 @@ class Server(ThreadingHTTPServer):
             raise ConfigError(f"{host}:{port}: cannot listen: {reason}; choose another --port or --host") from None
         self.is_local = host in LOOPBACK
         self.url = f"http://{host}:{self.server_address[1]}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A reader that is gone is no fault. Anything else is printed."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -178,6 +187,9 @@ class Handler(BaseHTTPRequestHandler):
             self._json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
         except ValueError as error:
             self._json(HTTPStatus.BAD_REQUEST, {"error": f"no JSON: {error}"})
+        except RuntimeError as error:  # of PyTorch, such as too little memory
+            traceback.print_exc()
+            self._json(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": f"a fault: {error}"})
         else:
             self._json(HTTPStatus.OK, answer | {"duration_s": round(time.monotonic() - begun, 4)})
 
