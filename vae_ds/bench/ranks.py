@@ -13,13 +13,20 @@ RETURN_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": 
 
 
 def start(
-    words: Sequence[str], processes: int, log: Path, env: Mapping[str, str] | None = None
+    words: Sequence[str],
+    processes: int,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    allocator: Mapping[str, str] = RETURN_FREED_MEMORY,
 ) -> list[subprocess.Popen[bytes]]:
-    """Start `python WORDS` once per rank. Their output is added to the file `log`; `env` are further variables."""
+    """Start `python WORDS` once per rank. Their output is added to the file `log`; `env` are further variables.
+
+    allocator: variables for the allocator of the C library. {} leaves it as it is, which is faster.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     common = {
         **os.environ,
-        **RETURN_FREED_MEMORY,
+        **allocator,
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
