@@ -17,7 +17,7 @@ QUIET = ("phases.0.steps=2", "phases.1.steps=3", "logging.tensorboard=false", "b
 MODES = ("phases.1.free_bits={mode: per_dim_batch, nats: 0.3}", "phases.1.denoise=0.2")
 
 
-@pytest.mark.parametrize("engine", ["zero0 fp32", "zero1 bf16", "zero3 fp32"])
+@pytest.mark.parametrize("engine", ["zero0 fp32", "zero1 bf16"])
 def test_one_copy_a_step(engine: str, tmp_path: Path) -> None:
     ds_config, precision = engine.split()
     settings = [*tiny.demo_settings(tmp_path), *QUIET, *MODES, f"deepspeed={ds_config}", f"precision={precision}"]

@@ -91,6 +91,12 @@ def texts(profile: str, count: int, seed: int = 0) -> list[str]:
     return [" ".join(words[random.integers(len(words), size=size - 1)]) for size in lengths(profile, count, seed)]
 
 
+def longest_texts(tokens: int, count: int, seed: int = 0) -> list[str]:
+    """`count` sentences of random English words, each with `tokens` subwords."""
+    words, random = _words(), distributed.stream(seed, "longest")
+    return [" ".join(words[random.integers(len(words), size=tokens - 1)]) for _ in range(count)]
+
+
 @functools.cache
 def _words() -> NDArray[np.str_]:
     """The words that the tokenizer of the shipped T5 keeps whole: each has one subword in any sentence."""

@@ -61,6 +61,7 @@ def add(subparsers: Any) -> None:
     _add_memory(benches)
     _add_speed(benches)
     _add_latents(benches)
+    _add_gpu(benches)
 
 
 def _add_speed(benches: Any) -> None:
@@ -205,6 +206,57 @@ def memory(arguments: argparse.Namespace) -> None:
         overrides=arguments.set or (),
     )
     print(json.dumps([asdict(row) for row in rows]) if arguments.json else memory.table(rows))
+
+
+def _add_gpu(benches: Any) -> None:
+    parser = add_command(
+        benches,
+        "gpu",
+        gpu,
+        "check what only a GPU can prove, and measure speed and memory there",
+        "Compares the losses of all DeepSpeed configurations with those of the CPU, measures speed, memory, copies and"
+        " waits, and writes DIR/gpu.json and the tables DIR/gpu.md. A second call continues with what is missing. Exit"
+        " code 1 if a cell has failed.",
+        [
+            "vae-ds bench gpu --dry-run",
+            "vae-ds bench gpu --minutes 10 --to runs/gpu",
+            "vae-ds bench gpu --only curves-bf16 speed",
+        ],
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10.0,
+        metavar="MINUTES",
+        help="begin nothing that is not expected to end within this time (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="PART",
+        help="parts, as --dry-run lists them (default: all)",
+    )
+    parser.add_argument(
+        "--to", default="runs/gpu", metavar="DIR", help="a directory for the results (default: %(default)s)"
+    )
+    parser.add_argument("--cpu", action="store_true", help="run the small half on the CPU, in about a minute")
+    parser.add_argument("--dry-run", action="store_true", help="list the parts with their expected time")
+
+
+def gpu(arguments: argparse.Namespace) -> None:
+    if not arguments.dry_run:
+        run_dirs.check_writable(Path(arguments.to))
+    from vae_ds.bench import gpu
+    from vae_ds.errors import Failed
+
+    if arguments.dry_run:
+        print(gpu.listing(arguments.only, arguments.cpu))
+        return
+    found = gpu.check(Path(arguments.to), arguments.minutes, arguments.only, arguments.cpu)
+    print(f"results: {Path(arguments.to) / 'gpu.json'}, {Path(arguments.to) / 'gpu.md'}")
+    failed = [name for name, result in found.items() if result["state"] == "failed"]
+    if failed:
+        raise Failed(f"{len(failed)} of {len(found)} cells have failed, the first is {failed[0]}; run it again")
 
 
 def soak(arguments: argparse.Namespace) -> None:

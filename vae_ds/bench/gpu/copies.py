@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -27,7 +26,6 @@ OWNERS = ("vae_ds", "deepspeed", "transformers")
 SYNCHRONIZING = "called a synchronizing CUDA operation"
 
 _MARK = "_vae_ds_on_device"
-_Tensor: Any = torch.Tensor
 # Each waits until the device has computed the value.
 _READS = {
     getattr(torch.Tensor, name)
@@ -45,7 +43,7 @@ _FROM_VALUES = {torch.tensor, torch.as_tensor, torch.Tensor.new_tensor}
 
 @dataclass(frozen=True)
 class Copy:
-    """One copy. place: `package/module.py:function`, the innermost of OWNERS. is_async: pinned and without blocking."""
+    """One copy. place: `package.module:function`, the innermost of OWNERS. is_async: pinned and without blocking."""
 
     direction: str
     place: str
@@ -93,20 +91,16 @@ def lines(found: Counter[Copy]) -> list[str]:
     return [f"{n} {copy.direction}: {copy.place}" for copy, n in found.most_common()]
 
 
-def is_on_device(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is on the GPU, or on a CPU counts as being there."""
-    return tensor.device.type != "cpu" or isinstance(tensor, torch.nn.Parameter) or hasattr(tensor, _MARK)
-
-
 class _Watch(TorchFunctionMode):
     def __init__(self, copies: Copies) -> None:
         super().__init__()
         self._copies = copies
+        self._has_gpu = torch.cuda.is_available()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        was_there = any(map(is_on_device, given))
+        was_there = any(map(self._is_on_device, given))
         target = _target(func, args, kwargs)
         leaves = func in _MOVES and target == "host"
         if was_there and (leaves or func in _READS or func in _SHAPED or _is_masked(func, args)):
@@ -118,12 +112,17 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if was_there and leaves:
             # On a CPU, this is the tensor itself, which has the mark.
-            return result.detach()
+            return result if self._has_gpu else result.view_as(result)
         if target != "host" and func not in _READS and (was_there or target == "device"):
             for leaf in tree_leaves(result):
                 if isinstance(leaf, torch.Tensor):
                     setattr(leaf, _MARK, True)
         return result
+
+    def _is_on_device(self, tensor: torch.Tensor) -> bool:
+        if self._has_gpu:
+            return tensor.device.type == "cuda"
+        return isinstance(tensor, torch.nn.Parameter) or hasattr(tensor, _MARK)
 
     def _add(self, direction: str, is_async: bool) -> None:
         owner, place = place_of(sys._getframe(2))
@@ -155,11 +154,10 @@ def _is_masked(func: Any, args: Any) -> bool:
 def place_of(frame: FrameType | None) -> tuple[str, str]:
     """The owner and the place of the innermost frame that belongs to one of OWNERS; `other` if there is none."""
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        owner = next((one for one in OWNERS if one in path.parts[:-1]), None)
-        if owner is not None and "bench" not in path.parts:
-            last = len(path.parts) - 1 - path.parts[::-1].index(owner)
-            return owner, f"{'/'.join(path.parts[last:])}:{frame.f_code.co_name}"
+        module = str(frame.f_globals.get("__name__"))
+        owner = module.split(".")[0]
+        if owner in OWNERS and not module.startswith("vae_ds.bench."):
+            return owner, f"{module}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "other", "other"
 
@@ -171,7 +169,8 @@ def watched_steps() -> Iterator[list[Copies]]:
     A step begins with its batch and ends after its sums. The engine's own step is apart: it may copy and wait.
     """
     found: list[Copies] = []
-    engine_step = engine.PhaseEngine.step
+    phase_engines: Any = engine.PhaseEngine
+    engine_step = phase_engines.step
 
     @contextmanager
     def watched() -> Iterator[None]:
@@ -183,28 +182,29 @@ def watched_steps() -> Iterator[list[Copies]]:
         with found[-1].engine_step(), _sync_mode("default"):
             return engine_step(phase_engine, *arguments)
 
-    engine.PhaseEngine.step = apart  # type: ignore[method-assign]
+    phase_engines.step = apart
     try:
         with around_steps(watched):
             yield found
     finally:
-        engine.PhaseEngine.step = engine_step  # type: ignore[method-assign]
+        phase_engines.step = engine_step
 
 
 @contextmanager
 def around_steps(around: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """Enter a new `around()` for each step of the trainings inside."""
-    step = training.Trainer.step
+    trainers: Any = training.Trainer
+    step = trainers.step
 
     def inside(trainer: Any, *arguments: Any) -> Any:
         with around():
             return step(trainer, *arguments)
 
-    training.Trainer.step = inside  # type: ignore[method-assign]
+    trainers.step = inside
     try:
         yield
     finally:
-        training.Trainer.step = step  # type: ignore[method-assign]
+        trainers.step = step
 
 
 @contextmanager
@@ -217,7 +217,7 @@ def _noted_waits(waits: Counter[str]) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message=f".*{SYNCHRONIZING}")
-        warnings.showwarning = note  # type: ignore[assignment]
+        warnings.showwarning = note
         with _sync_mode("warn"):
             yield
 
