@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from vae_ds import __version__
-from vae_ds.cli import bench, cluster, codes, evaluation, latents, recipes, status, studies, train
+from vae_ds.cli import bench, cluster, codes, evaluation, latents, recipes, sharing, status, studies, train
 from vae_ds.errors import Failed, Lost, OutOfMemory, Stopped, UserError
 from vae_ds.runtime import EXIT_FAULT, EXIT_LOST, EXIT_STOPPED, EXIT_USER, note_exit, own_rank
 
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"vae_ds {__version__}")
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
-    for family in (train, status, evaluation, latents, codes, studies, cluster, bench, recipes):
+    for family in (train, status, evaluation, latents, codes, sharing, studies, cluster, bench, recipes):
         family.add(subparsers)
     return top
 

@@ -14,7 +14,7 @@ from vae_ds.config.loading import (
     reference,
     shipped_recipes,
 )
-from vae_ds.config.paths import absolute
+from vae_ds.config.paths import absolute, portable
 from vae_ds.config.settings import (
     AggressiveConfig,
     ArchitectureConfig,
@@ -72,6 +72,7 @@ __all__ = [
     "load",
     "override",
     "parse_yaml",
+    "portable",
     "read_recipe",
     "reference",
     "shipped_recipes",
