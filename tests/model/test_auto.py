@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from support import tiny
-from support.models import batch, build, latents
+from support.models import UNITS, batch, build, latents
 from vae_ds.model import T5VAE, VaeDsModel, auto_code, load_tokenizer
 
 KINDS = {
@@ -57,6 +57,7 @@ def test_the_file_in_the_export_is_the_model_without_vae_ds(tmp_path: Path) -> N
     torch.save(given, tmp_path / "given.pt")
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+    assert "tie" not in done.stderr
     for kind, model in models.items():
         made = torch.load(tmp_path / f"{kind}.pt")
         for name, value in expected(model, given[kind]).items():
@@ -65,8 +66,8 @@ def test_the_file_in_the_export_is_the_model_without_vae_ds(tmp_path: Path) -> N
 
 def test_vae_ds_makes_its_exports_known(tmp_path: Path) -> None:
     """Without running code of the export: the class is that of the package. The dtype is that of the file."""
-    for kind in ("t5", "v1_1"):
-        model = build(kind)
+    for kind, injection in (("t5", "cross_attention"), ("v1_1", "cross_attention"), ("mt5", "none")):
+        model = build(kind, injection=injection)
         model.save_pretrained(tmp_path / kind, load_tokenizer(tiny.base(kind)))
         (tmp_path / kind / auto_code.CODE).unlink()
         loaded, report = AutoModel.from_pretrained(tmp_path / kind, output_loading_info=True)
@@ -76,7 +77,7 @@ def test_vae_ds_makes_its_exports_known(tmp_path: Path) -> None:
         for name, parameter in loaded.named_parameters():
             assert torch.equal(parameter, stored.pop(name)), name
         assert not stored
-    assert AutoConfig.from_pretrained(tmp_path / "t5").model["latent_dim"] == model.latent_dim
+    assert AutoConfig.from_pretrained(tmp_path / "t5").model["latent_dim"] == UNITS
 
 
 def test_an_export_names_no_directory_of_the_base_in_its_t5(tmp_path: Path) -> None:

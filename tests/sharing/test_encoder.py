@@ -89,6 +89,7 @@ def test_a_program_of_torch_export_takes_other_sizes(tmp_path: Path) -> None:
     model = exported(tmp_path / "mine", "v1_1", pool_layers="all", pooling="mean")
     encoder.program(tmp_path / "mine", tmp_path / "a.pt2")
     run = torch.export.load(tmp_path / "a.pt2").module()
+    assert not any("decoder" in name for name, _ in run.named_parameters())
     rows = batch("v1_1")
     for size in (1, 4):
         ids_BT, mask_BT = rows["input_ids_BT"][:size], rows["attention_mask_BT"][:size]
@@ -119,6 +120,14 @@ def test_what_a_format_cannot_hold_is_told(tmp_path: Path, settings, words: list
     assert cli.run(["export", str(tmp_path / "mine"), "--to", str(tmp_path / "made"), "--format", *words]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
+
+
+def test_an_encoder_too_large_for_onnx_is_told(tmp_path: Path, monkeypatch, capsys) -> None:
+    pytest.importorskip("onnx.reference")
+    exported(tmp_path / "mine")
+    monkeypatch.setattr(encoder, "ONNX_BYTES", 1000)
+    assert cli.run(["export", str(tmp_path / "mine"), "--to", str(tmp_path / "a.onnx"), "--format", "onnx"]) == 2
+    assert "and an ONNX file holds 2 GB; use --format torch" in capsys.readouterr().err
 
 
 def test_nothing_is_replaced(tmp_path: Path, capsys) -> None:

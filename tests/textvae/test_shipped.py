@@ -34,7 +34,8 @@ def test_it_is_small_and_says_how_it_was_made() -> None:
         assert {stored.get_tensor(name).dtype for name in stored.keys()} == {torch.bfloat16}  # noqa: SIM118
     described = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
     # The command of its card makes it again only as long as the recipe is the same.
-    assert described["recipe"] == config.portable(config.load(config.RunConfig, "recommended"))
+    stored = config.build(config.RunConfig, described["recipe"], "config.json")
+    assert stored == config.load(config.RunConfig, "recommended")
     assert VaeDsConfig.from_pretrained(FOLDER).model["latent_dim"] == 32
 
 

@@ -58,8 +58,8 @@ class VaeDsModel(PreTrainedModel):
         super().__init__(config)
         kind = FAMILIES[config.t5["model_type"]]
         t5 = kind[1](kind[0].from_dict(dict(config.t5)))
-        self.settings: Any = SimpleNamespace(**config.model)
-        settings = self.settings
+        settings: Any = SimpleNamespace(**config.model)
+        self.settings = settings
         plain = settings.injection == "none"
         self.latent_dim = 0 if plain else settings.latent_dim
         # transformers builds the model on the meta device, which has no random numbers. These layers are small.
@@ -68,18 +68,20 @@ class VaeDsModel(PreTrainedModel):
             self.bottleneck = None if plain else Bottleneck(t5.config.d_model, settings, generator)
             inject(t5, settings, generator)
         guard_half(t5)
+        # The T5 would pass on the ties of its class. Those of an export are `aliases`.
+        t5.all_tied_weights_keys = {}
         self.t5 = t5
         tie(t5, head="t5.lm_head.weight" in config.aliases)
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """The tied weights as the export names them. The configuration of T5 says `tied` for an untied head, too."""
+        """The tied weights as the export names them."""
         return dict(self.config.aliases)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Posterior:
         """input_ids (B, T), attention_mask (B, T), 1 for real tokens: the posterior of each sentence."""
         mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        mu_BL, logvar_BL = self.encode(input_ids, mask_BT)  # type: ignore[misc] - a method of T5VAE
+        mu_BL, logvar_BL = self.encode(input_ids, mask_BT)  # type: ignore[misc]  # a method of T5VAE
         return Posterior(mu=mu_BL, logvar=logvar_BL)
 
 

@@ -23,6 +23,8 @@ from vae_ds.model import MAX_TOKENS, T5VAE, exported_weights, load_tokenizer, re
 INPUTS, OUTPUTS = ("input_ids", "attention_mask"), ("mu", "logvar")
 TOLERANCE = 1e-5  # the largest difference from PyTorch that a written program may have
 UNKNOWN_MAX_TOKENS = 64
+ONNX_BYTES = 2 * 10**9  # a little less than the limit of its format, 2 GiB
+OF_ENCODER = ("t5.encoder.", "t5.shared.", "bottleneck.")  # the names of its weights
 ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel"}
 
 
@@ -53,9 +55,7 @@ def sentence_transformers(export: Path, to: Path) -> None:
         raise ConfigError(f"{to} is not empty; name a new directory")
     weights = exported_weights(export)
     encoder = {
-        name.removeprefix("t5."): tensor.float()
-        for name, tensor in weights.items()
-        if name.startswith(("t5.encoder.", "t5.shared."))
+        name.removeprefix("t5."): tensor.float() for name, tensor in weights.items() if name.startswith(OF_ENCODER[:2])
     }
     mu_LH = weights["bottleneck.mu.weight"].float().contiguous()
     units, width = mu_LH.shape
@@ -122,6 +122,12 @@ def onnx(export: Path, to: Path) -> None:
             "the format onnx needs the packages onnx and onnxscript: pip install vae_ds[formats]"
         ) from None
     check_file(to)
+    weights = exported_weights(export)
+    size = sum(4 * tensor.numel() for name, tensor in weights.items() if name.startswith(OF_ENCODER))
+    if size > ONNX_BYTES:
+        raise ConfigError(
+            f"the encoder has {size / 1e9:.1f} GB in float32, and an ONNX file holds 2 GB; use --format torch"
+        )
     encoder, given = _encoder(export)
     dynamic = {name: {0: torch.export.Dim("sentences"), 1: torch.export.Dim("tokens")} for name in INPUTS}
 
@@ -162,7 +168,9 @@ def check_file(to: Path) -> None:
 def _encoder(export: Path) -> tuple[Encoder, list[tuple[Tensor, Tensor]]]:
     """The encoder, and inputs of two sizes: the first one is traced, both are compared."""
     _need_encoder(read_export(export))
-    encoder = Encoder(T5VAE.from_pretrained(export)).eval()
+    model = T5VAE.from_pretrained(export)
+    del model.t5.decoder, model.t5.lm_head  # else the file would hold them
+    encoder = Encoder(model).eval()
     tokenizer = load_tokenizer(export)
     texts = (
         ["Two sentences of text.", "The second is longer than the first."],
