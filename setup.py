@@ -19,7 +19,7 @@ setup(
     # ds_configs/ stands at the top level, where DeepSpeed users look for it, and inside the package in a wheel.
     package_dir={"vae_ds.ds_configs": "ds_configs"},
     package_data={
-        "vae_ds": ["tiny/*"],
+        "vae_ds": ["tiny/*", "tiny_vae/*"],
         "vae_ds.config": ["recipes/*.yaml", "studies/*.yaml"],
         "vae_ds.ds_configs": ["*.json"],
         "vae_ds.inspection": ["page.html"],
@@ -55,10 +55,12 @@ setup(
         "wandb": ["wandb>=0.20"],  # Weights & Biases (logging.trackers)
         "mlflow": ["mlflow-skinny>=3"],  # MLflow's client (logging.trackers)
         "look": ["scikit-learn>=1.5,<2", "umap-learn>=0.5.7,<1"],  # classifiers of probes, maps
+        "formats": ["onnx>=1.17", "onnxscript>=0.5", "sentence-transformers>=5"],  # the encoder in other programs
         "test": [
             *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
             # what the extras bring
             *("peft>=0.21,<1", "wandb>=0.20", "mlflow-skinny>=3", "scikit-learn>=1.5,<2", "umap-learn>=0.5.7,<1"),
+            *("onnx>=1.17", "onnxscript>=0.5", "sentence-transformers>=5"),
         ],
         "dev": ["ruff>=0.9", "mypy>=1.13", "types-PyYAML"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2", "ruff>=0.9"],

@@ -20,6 +20,7 @@ PAGES = {
     "ds_configs/README.md": "deepspeed.md",
     "launchers/README.md": "launchers.md",
     "vae_ds/tiny/README.md": "shipped-t5.md",
+    "vae_ds/tiny_vae/README.md": "shipped-vae.md",
 }
 # The README is the front page of the repository, index.md that of the site.
 TARGETS = {**PAGES, "README.md": "index.md"}

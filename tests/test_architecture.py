@@ -16,7 +16,7 @@ LAYERS = (
     {"config", "runtime"},
     {"distributed"},
     {"engine", "data", "model"},
-    {"latents", "cluster"},
+    {"latents", "cluster", "sharing"},
     {"evaluation"},
     {"training", "textvae"},
     {"studies", "pretraining", "authoring", "inspection"},

@@ -5,13 +5,25 @@
 """
 
 import importlib
+import sys
 from typing import Any
+
+from vae_ds.runtime import after_import
 
 __version__ = "0.2.0"
 __all__ = ["T5VAE", "TextVAE", "__version__", "train"]
 
 # Loaded on first use: torch and transformers take seconds, and `vae-ds --help` needs neither.
 _HOMES = {"T5VAE": "vae_ds.model", "TextVAE": "vae_ds.textvae", "train": "vae_ds.training"}
+
+
+def _register() -> None:
+    """Make `transformers.AutoModel` know exports. The wing `model` does so when it is imported."""
+    if "vae_ds.model" not in sys.modules:
+        importlib.import_module("vae_ds.model")
+
+
+after_import("transformers.models.auto.modeling_auto", _register)
 
 
 def __getattr__(name: str) -> Any:

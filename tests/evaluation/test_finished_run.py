@@ -36,6 +36,16 @@ def test_a_run_trained_with_relative_paths_is_evaluated_from_elsewhere(
     metrics = finished_run.evaluate_run(run, "test", few)
     assert metrics is not None
     assert metrics["sentences"] == 80
+    # The card is written with the model, and again with the evaluation. It does not tell where on this machine.
+    before, after = (
+        (place / "README.md").read_text(encoding="utf-8") for place in (tmp_path / "exported", run / "model")
+    )
+    assert "Not evaluated yet" in before
+    assert f"{metrics['nelbo']:.1f} ±" in after.partition("`nelbo` | ")[2]
+    assert after.count("\n", after.index("A traversal")) > 5
+    for told in (before, after, json.dumps(description["recipe"])):
+        assert "max_tokens" in told
+        assert str(tmp_path) not in told
     # The same command from the first directory finds its run, with the same relative words.
     monkeypatch.chdir(tmp_path)
     assert train("demo", "runs/mine", [*settings, *short]) == Path("runs/mine")

@@ -17,7 +17,7 @@ from support.launch import clean_environment
 from support.models import taught
 from vae_ds.config import ModelConfig
 from vae_ds.errors import CheckpointError, ConfigError, DataError
-from vae_ds.model import T5VAE, gaussian, load_tokenizer
+from vae_ds.model import T5VAE, auto_code, gaussian, load_tokenizer
 from vae_ds.textvae import TextVAE
 
 UNITS = 5
@@ -261,12 +261,19 @@ def test_wrong_input_gets_one_clear_error(vae: TextVAE, error: type[Exception], 
     assert "\n" not in str(found.value)
 
 
-def test_the_import_of_the_package_is_light(tmp_path: Path) -> None:
-    asks = "import sys, vae_ds; assert 'torch' not in sys.modules; print(vae_ds.TextVAE.__name__)"
-    done = subprocess.run(
-        [sys.executable, "-c", asks], env=clean_environment(tmp_path), capture_output=True, text=True, timeout=120
-    )
-    assert (done.stdout, done.returncode) == ("TextVAE\n", 0), done.stderr
+def test_the_import_of_the_package_is_light(vae: TextVAE, tmp_path: Path) -> None:
+    """torch and transformers are imported later. When transformers is, it knows exports, without code of the export."""
+    vae.save_pretrained(tmp_path / "mine")
+    (tmp_path / "mine" / auto_code.CODE).unlink()
+    asks = """
+import sys, vae_ds
+assert not {"torch", "transformers"} & sys.modules.keys()
+from transformers import AutoModel
+print(type(AutoModel.from_pretrained(sys.argv[1])).__module__, vae_ds.TextVAE.__name__)
+"""
+    words = [sys.executable, "-c", asks, str(tmp_path / "mine")]
+    done = subprocess.run(words, env=clean_environment(tmp_path), capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == ("vae_ds.model.auto TextVAE\n", 0), done.stderr
     assert vae_ds.TextVAE is TextVAE
 
 

@@ -24,6 +24,7 @@ from vae_ds.cli import (
     latents,
     prior,
     recipes,
+    sharing,
     status,
     studies,
     train,
@@ -68,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"vae_ds {__version__}")
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
-    for family in (train, status, evaluation, prior, latents, codes, inspection, studies, cluster, bench, recipes):
+    every = (train, status, evaluation, prior, latents, codes, inspection, sharing, studies, cluster, bench, recipes)
+    for family in every:
         family.add(subparsers)
     return top
 

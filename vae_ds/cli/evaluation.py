@@ -158,6 +158,7 @@ def _check(run: Path, recipe: str | None, yardstick: str | None, split: str) -> 
     from vae_ds import config as configuration
 
     run_dirs.model_of(run)
+    run_dirs.check_not_shipped(run)
     if recipe is not None:
         configuration.load(configuration.RunConfig, recipe)
     elif not run_dirs.is_run(run):

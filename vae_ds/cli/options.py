@@ -1,12 +1,16 @@
 """Options that several commands share, and the function that adds a command to the parser."""
 
 import argparse
+import os
+import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vae_ds.errors import ConfigError
+from vae_ds.errors import CheckpointError, ConfigError
+from vae_ds.runtime import own_rank, run_dirs
 
 SPLITS = ("train", "valid", "test")
 PRIORS = ("normal", "gaussian", "mixture", "flow")
@@ -70,8 +74,24 @@ def add_json(parser: argparse.ArgumentParser, what: str = "one JSON object inste
 
 
 def add_run(parser: argparse.ArgumentParser, text: str, name: str = "run", nargs: str | None = None) -> None:
-    """Add the argument RUN, or several."""
-    parser.add_argument(name, metavar="RUN", help=text, nargs=nargs)
+    """Add the argument RUN, or several. The name of the shipped model becomes its directory."""
+    parser.add_argument(name, metavar="RUN", help=text, nargs=nargs, type=_run)
+
+
+def _run(name: str) -> str:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            found = run_dirs.shipped(name)
+        except CheckpointError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    for warning in said:
+        if own_rank() == "0":
+            print(f"warning: {warning.message}", file=sys.stderr)
+    if found is None:
+        # As a path, so that no other place says the same again.
+        return os.path.join(os.curdir, name) if said else name
+    return str(found)
 
 
 def add_job(parser: argparse._ActionsContainer) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from vae_ds.cli import outcome
 from vae_ds.cli.options import add_command, add_recipe, add_run, overrides_of, recipe_of, run_dir_of, will_train
+from vae_ds.errors import ConfigError
 from vae_ds.runtime import listening, outlive_terminal, own_rank, records, run_dirs
 
 
@@ -51,10 +52,22 @@ def add(subparsers: Any) -> None:
         "export",
         export,
         "copy the model of a run to a new directory",
-        examples=["vae-ds export runs/demo --to demo-model"],
+        examples=["vae-ds export runs/demo --to demo-model", "vae-ds export runs/demo --to small --dtype bfloat16"],
     )
     add_run(parser, "a run directory or an exported model")
     parser.add_argument("--to", required=True, metavar="DIR", help="a new or empty directory")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="the dtype of the stored weights; bfloat16 halves the file (default: that of the model)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("vae_ds", "sentence-transformers", "torch", "onnx"),
+        default="vae_ds",
+        help="vae_ds: the whole model; the others have the encoder alone: a directory for sentence-transformers, a "
+        "file of torch.export, a file of ONNX (default: %(default)s)",
+    )
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -117,9 +130,18 @@ def pretrain(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    run_dirs.model_of(Path(arguments.run))
-    run_dirs.check_writable(Path(arguments.to), "--to")
-    from vae_ds.evaluation import finished_run
+    model, to = run_dirs.model_of(Path(arguments.run)), Path(arguments.to)
+    is_whole = arguments.format == "vae_ds"
+    if not is_whole and arguments.dtype is not None:
+        raise ConfigError(f"--dtype is of the format vae_ds; found --format {arguments.format}")
+    run_dirs.check_writable(to.parent if arguments.format in ("torch", "onnx") else to, "--to")
+    if is_whole:
+        from vae_ds.evaluation import finished_run
 
-    finished_run.export(Path(arguments.run), Path(arguments.to))
+        finished_run.export(Path(arguments.run), to, arguments.dtype)
+    else:
+        from vae_ds.sharing import encoder
+
+        write = {"sentence-transformers": encoder.sentence_transformers, "torch": encoder.program, "onnx": encoder.onnx}
+        write[arguments.format](model, to)
     print(arguments.to)

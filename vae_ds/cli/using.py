@@ -28,6 +28,9 @@ def add_using(
     """Add a command that uses a model: RUN, `--device`, `--batch` and `--json`."""
     parser = add_command(subparsers, name, run, summary, details, examples)
     add_run(parser, "a run directory, an exported model, or one on the Hugging Face hub (OWNER/NAME)")
+    parser.add_argument(
+        "--revision", metavar="REV", help="a branch, a tag or a commit of a model on the hub (default: the newest)"
+    )
     add_json(parser, "one JSON object per result, each on one line")
     parser.add_argument(
         "--device",
@@ -86,10 +89,10 @@ def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def check_run(arguments: argparse.Namespace) -> None:
     """Check that RUN has a model, before torch is loaded. Raises CheckpointError."""
     path = Path(arguments.run)
-    if not path.exists():
+    if not path.exists() or arguments.revision is not None:
         from vae_ds.config import hub
 
-        path = hub.folder_of(arguments.run)
+        path = hub.folder_of(arguments.run, arguments.revision)
     run_dirs.model_of(path)
 
 
@@ -97,9 +100,8 @@ def load(arguments: argparse.Namespace) -> "TextVAE":
     """The model of RUN on the device of `--device`."""
     from vae_ds.textvae import TextVAE
 
-    return TextVAE.from_pretrained(
-        arguments.run, arguments.device, arguments.batch, prior=getattr(arguments, "prior", None)
-    )
+    prior, revision = getattr(arguments, "prior", None), arguments.revision
+    return TextVAE.from_pretrained(arguments.run, arguments.device, arguments.batch, prior=prior, revision=revision)
 
 
 @contextmanager

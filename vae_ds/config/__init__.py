@@ -15,7 +15,7 @@ from vae_ds.config.loading import (
     shipped_recipes,
 )
 from vae_ds.config.model_settings import LoraConfig, ModelConfig
-from vae_ds.config.paths import absolute
+from vae_ds.config.paths import absolute, portable
 from vae_ds.config.settings import (
     AggressiveConfig,
     ArchitectureConfig,
@@ -71,6 +71,7 @@ __all__ = [
     "load",
     "override",
     "parse_yaml",
+    "portable",
     "read_recipe",
     "reference",
     "shipped_recipes",

@@ -15,7 +15,7 @@ from urllib.request import getproxies
 
 from huggingface_hub import constants
 
-from vae_ds.errors import CheckpointError
+from vae_ds.errors import CheckpointError, ConfigError
 
 TIMEOUT_S = 5.0
 EXPORT_FILES = (
@@ -24,30 +24,65 @@ EXPORT_FILES = (
 )
 
 
-def folder_of(name: str | Path) -> Path:
+def folder_of(name: str | Path, revision: str | None = None) -> Path:
     """The directory `name` or, if there is none and this can be a hub name (OWNER/NAME), its export in the hub's cache.
 
     The export is downloaded if the hub can be reached. A path that is neither is returned as it is.
-    Raises CheckpointError if the hub has no such model, or cannot be reached and the cache does not have it.
+
+    revision: a branch, a tag or a commit of the hub; None means the newest of the main branch.
+    Raises CheckpointError if the hub has no such model or revision, or cannot be reached and the cache does not have
+    it; ConfigError for a revision of a directory.
     """
     path, words = Path(name).expanduser(), str(name).split("/")
     if path.exists() or len(words) != 2 or not all(words) or words[0].startswith((".", "~")):
+        if revision is not None:
+            raise ConfigError(f"a revision ({revision}) is one of a name on the hub (OWNER/NAME); {name} is none")
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
 
     try:
         with reachable_or_offline():
             return Path(
                 snapshot_download(
-                    str(name), allow_patterns=list(EXPORT_FILES), local_files_only=constants.HF_HUB_OFFLINE
+                    str(name),
+                    revision=revision,
+                    allow_patterns=list(EXPORT_FILES),
+                    local_files_only=constants.HF_HUB_OFFLINE,
+                    endpoint=constants.ENDPOINT,
                 )
             )
-    except (OSError, ValueError, HfHubHTTPError):
+    except (OSError, ValueError, HTTPError):
+        at = "" if revision is None else f" --revision {revision}"
         raise CheckpointError(
-            f"{name}: no such directory, and the hub cannot be reached or has no such model; check the name, or "
-            f"download it on a machine with a network (`hf download {name}`)"
+            f"{name}: no such directory, and the hub cannot be reached or has no such model"
+            f"{' or revision' if at else ''}; check the name, or download it on a machine with a network (`hf download "
+            f"{name}{at}`)"
         ) from None
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError if `name` is not OWNER/NAME as the hub allows it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        why = "" if name.count("/") == 1 else "it has no owner"
+    except HFValidationError as error:
+        why = " ".join(str(error).split())
+    if why:
+        raise ConfigError(f"{name} is no name of a model on the hub, which is OWNER/NAME: {why}")
+
+
+def endpoint() -> str:
+    """The address of the hub."""
+    return str(constants.ENDPOINT)
+
+
+def is_reachable() -> bool:
+    """Whether the hub, or the proxy to it, accepts a connection."""
+    return _answers(constants.ENDPOINT)
 
 
 def is_offline() -> bool:

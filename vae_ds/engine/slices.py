@@ -83,7 +83,7 @@ class Source(Reader, Protocol):
 class PhaseState:
     """A phase's CPU tensors by parameter name: all weights, and AdamW's moments of the trained ones.
 
-    They are float32. Only the weights of a base that is read as it is stored can have another dtype.
+    They are float32. Only those of a base or an export that is read as it is stored can have another dtype.
 
     `steps` is the number of steps that AdamW applied. `scaler` is the dynamic loss scale of fp16, else empty.
     `generators` are the states of this rank's random generators, if a checkpoint of the same world size has them.

@@ -1,6 +1,6 @@
 """The metrics of a model on a split, the verdict on the latent code, and the evaluation of a finished run.
 
-Depends on `latents`, `model`, `data`, `distributed`, `runtime` and `config`.
+Depends on `latents`, `sharing`, `model`, `data`, `distributed`, `runtime` and `config`.
 """
 
 from vae_ds.evaluation import finished_run

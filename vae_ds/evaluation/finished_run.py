@@ -1,22 +1,31 @@
 """Operations on a finished run: load its model, evaluate a split, export the model."""
 
+import json
 import shutil
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
 
 from vae_ds import config as configuration
-from vae_ds import distributed
-from vae_ds.config import EvaluationConfig, RunConfig
+from vae_ds import distributed, latents
+from vae_ds.config import EvaluationConfig, RunConfig, portable
 from vae_ds.data import cache_dir, corpora, from_texts, tokenise
 from vae_ds.errors import CheckpointError, ConfigError, DataError
 from vae_ds.evaluation.identity import agreed_fingerprint, require_language_model, yardstick_values
 from vae_ds.evaluation.metrics import Training, evaluate
 from vae_ds.evaluation.text_metrics import text_metrics
-from vae_ds.model import MAX_TOKENS, T5VAE, load_tokenizer, read_export
+from vae_ds.model import MAX_TOKENS, T5VAE, auto_code, exported_weights, load_tokenizer, read_export
 from vae_ds.runtime import evaluations, run_dirs
+from vae_ds.sharing import CARD, RECIPE, Examples, write_card
+
+SPLITS = ("test", "valid", "train")  # the first one that was evaluated is in the model card
+SAMPLES = 5  # in the model card
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,14 @@ def max_tokens(run: Path) -> int | None:
     return found
 
 
+def notes(run: Path) -> dict[str, Any]:
+    """What an export tells of its training besides `max_tokens`: the recipe, and which weights it has and why."""
+    place = locate(run)
+    stored = read_export(place.model_dir)
+    recipe = {} if place.config is None else {RECIPE: portable(place.config)}
+    return recipe | {key: stored[key] for key in (RECIPE, "origin") if key in stored}
+
+
 def sentences(run: Path, split: str, number: int) -> list[str]:
     """The first `number` sentences of a split of the run."""
     config = config_of(run, None)
@@ -84,6 +101,7 @@ def evaluate_run(
     evaluation is missing, if the yardstick has a latent code, or if it was evaluated on other data.
     """
     place, config = locate(run), config_of(run, recipe)
+    run_dirs.check_not_shipped(run)
     distributed.rank0_first(lambda: corpora.check(config.data))
     if yardstick is not None:
         require_language_model(Path(yardstick))
@@ -131,15 +149,67 @@ def evaluate_run(
         facts["prior"] = model.settings.prior
     metrics = {**facts, evaluations.FINGERPRINT: fingerprint, **metrics}
     evaluations.write(run, split, metrics, found.sentences)
+    if split == "test" or not evaluations.metrics_file(run, "test").is_file():
+        shown = _examples(model, tokenizer, config, metrics)
+        write_card(place.model_dir, recipe=config, examples=shown, **_results(run, split))
     return metrics
 
 
-def export(run: Path, to: Path) -> None:
-    """Copy the model of a run to a new directory. Raises ConfigError if that directory is not empty."""
+def export(run: Path, to: Path, dtype: str | None = None) -> None:
+    """Copy the model of a run to a new directory, which is complete when it gets its name.
+
+    dtype: the dtype of the copied weights, such as `bfloat16`, which halves the file; None keeps that of the model. The
+        conversion needs the memory of the converted weights.
+    Raises ConfigError if that directory is not empty.
+    """
     place = locate(run)
     if to.exists() and any(to.iterdir()):
         raise ConfigError(f"{to} is not empty; name a new directory")
-    shutil.copytree(place.model_dir, to, dirs_exist_ok=True)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as folder:
+        fresh = Path(folder) / "fresh"
+        left_out = () if dtype is None else ("model.safetensors",)
+        shutil.copytree(place.model_dir, fresh, ignore=shutil.ignore_patterns(*left_out))
+        if dtype is not None:
+            kind: torch.dtype = getattr(torch, dtype)
+            weights = {name: tensor.to(kind) for name, tensor in exported_weights(place.model_dir).items()}
+            save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+        # An export of an earlier version has no entries for transformers, and no recipe.
+        stored = read_export(fresh)
+        stored |= notes(run) | auto_code.entries(dtype or stored.get("dtype", "float32"))
+        stored["t5"].pop("_name_or_path", None)
+        limit = max_tokens(run)
+        stored |= {} if limit is None else {MAX_TOKENS: limit}
+        (fresh / "config.json").write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (fresh / auto_code.CODE).write_text(auto_code.source(), encoding="utf-8")
+        if not (fresh / CARD).is_file():
+            split = next((one for one in SPLITS if evaluations.metrics_file(run, one).is_file()), None)
+            write_card(fresh, **({} if split is None else _results(run, split)))
+        fresh.rename(to)
+
+
+def _results(run: Path, split: str) -> dict[str, Any]:
+    """The stored evaluation, and that of its yardstick, if it is still there, for the model card."""
+    metrics = evaluations.read(run, split)
+    yardstick = None
+    if metrics.get("yardstick"):
+        with suppress(CheckpointError):
+            yardstick = evaluations.read(Path(metrics["yardstick"]), split)
+    return {"evaluation": metrics, "language_model": yardstick}
+
+
+def _examples(model: T5VAE, tokenizer: Any, config: RunConfig, metrics: dict[str, Any]) -> Examples:
+    """Texts for the model card: of the prior, so that no sentence of the corpus gets there. Greedy, on this rank."""
+    longest = config.data.max_tokens
+    if model.bottleneck is None:
+        return Examples(latents.sample(model, tokenizer, SAMPLES, max_new_tokens=longest, temperature=1.0))
+    samples = latents.sample(model, tokenizer, SAMPLES, max_new_tokens=longest)
+    unit = int(np.argmax(metrics["kl_per_dim"]))
+    device = next(model.parameters()).device
+    eps_L = distributed.stream(0, "prior", 0).standard_normal(model.latent_dim)  # that of the first sample
+    z_SL = latents.around(torch.as_tensor(eps_L, dtype=torch.float32, device=device), unit, 3.0, 5)
+    texts = latents.decode(model, tokenizer, z_SL, max_new_tokens=longest)
+    return Examples(samples, unit, list(zip(z_SL[:, unit].tolist(), texts, strict=True)))
 
 
 def config_of(run: Path, recipe: str | None) -> RunConfig:

@@ -3,7 +3,8 @@
 Depends on `config` and `errors`.
 """
 
-from vae_ds.model import gaussian
+from vae_ds.model import auto_code, gaussian
+from vae_ds.model.auto import VaeDsConfig, VaeDsModel
 from vae_ds.model.bases import MAX_TOKENS, check_base, load_t5, load_tokenizer, model_dir, read_export
 from vae_ds.model.cost import Footprint, footprint, footprint_of
 from vae_ds.model.injection import guard_half
@@ -23,6 +24,9 @@ __all__ = [
     "Prior",
     "PriorTerms",
     "Terms",
+    "VaeDsConfig",
+    "VaeDsModel",
+    "auto_code",
     "base_shapes",
     "check_base",
     "check_base_weights",

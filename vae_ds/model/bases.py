@@ -167,8 +167,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def model_dir(run: str | Path) -> Path:
-    """The exported model of a run directory, or the directory itself if it is an export."""
-    path = Path(run).expanduser()
+    """The exported model of a run directory, or the directory itself if it is an export, or that of `tiny-vae`."""
+    path = run_dirs.shipped(run) or Path(run).expanduser()
     return path / "model" if run_dirs.is_run(path) else path
 
 

@@ -6,7 +6,7 @@ Shapes: B sentences, T tokens, H = d_model, L latent units, V vocabulary. All re
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from vae_ds.config import ModelConfig
 from vae_ds.errors import CheckpointError
-from vae_ds.model import gaussian, lora
+from vae_ds.model import auto_code, gaussian, lora
 from vae_ds.model.bases import (
     EXPORT_FORMAT,
     EXPORT_VERSION,
@@ -170,13 +170,15 @@ class T5VAE(nn.Module):
         tokenizer: PreTrainedTokenizerBase | None = None,
         weights: Mapping[str, Tensor] | None = None,
         notes: Mapping[str, Any] | None = None,
+        complete: Callable[[Path], None] | None = None,
     ) -> None:
         """Write an export: `config.json`, `model.safetensors` in float32, and the files of the tokenizer if given.
 
         `weights` replaces the weights of this module. For a partitioned module, pass whole parameters by name. Tied
         weights are stored once. Adapters are merged, so the export is a model without any; `adapters/` has them, too.
         A learned prior has a file of its own (prior_files.py).
-        `notes` are further entries of `config.json`, plain data that loading ignores.
+        `notes` are further entries of `config.json`, plain data that loading ignores. `complete` may add files to the
+        directory that it is given, which is the export before it has its name.
         The export is written to a temporary directory and renamed, so `path` never contains an
         incomplete export. An older export is replaced.
         Raises CheckpointError if `path` exists and is not an export or an empty directory.
@@ -207,6 +209,9 @@ class T5VAE(nn.Module):
             save_file(stored, fresh / "model.safetensors", metadata={"format": "pt"})
             text = json.dumps(self._description() | dict(notes or {}), indent=2, ensure_ascii=False)
             (fresh / "config.json").write_text(text + "\n", encoding="utf-8")
+            (fresh / auto_code.CODE).write_text(auto_code.source(), encoding="utf-8")
+            if complete is not None:
+                complete(fresh)
             if path.exists():
                 path.rename(Path(folder) / "old")
             fresh.rename(path)
@@ -349,13 +354,17 @@ class T5VAE(nn.Module):
             "schema_version": EXPORT_VERSION,
             # `weights` is where the training started, a path of the machine that trained. Adapters are merged.
             "model": self.settings.model_dump(mode="json", by_alias=True, exclude={"weights", "lora"}),
-            "t5": self.t5.config.to_dict(),
+            # `_name_or_path` is a path of this machine.
+            "t5": {key: value for key, value in self.t5.config.to_dict().items() if key != "_name_or_path"},
+            **auto_code.entries("float32"),
             "aliases": {name: names[id(parameter)] for name, parameter in every if names[id(parameter)] != name},
         }
 
 
 def exported_weights(path: str | Path, prior: str = NORMAL) -> dict[str, Tensor]:
-    """The weights of a run directory or an export by name: float32, memory-mapped. With those of its prior `prior`.
+    """The weights of a run directory or an export by name, with those of its prior `prior`.
+
+    They are memory-mapped, in the dtype of the file.
 
     Raises CheckpointError if the export is missing, broken or of another version, or has no such prior.
     """

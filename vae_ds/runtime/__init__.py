@@ -15,6 +15,7 @@ from vae_ds.runtime.exits import (
     note_exit,
     own_rank,
 )
+from vae_ds.runtime.late import after_import
 from vae_ds.runtime.machine import cores, free_port, is_alive, launchers_of
 from vae_ds.runtime.terminal import outlive_terminal
 
@@ -24,6 +25,7 @@ __all__ = [
     "EXIT_STOPPED",
     "EXIT_USER",
     "StopFlag",
+    "after_import",
     "cores",
     "evaluations",
     "free_port",

@@ -3,10 +3,43 @@
 import errno
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vae_ds.errors import CheckpointError, ConfigError
+
+SHIPPED = "tiny-vae"  # the name of the trained VAE that is part of the package
+_SHIPPED_DIR = Path(__file__).resolve().parents[1] / "tiny_vae"
+
+
+def shipped(name: str | Path) -> Path | None:
+    """The directory of the trained VAE that ships with the package, for its name `tiny-vae`; None for all other names.
+
+    A file or directory of this name comes first: then the result is None, with a warning. A `Path` is always a path.
+    Raises CheckpointError if the installation lacks the model.
+    """
+    if name != SHIPPED:
+        return None
+    if Path(name).exists():
+        warnings.warn(
+            f"{SHIPPED}: this is the directory of this name, not the model that ships with vae_ds; rename the directory"
+            " to get the other one",
+            stacklevel=3,
+        )
+        return None
+    if not (_SHIPPED_DIR / "config.json").is_file():
+        raise CheckpointError(f"{SHIPPED}: missing in this installation; reinstall vae_ds")
+    return _SHIPPED_DIR
+
+
+def check_not_shipped(run: Path) -> None:
+    """Raise ConfigError if `run` is the shipped model, which a command must not change."""
+    if run.resolve() == _SHIPPED_DIR:
+        raise ConfigError(
+            f"{SHIPPED} is part of the installation, and nothing is written there; copy it first: `vae-ds export "
+            f"{SHIPPED} --to DIR`"
+        )
 
 
 def is_run(path: Path) -> bool:

@@ -1,6 +1,6 @@
 """`TextVAE`: a trained model with its tokenizer, on a device. Texts to codes, to other texts and to probabilities.
 
-Depends on `evaluation`, `latents`, `model`, `data`, `distributed`, `config` and `errors`.
+Depends on `evaluation`, `latents`, `sharing`, `model`, `data`, `distributed`, `runtime`, `config` and `errors`.
 """
 
 from vae_ds.textvae import code_files

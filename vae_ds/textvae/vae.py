@@ -23,6 +23,8 @@ from vae_ds.distributed import Ranks
 from vae_ds.errors import ConfigError, DataError
 from vae_ds.evaluation import finished_run, log_likelihoods
 from vae_ds.model import MAX_TOKENS, T5VAE
+from vae_ds.runtime import run_dirs
+from vae_ds.sharing import write_card
 from vae_ds.textvae.nearest import Nearest
 
 Codes = torch.Tensor | np.ndarray | Sequence[Any]
@@ -70,25 +72,37 @@ class TextVAE:
         self.device = _device(device)
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
         self.max_tokens = max_tokens
+        self._notes: dict[str, Any] = {}
         self.batch = BATCH.get(self.device.type, 64) if batch is None else batch
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: str = "auto", batch: int | None = None, prior: str | None = None
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        batch: int | None = None,
+        *,
+        prior: str | None = None,
+        revision: str | None = None,
     ) -> Self:
-        """Load a run directory, an export, or an export on the Hugging Face hub (OWNER/NAME).
+        """Load a run directory, an export, an export on the Hugging Face hub (OWNER/NAME), or the shipped `tiny-vae`.
+
+        revision: a branch, a tag or a commit, for a name on the hub.
 
         `max_tokens` is that of the training. `prior` is the kind of one of its priors, None for the one in use.
         Raises CheckpointError if there is no model, if it is broken, or if it has no such prior.
         """
         chosen = _device(device)
-        place = hub.folder_of(path)
+        place = (revision is None and run_dirs.shipped(path)) or hub.folder_of(path, revision)
         max_tokens = finished_run.max_tokens(place) or UNKNOWN_MAX_TOKENS
-        return cls(*finished_run.load_model(place, prior), max_tokens, str(chosen), batch)
+        made = cls(*finished_run.load_model(place, prior), max_tokens, str(chosen), batch)
+        made._notes = finished_run.notes(place)
+        return made
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write an export that `from_pretrained` reads. Raises CheckpointError if `path` exists and is no export."""
-        self.model.save_pretrained(path, self.tokenizer, notes={MAX_TOKENS: self.max_tokens})
+        notes = self._notes | {MAX_TOKENS: self.max_tokens}
+        self.model.save_pretrained(path, self.tokenizer, notes=notes, complete=write_card)
 
     @property
     def latent_dim(self) -> int:

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vae_ds import distributed
+from vae_ds.config import portable
 from vae_ds.engine import PhaseEngine, whole
 from vae_ds.errors import CheckpointError
 from vae_ds.model import MAX_TOKENS, T5VAE, read_export
+from vae_ds.sharing import RECIPE, write_card
 from vae_ds.training import base_weights, choice
 from vae_ds.training.build import Weights, first_weights
 from vae_ds.training.choice import Choice
@@ -100,8 +102,9 @@ class Exporter:
                     read = dict(end.gathered)
             except CheckpointError as error:
                 raise OSError(str(error)) from None  # told to the other ranks, which wait
-            notes = {ORIGIN: self._facts(chosen), MAX_TOKENS: setup.config.data.max_tokens}
-            model.save_pretrained(target, setup.tokenizer, read, notes)
+            facts = {ORIGIN: self._facts(chosen), MAX_TOKENS: setup.config.data.max_tokens}
+            notes = facts | {RECIPE: portable(setup.config)}
+            model.save_pretrained(target, setup.tokenizer, read, notes, complete=write_card)
 
         return write_on_main(target, write, setup.ranks, must)
 

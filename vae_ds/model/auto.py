@@ -1,0 +1,89 @@
+"""An export in plain transformers: `AutoModel.from_pretrained(DIR)`, with or without vae_ds.
+
+With vae_ds, `VaeDsModel` is registered for the `model_type` of exports. Without it, `trust_remote_code=True` loads the
+same classes from a file of the export, which needs torch and transformers only (auto_code.py).
+
+Shapes: B sentences, T tokens, L latent units.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from vae_ds.model.bases import FAMILIES, tie
+from vae_ds.model.injection import guard_half, inject
+from vae_ds.model.t5vae import T5VAE, Bottleneck
+
+
+@dataclass
+class Posterior(ModelOutput):
+    """What `VaeDsModel` returns: the mean and the log variance of the posterior, (B, L), float32."""
+
+    mu: Tensor | None = None
+    logvar: Tensor | None = None
+
+
+class VaeDsConfig(PreTrainedConfig):
+    """`config.json` of an export: `model`, the settings of the VAE, and `t5`, the configuration of its T5."""
+
+    model_type = "vae_ds"
+
+    def __init__(
+        self,
+        model: dict[str, Any] | None = None,
+        t5: dict[str, Any] | None = None,
+        aliases: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.model, self.t5, self.aliases = dict(model or {}), dict(t5 or {}), dict(aliases or {})
+        super().__init__(**kwargs)
+
+
+class VaeDsModel(PreTrainedModel):
+    """A T5 whose decoder reads the encoder only through z. `encode` and `generate` are those of `vae_ds.T5VAE`."""
+
+    config_class = VaeDsConfig
+    base_model_prefix = "vae"
+
+    # One implementation: the file in the export has the text of these methods.
+    encode, reconstruction, generate = T5VAE.encode, T5VAE.reconstruction, T5VAE.generate
+    _memory, _is_divided, _cache = T5VAE._memory, T5VAE._is_divided, T5VAE._cache
+
+    def __init__(self, config: VaeDsConfig) -> None:
+        super().__init__(config)
+        kind = FAMILIES[config.t5["model_type"]]
+        t5 = kind[1](kind[0].from_dict(dict(config.t5)))
+        settings: Any = SimpleNamespace(**config.model)
+        self.settings = settings
+        plain = settings.injection == "none"
+        self.latent_dim = 0 if plain else settings.latent_dim
+        # transformers builds the model on the meta device, which has no random numbers. These layers are small.
+        with torch.device("cpu"):
+            generator = torch.Generator()
+            self.bottleneck = None if plain else Bottleneck(t5.config.d_model, settings, generator)
+            inject(t5, settings, generator)
+        guard_half(t5)
+        # The T5 would pass on the ties of its class. Those of an export are `aliases`.
+        t5.all_tied_weights_keys = {}
+        self.t5 = t5
+        tie(t5, head="t5.lm_head.weight" in config.aliases)
+        self.post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """The tied weights as the export names them."""
+        return dict(self.config.aliases)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Posterior:
+        """input_ids (B, T), attention_mask (B, T), 1 for real tokens: the posterior of each sentence."""
+        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mu_BL, logvar_BL = self.encode(input_ids, mask_BT)  # type: ignore[misc]  # a method of T5VAE
+        return Posterior(mu=mu_BL, logvar=logvar_BL)
+
+
+AutoConfig.register(VaeDsConfig.model_type, VaeDsConfig)
+AutoModel.register(VaeDsConfig, VaeDsModel)
