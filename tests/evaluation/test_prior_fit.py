@@ -204,5 +204,8 @@ def test_a_prior_of_another_dimension_or_with_broken_weights_is_one_line(run: Pa
     broken = {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}
     save_file(broken, file, metadata={"settings": told})
     capsys.readouterr()
+    for words in (["sample", run], ["logprob", run, "a text"]):
+        assert command(*words, "--device", "cpu") == 2
+        assert "the learned prior " in capsys.readouterr().err
     assert command("evaluate", run) == 2
     assert "the learned prior has no finite density for 50 of 50 codes; fit it again" in capsys.readouterr().err
