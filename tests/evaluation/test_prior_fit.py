@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from support.recipes import write_recipe
 from support.tiny import ENGLISH, make_base, write_splits
 from vae_ds import latents
 from vae_ds.cli import run as vae_ds_command
-from vae_ds.config import ModelConfig
+from vae_ds.config import ModelConfig, hub
 from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.evaluation import FitSettings, prior_fit
 from vae_ds.model import T5VAE, gaussian, read_export, stored_priors
@@ -121,6 +122,10 @@ def test_a_fitted_prior_is_added_and_used_and_the_old_one_can_be_chosen(run: Pat
     assert (model.settings.prior, model.settings.prior_couplings, model.settings.prior_width) == ("flow", 2, 8)
     assert TextVAE.from_pretrained(run).fingerprint == fingerprint, "codes do not depend on the prior"
     assert T5VAE.from_pretrained(run, prior="gaussian").settings.prior == "gaussian"
+
+    # What the hub sends of an export is a whole model, and so is a copy.
+    files = {str(file.relative_to(run / "model")) for file in (run / "model").rglob("*") if file.is_file()}
+    assert files == set(filter_repo_objects(files, allow_patterns=list(hub.EXPORT_FILES)))
 
     assert command("prior", run, "--use", "normal") == 0
     assert capsys.readouterr().out == f"{run / 'model'} uses the prior normal; it has normal, flow, gaussian\n"
