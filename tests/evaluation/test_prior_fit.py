@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from support.recipes import write_recipe
 from support.tiny import ENGLISH, make_base, write_splits
 from vae_ds import latents
 from vae_ds.cli import run as vae_ds_command
-from vae_ds.config import ModelConfig
+from vae_ds.config import ModelConfig, hub
 from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.evaluation import FitSettings, prior_fit
 from vae_ds.model import T5VAE, gaussian, read_export, stored_priors
@@ -122,6 +123,10 @@ def test_a_fitted_prior_is_added_and_used_and_the_old_one_can_be_chosen(run: Pat
     assert TextVAE.from_pretrained(run).fingerprint == fingerprint, "codes do not depend on the prior"
     assert T5VAE.from_pretrained(run, prior="gaussian").settings.prior == "gaussian"
 
+    # What the hub sends of an export is a whole model, and so is a copy.
+    files = {str(file.relative_to(run / "model")) for file in (run / "model").rglob("*") if file.is_file()}
+    assert files == set(filter_repo_objects(files, allow_patterns=list(hub.EXPORT_FILES)))
+
     assert command("prior", run, "--use", "normal") == 0
     assert capsys.readouterr().out == f"{run / 'model'} uses the prior normal; it has normal, flow, gaussian\n"
     assert T5VAE.from_pretrained(run).prior is None
@@ -204,5 +209,8 @@ def test_a_prior_of_another_dimension_or_with_broken_weights_is_one_line(run: Pa
     broken = {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}
     save_file(broken, file, metadata={"settings": told})
     capsys.readouterr()
+    for words in (["sample", run], ["logprob", run, "a text"]):
+        assert command(*words, "--device", "cpu") == 2
+        assert "the learned prior " in capsys.readouterr().err
     assert command("evaluate", run) == 2
     assert "the learned prior has no finite density for 50 of 50 codes; fit it again" in capsys.readouterr().err

@@ -30,14 +30,15 @@ def logits(model: T5VAE, z_BL: Tensor, ids_BT: Tensor, **options) -> Tensor:
 
 
 class Prepended(nn.Module):
-    """A stock key or value projection; its first row, of a dummy state, gives way to z W_n."""
+    """A stock key or value projection; its first rows, of dummy states, give way to the slots of z W_n."""
 
-    def __init__(self, stock_layer: nn.Module, memory: nn.Linear, z_BL: Tensor) -> None:
+    def __init__(self, stock_layer: nn.Module, memory: nn.Linear, z_BL: Tensor, slots: int) -> None:
         super().__init__()
-        self.stock, self.memory, self.z_BL = stock_layer, copy.deepcopy(memory), z_BL
+        self.stock, self.memory, self.z_BL, self.slots = stock_layer, copy.deepcopy(memory), z_BL, slots
 
     def forward(self, states_BTH: Tensor) -> Tensor:
-        return torch.cat([self.memory(self.z_BL)[:, None], self.stock(states_BTH[:, 1:])], 1)
+        slots_BKX = self.memory(self.z_BL).view(len(states_BTH), self.slots, -1)
+        return torch.cat([slots_BKX, self.stock(states_BTH[:, self.slots :])], 1)
 
 
 def reference(model: T5VAE, kind: str, z_BL: Tensor, ids_BT: Tensor):
@@ -48,8 +49,8 @@ def reference(model: T5VAE, kind: str, z_BL: Tensor, ids_BT: Tensor):
     if "embedding" in ways:
         t5.embedding_memory = copy.deepcopy(model.t5.decoder.memory)
         hidden_BTH = hidden_BTH + t5.embedding_memory(z_BL)[:, None]
-    extra = 1 if "self_attention" in ways else 0
-    # Column 0 is z's: bias 0, seen by all. The others are the stock's own, each at its own distance.
+    extra = model.settings.slots if "self_attention" in ways else 0
+    # The first columns are z's: bias 0, seen by all. The others are the stock's own, each at its own distance.
     bias = nn.functional.pad(t5.decoder.block[0].layer[0].SelfAttention.compute_bias(tokens, tokens), (extra, 0))
     mask = torch.full((tokens, tokens), -torch.inf).triu(1)
     mask = nn.functional.pad(mask, (extra, 0))[None, None]
@@ -57,8 +58,8 @@ def reference(model: T5VAE, kind: str, z_BL: Tensor, ids_BT: Tensor):
         layer = block.layer[0]
         attention = layer.SelfAttention
         if extra:
-            attention.k = Prepended(attention.k, ours.layer[0].memory, z_BL)
-            attention.v = Prepended(attention.v, ours.layer[0].memory, z_BL)
+            attention.k = Prepended(attention.k, ours.layer[0].memory, z_BL, extra)
+            attention.v = Prepended(attention.v, ours.layer[0].memory, z_BL, extra)
         normed_BTH = layer.layer_norm(hidden_BTH)
         # Called as a cross-attention, the stock module takes keys of another number than the queries'.
         states_BKH = nn.functional.pad(normed_BTH, (0, 0, extra, 0))
@@ -71,9 +72,9 @@ def reference(model: T5VAE, kind: str, z_BL: Tensor, ids_BT: Tensor):
 
 
 @pytest.mark.parametrize("kind", ["t5", "v1_1", "mt5", "byt5"])
-@pytest.mark.parametrize("injection", SCHEMES)
-def test_it_is_stock_attention_with_one_more_key_gradients_too(kind, injection):
-    model = build(kind, injection=injection)
+@pytest.mark.parametrize(("injection", "slots"), [*((name, 1) for name in SCHEMES), ("self_attention+embedding", 3)])
+def test_it_is_stock_attention_with_more_keys_gradients_too(kind, injection, slots):
+    model = build(kind, injection=injection, slots=slots)
     z_BL, z_stock_BL, ids_BT = latents().requires_grad_(), latents().requires_grad_(), ids()
     found_BTV = logits(model, z_BL, ids_BT)
     expected_BTV, t5 = reference(model, kind, z_stock_BL, ids_BT)

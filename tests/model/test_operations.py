@@ -30,6 +30,14 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("t5", {"lora": {"rank": 4}}, ("LoRA",)),
     ("t5", {"prior": "flow"}, ()),
     ("t5", {"prior": "flow"}, (EVERYTHING, "prior.")),
+    ("t5", {"slots": 3, "memory_mlp": 7}, ()),
+    ("v1_1", {"slots": 3, "memory_mlp": 7, "lora": {"rank": 4}}, ("LoRA",)),
+    ("t5", {"slots": 2}, ("t5.encoder", "t5.shared", "bottleneck")),
+    (
+        "t5",
+        {"injection": "self_attention+embedding", "memory_mlp": 7, "slots": 4},
+        ("t5.decoder", "t5.shared", "bottleneck"),
+    ),
     ("t5", {"prior": "gaussian"}, ("t5.encoder", "t5.shared", "bottleneck")),
     ("v1_1", {"lora": {"rank": 4, "where": "decoder"}, "injection": "self_attention"}, ("LoRA",)),
 ]

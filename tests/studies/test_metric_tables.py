@@ -84,6 +84,16 @@ def test_the_estimate_against_training_sentences_takes_the_place_of_the_small_on
     )
 
 
+@pytest.mark.parametrize(
+    ("normal", "told"), [(13.5, "at most 12.50 nats (kl)"), (11.25, "at most 11.25 nats (kl_normal)")]
+)
+def test_the_upper_bound_on_the_information_is_the_kl_under_the_better_prior(
+    tmp_path: Path, normal: float, told: str
+) -> None:
+    lines = printed(write(tmp_path / "a", FULL | {"kl_normal": normal}))
+    assert any(line.startswith(f"a: mutual information {told};") for line in lines)
+
+
 def test_a_narrow_terminal_cuts_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     lines = printed(write(tmp_path / ("a-long-name-" * 5), FULL | {"ppl": 1234567.5}))

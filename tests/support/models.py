@@ -55,7 +55,10 @@ def groups_by_module(model: T5VAE) -> dict[str, str]:
     ids = {
         "embeddings": {id(model.t5.shared.weight)},
         "memory": {
-            id(p) for name, m in model.named_modules() if name.split(".")[-1] == "memory" for p in m.parameters()
+            id(p)
+            for name, m in model.named_modules()
+            if name.split(".")[-1] in ("memory", "memory_mlp")
+            for p in m.parameters()
         },
         "bottleneck": {id(p) for p in model.bottleneck.parameters()} if model.bottleneck is not None else set(),
         "encoder": {id(p) for p in model.t5.encoder.parameters()},

@@ -35,7 +35,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         f"""
 name: prior
-model: {{base: {base}, latent_dim: 4, dropout: 0, prior: flow, prior_couplings: 2, prior_width: 8}}
+model: {{base: {base}, latent_dim: 4, dropout: 0, prior: flow, prior_couplings: 2, prior_width: 8,
+  slots: 2, memory_mlp: 6}}
 data: {{corpus: text, path: {text}, max_tokens: 24, cache_dir: {folder / "cache"}}}
 batch: {{global: 16}}
 precision: fp32

@@ -19,7 +19,7 @@ from vae_ds.errors import CheckpointError, ConfigError
 
 TIMEOUT_S = 5.0
 EXPORT_FILES = (
-    *("config.json", "model.safetensors"),
+    *("config.json", "model.safetensors", "priors/*.safetensors"),
     *("tokenizer*", "special_tokens_map.json", "spiece.model", "added_tokens.json"),
 )
 

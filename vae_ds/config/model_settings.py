@@ -1,8 +1,8 @@
 """The settings of the model: the parts that are added to the pretrained T5 (docs/method.md)."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vae_ds.config.data_settings import Settings
 
@@ -32,6 +32,12 @@ class ModelConfig(Settings):
     injection: Literal["cross_attention", "self_attention", "embedding", "self_attention+embedding", "none"] = Field(
         "cross_attention", description="how z enters the decoder"
     )
+    slots: int = Field(
+        1, ge=1, description="number of keys and values of z; above 1, `cross_attention` is the stock one over them"
+    )
+    memory_mlp: int = Field(
+        0, ge=0, description="width of a network of z whose output the memory reads beside z; 0: none"
+    )
     prior: Literal["normal", "gaussian", "mixture", "flow"] = Field(
         "normal", description="p(z): N(0, I), or learned: a full Gaussian, a mixture of Gaussians, a flow"
     )
@@ -40,10 +46,19 @@ class ModelConfig(Settings):
     prior_width: int = Field(64, ge=1, description="prior `flow`: width of the two hidden layers of a coupling")
     mu_std: float | None = Field(None, gt=0, description="initial std of W_mu; null: 1/sqrt(d_model)")
     logvar_std: float = Field(0.02, gt=0, description="initial std of W_logvar")
-    memory_std: float | None = Field(None, gt=0, description="initial std of W_proj; null: 1/sqrt(latent_dim)")
+    memory_std: float | None = Field(None, gt=0, description="initial std of W_proj; null: 1/sqrt(its inputs)")
     dropout: float | None = Field(None, ge=0, lt=1, description="dropout rate; null: that of the base model")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     lora: LoraConfig | None = None
+
+    @model_validator(mode="after")
+    def _slots_have_an_attention(self) -> Self:
+        if self.slots > 1 and self.injection == "embedding":
+            raise ValueError(
+                f"`slots` is {self.slots}, but injection `embedding` adds one vector; use `cross_attention` or "
+                "`self_attention`"
+            )
+        return self
 
     @property
     def has_prior(self) -> bool:

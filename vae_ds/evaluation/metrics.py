@@ -129,7 +129,10 @@ def log_likelihoods(
         work = _Work(model, tokens, ranks, settings, seed, pad_id, is_shown, first)
         if model.bottleneck is None:
             return -work.own()[0].cpu().numpy()
-        return -work.importance_weighted(work.posterior(), len(tokens)).cpu().numpy()
+        nll_N = work.importance_weighted(work.posterior(), len(tokens))
+        if model.prior is not None:
+            information.need_finite(nll_N)
+        return -nll_N.cpu().numpy()
 
 
 def derangement(count: int, seed: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch import nn
 
 from vae_ds.data import collate, evaluation_batches, from_texts
 from vae_ds.distributed import stream
-from vae_ds.errors import ConfigError, DataError
+from vae_ds.errors import CheckpointError, ConfigError, DataError
 from vae_ds.latents.decoding import Decoding
 from vae_ds.model import T5VAE, gaussian
 
@@ -107,6 +107,10 @@ def sample_with_ends(model: T5VAE, tokenizer: Any, n: int, seed: int = 0, **deco
     choice_N = torch.as_tensor([own.random() for own in streams])
     with inference(model):
         z_NL = model.draw_codes(eps_NL.to(_device(model)), choice_N.to(_device(model)))
+    if not z_NL.isfinite().all():
+        raise CheckpointError(
+            "the learned prior draws codes that are not finite; fit it again, or use the prior `normal`"
+        )
     return _decode(model, tokenizer, z_NL, how)
 
 

@@ -7,7 +7,7 @@ then take z, with shape (B, 1, L), as their `encoder_hidden_states`.
 embedding scheme of Optimus (Li et al. 2020), which uses both by default. The published code of Park & Lee uses
 `self_attention`.
 
-Shapes: B sentences, T tokens, K keys so far, H = d_model, L latent units, A heads, S = d_kv.
+Shapes: B sentences, T tokens, K keys so far, P slots of z, H = d_model, L latent units, A heads, S = d_kv.
 """
 
 import math
@@ -48,16 +48,73 @@ class LatentCrossAttention(nn.Module):
         return hidden_states + self.dropout(added_BTH).to(hidden_states.dtype), None, None
 
 
+class SlotCrossAttention(nn.Module):
+    """The stock cross-attention over P keys and values of z: with several, the softmax and the queries matter again.
+
+    `memory` is W_n (L -> P*H). Its P slots stand where the stock layer has the states of an encoder, so all of its
+    pretrained projections stay, and so does its dropout of attention weights.
+    """
+
+    def __init__(self, stock: Any, memory: nn.Linear, slots: int) -> None:
+        super().__init__()
+        self.EncDecAttention = stock.EncDecAttention
+        self.layer_norm = stock.layer_norm
+        self.dropout = stock.dropout
+        self.memory = memory
+        self.slots = slots
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """hidden_states (B, T, H), key_value_states z (B, 1, L). Returns (B, T, H), no position bias and no weights.
+
+        All slots are visible, so the mask, which is that of one key, is not used. Caches are used as in the stock
+        layer. z is cast to the dtype of the decoder here.
+        """
+        memory_B1X = self.memory(key_value_states.to(self.memory.weight.dtype))
+        slots_BPH = memory_B1X.squeeze(1).unflatten(-1, (self.slots, -1))
+        added_BTH, *_ = self.EncDecAttention(
+            self.layer_norm(hidden_states), key_value_states=slots_BPH, past_key_values=past_key_values
+        )
+        return hidden_states + self.dropout(added_BTH), None, None
+
+
+class MemoryMlp(nn.Module):
+    """z with the output of a small network of z beside it: what the memory reads with `memory_mlp`. Float32.
+
+    W_proj is linear, so without the network the decoder's first look at z does not see how units combine.
+    """
+
+    def __init__(self, units: int, width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.first = normal_linear(Float32Linear, units, width, 1.0 / math.sqrt(units), generator)
+        self.second = normal_linear(Float32Linear, width, width, 1.0 / math.sqrt(width), generator)
+
+    def forward(self, z_B1L: Tensor) -> Tensor:
+        """(B, 1, L) to (B, 1, L + width), float32."""
+        with torch.autocast(z_B1L.device.type, enabled=False):
+            return torch.cat([z_B1L.float(), self.second(functional.gelu(self.first(z_B1L)))], -1)
+
+
 class LatentSelfAttention(nn.Module):
     """The stock self-attention layer with one more key and value, z W_n, visible at every position, without a bias.
+
+    With several slots, z W_n is cut into that many keys and values.
 
     Key and value are the same vector, K_n = V_n = z W_n, as in Optimus and in the code of Park & Lee: both project z to
     one vector per layer (width A*S) and use it as past key and past value. It has no position, so the tokens keep their
     relative distances, and it is not stored in caches. Projections, norm and dropouts are those of the stock layer.
     """
 
-    def __init__(self, stock: Any, memory: nn.Linear) -> None:
+    def __init__(self, stock: Any, memory: nn.Linear, slots: int) -> None:
         super().__init__()
+        self.slots = slots
         self.SelfAttention = stock.SelfAttention
         self.layer_norm = stock.layer_norm
         self.dropout = stock.dropout
@@ -82,7 +139,8 @@ class LatentSelfAttention(nn.Module):
         query_BATS, key_BATS, value_BATS = (
             self._heads(part(normed_BTH)) for part in (attention.q, attention.k, attention.v)
         )
-        z_BA1S = self._heads(self.memory(latent.to(self.memory.weight.dtype))).to(key_BATS.dtype)
+        memory_B1X = self.memory(latent.to(self.memory.weight.dtype))
+        z_BAPS = self._heads(memory_B1X.unflatten(-1, (self.slots, -1)).squeeze(1)).to(key_BATS.dtype)
 
         pair = isinstance(past_key_values, EncoderDecoderCache)
         cache = past_key_values.self_attention_cache if pair else past_key_values
@@ -100,9 +158,9 @@ class LatentSelfAttention(nn.Module):
         biased = _masked(position_bias, attention_mask, position_T)
         mixed_BATS = functional.scaled_dot_product_attention(
             query_BATS,
-            torch.cat([z_BA1S, key_BAKS], 2),
-            torch.cat([z_BA1S, value_BAKS], 2),
-            attn_mask=functional.pad(biased, (1, 0)).to(query_BATS.dtype),
+            torch.cat([z_BAPS, key_BAKS], 2),
+            torch.cat([z_BAPS, value_BAKS], 2),
+            attn_mask=functional.pad(biased, (self.slots, 0)).to(query_BATS.dtype),
             dropout_p=attention.dropout if attention.training else 0.0,
             scale=1.0,  # the weights of T5 include the scale
         )
@@ -169,27 +227,32 @@ def guard_half(t5: Any) -> None:
 def inject(t5: Any, settings: ModelConfig, generator: torch.Generator) -> None:
     """Add the inputs for z to the decoder of a stock T5, in place, and remove unused modules.
 
-    `settings.injection` selects the inputs. W_proj is drawn from N(0, memory_std^2), with variance 1/L by default, from
-    `generator` only: W_n in the order of the layers, then the matrix of the embedding. Only `cross_attention` keeps a
-    part of the stock cross-attention. Injection `none` also removes the encoder, because it is unused and weight decay
-    would change it.
+    `settings.injection` selects the inputs. W_proj is drawn from N(0, memory_std^2), by default with the variance
+    1 / (number of its inputs), from `generator` only: W_n in the order of the layers, then the matrix of the embedding.
+    Only `cross_attention` keeps a part of the stock cross-attention, and with several slots all of it. Injection `none`
+    also removes the encoder, because it is unused and weight decay would change it.
     """
     config, decoder = t5.config, t5.decoder
     injections = settings.injection.split("+")
-    std = settings.memory_std or 1.0 / math.sqrt(settings.latent_dim)
+    inputs = settings.latent_dim + settings.memory_mlp
+    std = settings.memory_std or 1.0 / math.sqrt(inputs)
 
     def memory(width: int) -> nn.Linear:
-        return normal_linear(nn.Linear, settings.latent_dim, width, std, generator)
+        return normal_linear(nn.Linear, inputs, width, std, generator)
 
     if "none" in injections:
         del t5.encoder
     for block in decoder.block:
-        output = block.layer[1].EncDecAttention.o
+        stock = block.layer[1]
+        output = stock.EncDecAttention.o
         block.layer[1] = NoCrossAttention()
-        if "cross_attention" in injections:
+        if "cross_attention" in injections and settings.slots > 1:
+            block.layer[1] = SlotCrossAttention(stock, memory(settings.slots * config.d_model), settings.slots)
+        elif "cross_attention" in injections:
             block.layer[1] = LatentCrossAttention(memory(output.in_features), output, config.dropout_rate)
         if "self_attention" in injections:
-            block.layer[0] = LatentSelfAttention(block.layer[0], memory(output.in_features))
+            wide = memory(settings.slots * output.in_features)
+            block.layer[0] = LatentSelfAttention(block.layer[0], wide, settings.slots)
     # Use hooks, because the stock decoder passes neither z to the self-attention nor its embeddings to a module.
     if "self_attention" in injections:
         decoder.register_forward_pre_hook(_pass_latent, with_kwargs=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from vae_ds.model.injection import LatentCrossAttention, LatentSelfAttention
+from vae_ds.model.injection import LatentCrossAttention, LatentSelfAttention, SlotCrossAttention
 from vae_ds.model.prior import Coupling, Whitening
 from vae_ds.model.t5vae import T5VAE
 
@@ -81,6 +81,9 @@ class _Counter:
             self._prior(model.prior, needs_z)
         if fits_prior:
             return  # no pass of the decoder
+        if model.memory_mlp is not None:
+            mlp = model.memory_mlp
+            needs_z = self._linear(mlp.second, _ROWS, self._linear(mlp.first, _ROWS, needs_z)) or needs_z
         if hasattr(t5.decoder, "memory"):
             embedded = self._linear(t5.decoder.memory, _ROWS, needs_z) or embedded
         needs = self._stack(t5.decoder, _TARGET, _TARGET_SQUARED, embedded, needs_z)
@@ -105,6 +108,8 @@ class _Counter:
                 if isinstance(block.layer[1], LatentCrossAttention):
                     cross = block.layer[1]
                     needs = self._linear(cross.o, _ROWS, self._linear(cross.memory, _ROWS, needs_z)) or needs
+                if isinstance(block.layer[1], SlotCrossAttention):
+                    needs = self._slots(block.layer[1], each, needs, needs_z) or needs
                 needs = self._feed_forward(block.layer[-1], each, needs) or needs
         return needs or self._is_trained(stack.final_layer_norm)
 
@@ -112,15 +117,25 @@ class _Counter:
         attention = layer.SelfAttention
         normed = needs or self._is_trained(layer.layer_norm)
         query, key, value = (self._linear(part, each, normed) for part in (attention.q, attention.k, attention.v))
-        seen = [pairs]
+        seen = {pairs: 1}
         if isinstance(layer, LatentSelfAttention):
             memory = self._linear(layer.memory, _ROWS, needs_z)
             key, value = key or memory, value or memory
-            seen.append(each)  # z is one more key of each position
+            seen[each] = layer.slots  # z is more keys of each position
         scores = query or key or bias
-        for extent in seen:
+        for extent, count in seen.items():
             for times in (1 + query + key, 1 + value + scores):
-                self._add(extent, 2 * attention.inner_dim, times)
+                self._add(extent, 2 * attention.inner_dim * count, times)
+        return self._linear(attention.o, each, value or scores)
+
+    def _slots(self, layer: SlotCrossAttention, each: str, needs: bool, needs_z: bool) -> bool:
+        attention, count = layer.EncDecAttention, layer.slots
+        query = self._linear(attention.q, each, needs or self._is_trained(layer.layer_norm))
+        memory = self._linear(layer.memory, _ROWS, needs_z)
+        key, value = (self._linear(part, _ROWS, memory, count) for part in (attention.k, attention.v))
+        scores = query or key
+        for times in (1 + query + key, 1 + value + scores):
+            self._add(each, 2 * attention.inner_dim * count, times)
         return self._linear(attention.o, each, value or scores)
 
     def _feed_forward(self, layer: Any, each: str, needs: bool) -> bool:
@@ -133,13 +148,13 @@ class _Counter:
         """Several layers with the same input. Returns whether the output of one needs a gradient."""
         return True in [self._linear(layer, each, needs) for layer in layers]
 
-    def _linear(self, layer: Any, each: str, needs: bool) -> bool:
-        """A linear layer, or one with adapters. Returns whether its output needs a gradient."""
+    def _linear(self, layer: Any, each: str, needs: bool, count: int = 1) -> bool:
+        """A linear layer, or one with adapters, `count` times per unit. Returns whether its output needs a gradient."""
         if hasattr(layer, "base_layer"):
-            down = self._linears(layer.lora_A.values(), each, needs)
-            up = self._linears(layer.lora_B.values(), each, down)
-            return self._linear(layer.base_layer, each, needs) or up
-        return self._product(each, layer.in_features * layer.out_features, needs, self._is_trained(layer))
+            (down,) = [self._linear(part, each, needs, count) for part in layer.lora_A.values()]
+            (up,) = [self._linear(part, each, down, count) for part in layer.lora_B.values()]
+            return self._linear(layer.base_layer, each, needs, count) or up
+        return self._product(each, count * layer.in_features * layer.out_features, needs, self._is_trained(layer))
 
     def _product(self, each: str, size: int, needs: bool, is_trained: bool) -> bool:
         self._add(each, 2 * size, 1 + needs + is_trained)

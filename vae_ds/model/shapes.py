@@ -93,7 +93,7 @@ def check_start(settings: ModelConfig) -> None:
         return
     export = model_dir(settings.weights)
     stored = ModelConfig.model_validate(read_export(export)["model"])
-    for key in ("injection", "latent_dim", "pooling", "pool_layers"):
+    for key in ("injection", "latent_dim", "pooling", "pool_layers", "slots", "memory_mlp"):
         theirs, ours = getattr(stored, key), getattr(settings, key)
         if theirs != ours:
             raise ConfigError(f"model.weights {settings.weights}: its {key} is {theirs!r}, the recipe's {ours!r}")

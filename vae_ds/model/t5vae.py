@@ -37,7 +37,7 @@ from vae_ds.model.bases import (
     save_tokenizer,
     tie,
 )
-from vae_ds.model.injection import Float32Linear, guard_half, inject, normal_linear
+from vae_ds.model.injection import Float32Linear, MemoryMlp, guard_half, inject, normal_linear
 from vae_ds.model.prior import make_prior
 from vae_ds.model.prior_files import NORMAL, PREFIX, need_prior, read_prior, save_prior, with_prior
 
@@ -117,6 +117,9 @@ class T5VAE(nn.Module):
         if settings.lora is not None:
             lora.adapt(t5, settings.lora, generator)
         self.t5 = t5
+        self.memory_mlp = None
+        if settings.memory_mlp and not plain:
+            self.memory_mlp = MemoryMlp(settings.latent_dim, settings.memory_mlp, generator)
         self.prior = None if plain else make_prior(settings, generator)
         if settings.gradient_checkpointing:
             # Newer releases of transformers 5 warn about the older name.
@@ -320,11 +323,15 @@ class T5VAE(nn.Module):
         )
 
     def _memory(self, z_BL: Tensor | None, batch_size: int | None, device: torch.device) -> Tensor:
-        """z as encoder states for the decoder, (B, 1, L). For injection `none`, zeros (B, 1, 1) that no layer reads."""
+        """z as encoder states for the decoder, (B, 1, L), or wider with `memory_mlp`.
+
+        For injection `none`, zeros (B, 1, 1) that no layer reads.
+        """
         if self.bottleneck is not None:
             if z_BL is None:
                 raise ValueError("this model decodes from z; z may be None only for injection `none`")
-            return z_BL.unsqueeze(1)
+            memory_B1L: Tensor = z_BL.unsqueeze(1)
+            return memory_B1L if self.memory_mlp is None else self.memory_mlp(memory_B1L)
         if z_BL is not None and z_BL.shape[-1] > 0:
             raise ValueError("a model with injection `none` takes no z")
         size = batch_size if z_BL is None else len(z_BL)

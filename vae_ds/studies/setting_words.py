@@ -11,7 +11,12 @@ from vae_ds.config import EXCLUSIVE
 
 _BEFORE_SETTING = {"phases": 2}  # parts of a key before the setting itself: `phases.full.`; 1 for other sections
 
-FREE_BITS_SCOPES = {"per_dim": "per unit", "per_dim_batch": "per unit (batch mean)", "total": "in total"}
+FREE_BITS_SCOPES = {
+    "per_dim": "per unit",
+    "per_dim_batch": "per unit (batch mean)",
+    "total": "in total",
+    "total_batch": "in total (batch mean)",
+}
 INJECTIONS = {
     "cross_attention": "z in cross-attention",
     "self_attention": "z in self-attention",

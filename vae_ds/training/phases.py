@@ -104,7 +104,7 @@ def group_of(name: str) -> str:
         return "bottleneck"
     if name.startswith("prior."):
         return "prior"
-    if ".memory." in name:
+    if ".memory." in name or name.startswith("memory_mlp."):
         return "memory"
     if name.startswith("t5.shared."):
         return "embeddings"
