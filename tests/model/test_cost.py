@@ -8,7 +8,7 @@ import pytest
 
 from support.tiny import make_base
 from vae_ds.config import ModelConfig
-from vae_ds.model import T5VAE, footprint
+from vae_ds.model import T5VAE, footprint, t5vae
 
 SENTENCES, TOKENS = 16, 48
 WIDE = {"d_model": 160, "d_kv": 32, "d_ff": 512, "num_heads": 6, "num_layers": 3, "vocab_size": 4000}
@@ -69,6 +69,15 @@ def test_half_the_bytes_and_the_part_of_the_logits(tmp_path: Path) -> None:
     assert whole.logits_bytes == 3 * 4 * 4 * TOKENS * vocabulary
     assert half.peak_bytes < whole.peak_bytes
     assert footprint(settings, 8, TOKENS).peak_bytes == pytest.approx(2 * whole.peak_bytes, rel=0.02)
+
+
+def test_checkpointed_logits_are_in_memory_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ModelConfig(base=wide(tmp_path), gradient_checkpointing=True)
+    whole = footprint(settings, 4, TOKENS)
+    monkeypatch.setattr(t5vae, "LOGITS_AT_ONCE", whole.logits_bytes // 3 // 4 // 8)
+    cut = footprint(settings, 4, TOKENS)
+    assert cut.logits_bytes <= whole.logits_bytes / 4
+    assert cut.peak_bytes < whole.peak_bytes - whole.logits_bytes / 2
 
 
 def test_a_plain_language_model_has_a_footprint(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -40,6 +41,9 @@ from vae_ds.model.bases import (
 from vae_ds.model.injection import guard_half, inject, normal_linear
 
 __all__ = ["T5VAE", "Terms", "check_base", "load_tokenizer"]
+
+
+LOGITS_AT_ONCE = 1 << 25  # elements; 128 MiB in float32
 
 
 class Terms(NamedTuple):
@@ -212,16 +216,39 @@ class T5VAE(nn.Module):
         """rec = - sum_t log p(x_t | x_<t, z) over the tokens of a sentence with its end: (B,), float32, nats.
 
         `labels_BT` is padded with -100. z is None for injection `none`. The logits are computed as in the stock T5.
+
+        They are the largest tensor. Without a gradient, only a part of them is in memory at a time, and with gradient
+        checkpointing, too, where they are computed twice.
         """
-        output = self.t5(
-            encoder_outputs=BaseModelOutput(last_hidden_state=self._memory(z_BL, len(labels_BT), labels_BT.device)),
-            decoder_input_ids=self.t5.prepare_decoder_input_ids_from_labels(labels_BT),
+        decoder_output = self.t5.decoder(
+            input_ids=self.t5.prepare_decoder_input_ids_from_labels(labels_BT),
+            encoder_hidden_states=self._memory(z_BL, len(labels_BT), labels_BT.device),
             use_cache=False,
         )
-        nll_N = functional.cross_entropy(
-            output.logits.float().flatten(0, 1), labels_BT.flatten(), ignore_index=-100, reduction="none"
-        )
-        return nll_N.view_as(labels_BT).sum(1)
+        states_NH, labels_N = decoder_output.last_hidden_state.flatten(0, 1), labels_BT.flatten()
+        size = len(labels_N)
+        if self._may_cut_logits():
+            size = max(1, LOGITS_AT_ONCE // self.t5.config.vocab_size)
+        parts = zip(states_NH.split(size), labels_N.split(size), strict=True)
+        if torch.is_grad_enabled() and size < len(labels_N):
+            nll = [checkpoint(self._token_nll, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        else:
+            nll = [self._token_nll(*part) for part in parts]
+        return torch.cat(nll).view_as(labels_BT).sum(1)
+
+    def _token_nll(self, states_NH: Tensor, labels_N: Tensor) -> Tensor:
+        """The cross entropy of each position, 0 for the label -100: (N,), float32, nats."""
+        # An mT5 never scales.
+        if self.t5.config.model_type == "t5" and self.t5.config.scale_decoder_outputs:
+            states_NH = states_NH * self.t5.model_dim**-0.5
+        logits_NV = self.t5.lm_head(states_NH).float()
+        return functional.cross_entropy(logits_NV, labels_N, ignore_index=-100, reduction="none")
+
+    def _may_cut_logits(self) -> bool:
+        """Whether the head may be called several times. At ZeRO 3, each call is a collective: all must make as many."""
+        if hasattr(self.t5.lm_head.weight, "ds_id"):
+            return False
+        return self.settings.gradient_checkpointing or not torch.is_grad_enabled()
 
     def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, labels_BT: Tensor, eps_BL: Tensor) -> Terms:
         """One pass: encode, z = mu + exp(logvar / 2) eps, decode. eps 0 gives z = mu.
