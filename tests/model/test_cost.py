@@ -77,7 +77,7 @@ def test_checkpointed_logits_are_in_memory_in_parts(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(t5vae, "LOGITS_AT_ONCE", whole.logits_bytes // 3 // 4 // 8)
     cut = footprint(settings, 4, TOKENS)
     assert cut.logits_bytes <= whole.logits_bytes / 4
-    assert cut.peak_bytes < whole.peak_bytes - whole.logits_bytes / 2
+    assert cut.peak_bytes < whole.peak_bytes
 
 
 def test_a_plain_language_model_has_a_footprint(tmp_path: Path) -> None:
