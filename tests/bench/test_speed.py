@@ -1,6 +1,7 @@
 """`vae-ds bench speed` in its quick size: every measure runs, in this process where it can, and the table tells it."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ from vae_ds import cli
 from vae_ds.bench.contest import Here, Round, Tick, alternate, middle, ratio
 from vae_ds.bench.contestants import make, published_loss, recipe
 from vae_ds.bench.speed import MEASURES, speed, table
-from vae_ds.bench.speed_other import _bias, _cut
+from vae_ds.bench.speed_other import _bias, _cpu_s, _cut
 from vae_ds.bench.speed_rows import Place, Row
 from vae_ds.data import Batch, Limits
-from vae_ds.errors import ConfigError
+from vae_ds.errors import ConfigError, Failed
 from vae_ds.model import T5VAE, count_operations
 
 pytestmark = pytest.mark.timeout(200)
@@ -58,6 +59,14 @@ def test_a_process_that_ends_is_a_row_with_its_log(tmp_path: Path, monkeypatch: 
     assert rows[0].value is None
     assert "a process of the measurement ended" in rows[0].reason
     assert "a process of the measurement ended" in table(facts, rows)
+
+
+def test_the_cost_of_a_process() -> None:
+    spent_s, told = _cpu_s([sys.executable, "-c", "print(sum(range(3_000_000)))"])
+    assert 0.01 < spent_s < 10
+    assert told == "4499998500000\n"
+    with pytest.raises(Failed, match="a process of the measurement ended: no such thing"):
+        _cpu_s([sys.executable, "-c", "import sys; sys.exit('no such thing')"])
 
 
 class Clock:

@@ -71,6 +71,15 @@ def test_half_the_bytes_and_the_part_of_the_logits(tmp_path: Path) -> None:
     assert footprint(settings, 8, TOKENS).peak_bytes == pytest.approx(2 * whole.peak_bytes, rel=0.02)
 
 
+def test_checkpointed_logits_are_in_memory_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ModelConfig(base=wide(tmp_path), gradient_checkpointing=True)
+    whole = footprint(settings, 4, TOKENS)
+    monkeypatch.setattr("vae_ds.model.token_losses.LOGITS_AT_ONCE", whole.logits_bytes // 3 // 4 // 8)
+    cut = footprint(settings, 4, TOKENS)
+    assert cut.logits_bytes <= whole.logits_bytes / 4
+    assert cut.peak_bytes < whole.peak_bytes
+
+
 def test_a_plain_language_model_has_a_footprint(tmp_path: Path) -> None:
     plain = footprint(ModelConfig(base=wide(tmp_path), injection="none"), 2, TOKENS)
     assert 0 < plain.peak_bytes < footprint(ModelConfig(base=wide(tmp_path)), 2, TOKENS).peak_bytes

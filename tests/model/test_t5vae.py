@@ -17,8 +17,9 @@ from support.models import TEXTS, UNITS, batch, build, latents, stock
 from vae_ds.config.settings import ModelConfig
 from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.model.bases import load_t5
+from vae_ds.model.bottleneck import Bottleneck
 from vae_ds.model.injection import LatentCrossAttention, SafeInHalf, inject
-from vae_ds.model.t5vae import T5VAE, Bottleneck, Terms, check_base, load_tokenizer
+from vae_ds.model.t5vae import T5VAE, Terms, check_base, load_tokenizer
 
 pytestmark = pytest.mark.timeout(120)
 INJECTIONS = ("cross_attention", "self_attention", "embedding", "self_attention+embedding", "none")
@@ -178,6 +179,34 @@ def test_the_recipe_s_dropout_replaces_all_of_the_base_s():
 
     assert rates(build(dropout=0.37)) == {0.37}
     assert rates(build(dropout=None)) == {0.1}
+
+
+@pytest.mark.parametrize("kind", ["t5", "v1_1", "mt5"])
+def test_logits_in_parts_give_the_same_loss_and_gradients(kind, monkeypatch):
+    """The parts do not fit into the sentences, and the last one is smaller."""
+    inputs = batch(kind)
+    models = [build(kind, gradient_checkpointing=checkpointing) for checkpointing in (False, True)]
+    whole = [model(**inputs) for model in models]
+    with torch.no_grad():
+        expected_B = models[0](**inputs).rec_B
+    vocabulary, heads = models[0].t5.config.vocab_size, []
+    monkeypatch.setattr("vae_ds.model.token_losses.LOGITS_AT_ONCE", 7 * vocabulary + 1)
+    for model in models:
+        model.t5.lm_head.register_forward_hook(lambda _, args, logits: heads.append(len(logits.flatten(0, -2))))
+    cut = [model(**inputs) for model in models]
+    positions = inputs["labels_BT"].numel()
+    assert heads == [positions, *[7] * (positions // 7), positions % 7]
+    with torch.no_grad():
+        found_B = models[0](**inputs).rec_B
+    torch.testing.assert_close(found_B, expected_B, rtol=1e-6, atol=0)
+    for before, after, model in zip(whole, cut, models, strict=True):
+        torch.testing.assert_close(after.rec_B, before.rec_B, rtol=1e-6, atol=0)
+        expected, found = (
+            torch.autograd.grad(terms.rec_B.sum(), list(model.t5.decoder.parameters()), allow_unused=True)
+            for terms in (before, after)
+        )
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("pool_layers", ["last", "all"])

@@ -1,6 +1,7 @@
 """Pretraining: the examples are T5's, the vocabulary has T5's layout, the run resumes exactly, the model loads."""
 
 import json
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -81,6 +82,32 @@ def restored(source: list[int], target: list[int], sentinels: list[int], eos: in
     whole = [token for item in source[:-1] for token in (spans[item] if item in sentinels else [item])]
     assert len([item for item in source if item in sentinels]) == len(spans) - 1
     return whole
+
+
+def test_the_speed_of_a_row_is_that_of_all_its_steps(
+    tmp_path: Path, recipe: Callable[..., PretrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A validation comes after each step. A clock that it restarts would count the last step of a row alone."""
+    durations: list[float] = []
+    step = pretraining.Pretrainer.step
+
+    def timed(self: pretraining.Pretrainer, *arguments: Any) -> Any:
+        began_s = time.perf_counter()
+        time.sleep(0.05)
+        requests = step(self, *arguments)
+        durations.append(time.perf_counter() - began_s)
+        return requests
+
+    monkeypatch.setattr(pretraining.Pretrainer, "step", timed)
+    pretrain(recipe("steps=4", "validation.every_steps=1", "logging.every=4"), tmp_path / "run")
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    progress = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert progress["state"] == "done"
+    seconds = 64 / row["texts_per_s"]
+    assert seconds == pytest.approx(sum(durations), rel=0.05)
+    assert row["positions_per_s"] == pytest.approx(row["tokens_per_s"] / (1 - row["padding"]))
+    assert row["share_forward"] > 0
+    assert "mfu" not in row
 
 
 def test_each_example_is_its_text_and_has_the_planned_lengths(tokenizer: Any) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -171,11 +172,11 @@ def start(place: Place) -> list[Row]:
     if place.is_quick:
         return [Row("start", case, "", reason="not in the quick size") for case in names.values()]
     spec = place.spec("ours", "ptb", batch=64, shape="shipped")
-    _process(spec, 1)  # fills the caches of token ids and of compiled Python
+    _first_step(spec)  # fills the caches of token ids and of compiled Python
     imports, steps = [], []
     for _ in range(3):
         imports.append(_cpu_s([sys.executable, "-c", IMPORTS])[0])
-        steps.append(_process(spec, 1)[0])
+        steps.append(_first_step(spec)[0])
     value = middle([step / alone for step, alone in zip(steps, imports, strict=True)])
     facts: dict[str, Any] = {"cpu_s": median(steps), "imports_cpu_s": median(imports)}
     rows = [row_of("start", "first step, " + names["first step"], "times the imports", value, (None, 2.0), **facts)]
@@ -184,7 +185,7 @@ def start(place: Place) -> list[Row]:
     for count in counts:
         data = _long_text(place, count)
         fresh = spec | {"data": str(data), "run_dir": str(place.folder / f"lines-{count}")}
-        spent[count], peaks[count] = _process(fresh, 1)
+        spent[count], peaks[count] = _first_step(fresh)
     most, least = counts[-1], counts[0]
     per_line = {count: (spent[count] - median(steps)) / count * 1e6 for count in counts}
     facts = {f"cpu_us_per_line_{count}": round(per_line[count], 1) for count in counts}
@@ -211,22 +212,40 @@ def _long_text(place: Place, count: int) -> Path:
     return longer
 
 
-def _process(spec: Mapping[str, Any], steps: int) -> tuple[float, float]:
-    """CPU seconds and largest resident memory in MB of a process that trains so many steps."""
-    program = (
-        "import json, os, sys; from vae_ds.bench.contestants import ours\n"
-        f"steps = ours(json.loads(sys.argv[1]))\nfor _ in range({steps}): next(steps)\nos._exit(0)"
-    )
-    return _cpu_s([sys.executable, "-c", program, json.dumps(spec)])
+FIRST_STEP = """
+import json, os, sys, threading
+from vae_ds.bench.contestants import ours
+from vae_ds.bench.memory_rank import anonymous_bytes
+
+peak, is_over = [0], threading.Event()
+
+def watch():
+    while not is_over.wait(0.02):
+        peak[0] = max(peak[0], anonymous_bytes())
+
+threading.Thread(target=watch, daemon=True).start()
+next(ours(json.loads(sys.argv[1])))
+is_over.set()
+print(peak[0], flush=True)
+os._exit(0)
+"""
 
 
-def _cpu_s(command: Sequence[str]) -> tuple[float, float]:
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert child.stderr is not None
-    told = child.stderr.read()
-    _, status, used = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    child.stderr.close()
-    if child.returncode:
-        raise Failed(f"a process of the measurement ended: {told.decode(errors='replace').strip()[-300:]}")
-    return used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e6
+def _first_step(spec: Mapping[str, Any]) -> tuple[float, float]:
+    """CPU seconds and largest anonymous memory in MB of a process that trains one step. Mapped files do not count."""
+    spent_s, told = _cpu_s([sys.executable, "-c", FIRST_STEP, json.dumps(spec)])
+    return spent_s, int(told.splitlines()[-1]) / 1e6
+
+
+def _cpu_s(command: Sequence[str]) -> tuple[float, str]:
+    """CPU seconds and output of a command. Raises Failed if it fails."""
+    with tempfile.TemporaryFile() as faults, tempfile.TemporaryFile() as output:
+        child = subprocess.Popen(command, stdout=output, stderr=faults)
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        faults.seek(0)
+        if child.returncode:
+            told = faults.read().decode(errors="replace").strip()[-300:]
+            raise Failed(f"a process of the measurement ended: {told}")
+        return used.ru_utime + used.ru_stime, output.read().decode()

@@ -75,7 +75,7 @@ def share(index_G: Ints, lengths_N: Ints, rank: int, world: int, limits: Limits)
     batch that does not divide over the ranks, if no micro batch may have more than one sentence.
 
     The sentences are sorted by length, longest first, so that a batch that does not fit into memory fails at once. At
-    each micro step the ranks take adjacent pieces, so that they compute for about the same time.
+    each micro step the ranks take adjacent pieces of about as many tokens, so that they compute for about as long.
     """
     order_G = index_G[np.argsort(-lengths_N[index_G], kind="stable")].astype(np.int64)
     lengths = lengths_N[order_G].tolist()
@@ -84,7 +84,7 @@ def share(index_G: Ints, lengths_N: Ints, rank: int, world: int, limits: Limits)
     lacking = world - (total - starts[-1])
     if lacking > 0 and len(starts) > 1 and starts[-1] - starts[-2] >= world + lacking:
         starts[-1] = total - world  # the last micro step takes sentences from the one before, instead of fillers
-    return [_piece(order_G, start, end, rank, world) for start, end in pairwise([*starts, total])]
+    return [_piece(order_G, lengths, start, end, rank, world, limits) for start, end in pairwise([*starts, total])]
 
 
 def evaluation_batches(lengths_N: Ints, limits: Limits, rank: int, world: int) -> list[Piece]:
@@ -95,8 +95,11 @@ def evaluation_batches(lengths_N: Ints, limits: Limits, rank: int, world: int) -
     filler sentence of weight 0.
     """
     order_N = np.argsort(-lengths_N, kind="stable")
-    starts = _starts(lengths_N[order_N], world, limits)
-    return [_piece(order_N, start, end, rank, world) for start, end in pairwise([*starts, len(order_N)])]
+    lengths = lengths_N[order_N]
+    starts = _starts(lengths, world, limits)
+    return [
+        _piece(order_N, lengths, start, end, rank, world, limits) for start, end in pairwise([*starts, len(order_N)])
+    ]
 
 
 def _starts(lengths: Sequence[int] | Ints, world: int, limits: Limits) -> list[int]:
@@ -123,11 +126,47 @@ def _lowered(lengths: Sequence[int], world: int, limits: Limits) -> Limits:
     return limits
 
 
-def _piece(order_G: Ints, start: int, end: int, rank: int, world: int) -> Piece:
-    """The part of one rank of the sentences from `start` to `end`, in parts as equal as possible."""
-    each, rest = divmod(end - start, world)
-    first = start + rank * each + min(rank, rest)
-    index_B = order_G[first : first + each + (rank < rest)].astype(np.int64)
+def _piece(
+    order_G: Ints, lengths: Sequence[int] | Ints, start: int, end: int, rank: int, world: int, limits: Limits
+) -> Piece:
+    """The part of one rank of the sentences from `start` to `end`. `lengths` are those of `order_G`, and fall."""
+    if end - start < world:
+        place = start + min(rank, end - start)
+        index_B = order_G[place : min(place + 1, end)].astype(np.int64)
+    else:
+        ends = [0, *_even_ends([int(length) for length in lengths[start:end]], world, limits.sentences)]
+        index_B = order_G[start + ends[rank] : start + ends[rank + 1]].astype(np.int64)
     if len(index_B):
         return index_B, np.ones(len(index_B), np.float32)
     return order_G[-1:].astype(np.int64), np.zeros(1, np.float32)
+
+
+def _even_ends(lengths: Sequence[int], world: int, most_sentences: int | None) -> list[int]:
+    """Where the part of each rank ends, so that the part with most tokens, with padding, has as few as possible.
+
+    A part has one sentence at least and `most_sentences` at most, if equal parts do. No part has more tokens than the
+    largest of equal parts.
+    """
+    total = len(lengths)
+    if world == 1:
+        return [total]
+    each, rest = divmod(total, world)
+    firsts = [rank * each + min(rank, rest) for rank in range(world)]
+    high = max(lengths[first] * (each + (rank < rest)) for rank, first in enumerate(firsts))
+    low = lengths[0] - 1  # too few; `high` suffices
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _ends(lengths, world, middle, most_sentences)[-1] == total else (middle, high)
+    return _ends(lengths, world, high, most_sentences)
+
+
+def _ends(lengths: Sequence[int], world: int, most_tokens: int, most_sentences: int | None) -> list[int]:
+    """Where parts of at most so many tokens end, if each takes what it can. The last end says how far that reaches."""
+    ends, at = [], 0
+    for later in reversed(range(world)):
+        fitting = most_tokens // lengths[at]
+        if most_sentences is not None:
+            fitting = min(fitting, most_sentences)
+        at += min(fitting, len(lengths) - at - later)  # one for each later rank
+        ends.append(at)
+    return ends

@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import ModelOutput
 
 from vae_ds.model.bases import FAMILIES, tie
-from vae_ds.model.injection import guard_half, inject
-from vae_ds.model.t5vae import T5VAE, Bottleneck
+from vae_ds.model.bottleneck import Bottleneck
+from vae_ds.model.injection import MemoryMlp, guard_half, inject
+from vae_ds.model.t5vae import T5VAE
 
 
 @dataclass
@@ -52,7 +53,7 @@ class VaeDsModel(PreTrainedModel):
 
     # One implementation: the file in the export has the text of these methods.
     encode, reconstruction, generate = T5VAE.encode, T5VAE.reconstruction, T5VAE.generate
-    _memory, _is_divided, _cache = T5VAE._memory, T5VAE._is_divided, T5VAE._cache
+    token_losses, _memory, _is_divided, _cache = T5VAE.token_losses, T5VAE._memory, T5VAE._is_divided, T5VAE._cache
 
     def __init__(self, config: VaeDsConfig) -> None:
         super().__init__(config)
@@ -67,6 +68,9 @@ class VaeDsModel(PreTrainedModel):
             generator = torch.Generator()
             self.bottleneck = None if plain else Bottleneck(t5.config.d_model, settings, generator)
             inject(t5, settings, generator)
+            self.memory_mlp = None
+            if settings.memory_mlp and not plain:
+                self.memory_mlp = MemoryMlp(settings.latent_dim, settings.memory_mlp, generator)
         guard_half(t5)
         # The T5 would pass on the ties of its class. Those of an export are `aliases`.
         t5.all_tied_weights_keys = {}

@@ -15,8 +15,10 @@ CODE = "modeling_vae_ds.py"
 PARTS: dict[str, tuple[str, ...] | None] = {
     "bases.py": ("FAMILIES", "tie"),
     "injection.py": None,
+    "bottleneck.py": None,
+    "token_losses.py": None,
     "t5vae.py": (
-        *("Float32Linear", "Bottleneck", "T5VAE.encode", "T5VAE.reconstruction", "T5VAE.generate"),
+        *("T5VAE.encode", "T5VAE.reconstruction", "T5VAE.token_losses", "T5VAE.generate"),
         *("T5VAE._memory", "T5VAE._is_divided", "T5VAE._cache"),
     ),
     "auto.py": ("Posterior", "VaeDsConfig", "VaeDsModel"),

@@ -4,9 +4,8 @@ Shapes: B sentences, T tokens, H = d_model, L latent units, V vocabulary. All re
 """
 
 import json
-import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -16,7 +15,6 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -37,9 +35,11 @@ from vae_ds.model.bases import (
     save_tokenizer,
     tie,
 )
-from vae_ds.model.injection import Float32Linear, MemoryMlp, guard_half, inject, normal_linear
+from vae_ds.model.bottleneck import Bottleneck
+from vae_ds.model.injection import MemoryMlp, guard_half, inject
 from vae_ds.model.prior import make_prior
 from vae_ds.model.prior_files import NORMAL, PREFIX, need_prior, read_prior, save_prior, with_prior
+from vae_ds.model.token_losses import token_losses
 
 __all__ = ["T5VAE", "Terms", "check_base", "load_tokenizer"]
 
@@ -65,33 +65,6 @@ class PriorTerms(NamedTuple):
     logvar_BL: Tensor
     log_q_B: Tensor
     log_p_B: Tensor
-
-
-class Bottleneck(nn.Module):
-    """Maps pooled encoder states to the posterior: mu = h W_mu, logvar = h W_logvar, without biases."""
-
-    def __init__(self, width: int, settings: ModelConfig, generator: torch.Generator) -> None:
-        """`width` is H. Draws W_mu, then W_logvar, from `generator` only."""
-        super().__init__()
-        self.pooling = settings.pooling
-        mu_std = settings.mu_std or 1.0 / math.sqrt(width)
-        self.mu = normal_linear(Float32Linear, width, settings.latent_dim, mu_std, generator)
-        self.logvar = normal_linear(Float32Linear, width, settings.latent_dim, settings.logvar_std, generator)
-
-    def forward(self, states: Sequence[Tensor], mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Map the states of one or more layers, each (B, T, H), to mu and logvar, each (B, L), float32.
-
-        Each layer is pooled over the real tokens (mask 1) only. The pooled vectors of several layers are averaged.
-        """
-        with torch.autocast(mask_BT.device.type, enabled=False):
-            pooled_BH = torch.stack([self._pool(states_BTH.float(), mask_BT) for states_BTH in states]).mean(0)
-        return self.mu(pooled_BH), self.logvar(pooled_BH)
-
-    def _pool(self, states_BTH: Tensor, mask_BT: Tensor) -> Tensor:
-        padding_BT1 = mask_BT.eq(0).unsqueeze(-1)
-        if self.pooling == "max":
-            return states_BTH.masked_fill(padding_BT1, -math.inf).amax(1)
-        return states_BTH.masked_fill(padding_BT1, 0.0).sum(1) / mask_BT.ne(0).sum(1, keepdim=True)
 
 
 class T5VAE(nn.Module):
@@ -242,20 +215,21 @@ class T5VAE(nn.Module):
         """rec = - sum_t log p(x_t | x_<t, z) over the tokens of a sentence with its end: (B,), float32, nats.
 
         `labels_BT` is padded with -100. z is None for injection `none`. The logits are computed as in the stock T5.
+
+        They are the largest tensor. Without a gradient, only a part of them is in memory at a time, and with gradient
+        checkpointing, too, where they are computed twice.
         """
         return self.token_losses(z_BL, labels_BT).sum(1)
 
     def token_losses(self, z_BL: Tensor | None, labels_BT: Tensor) -> Tensor:
         """The terms of `reconstruction`, - log p(x_t | x_<t, z) of each token: (B, T), 0 where there is none."""
-        output = self.t5(
-            encoder_outputs=BaseModelOutput(last_hidden_state=self._memory(z_BL, len(labels_BT), labels_BT.device)),
-            decoder_input_ids=self.t5.prepare_decoder_input_ids_from_labels(labels_BT),
+        decoder_output = self.t5.decoder(
+            input_ids=self.t5.prepare_decoder_input_ids_from_labels(labels_BT),
+            encoder_hidden_states=self._memory(z_BL, len(labels_BT), labels_BT.device),
             use_cache=False,
         )
-        nll_N = functional.cross_entropy(
-            output.logits.float().flatten(0, 1), labels_BT.flatten(), ignore_index=-100, reduction="none"
-        )
-        return nll_N.view_as(labels_BT)
+        in_parts = self.settings.gradient_checkpointing or not torch.is_grad_enabled()
+        return token_losses(self.t5, decoder_output.last_hidden_state, labels_BT, in_parts)
 
     def log_prior(self, z_BL: Tensor) -> Tensor:
         """log p(z), shape (B,), in nats: in the dtype of z for N(0, I), else float32."""

@@ -29,6 +29,7 @@ from vae_ds.training import (
     Monitor,
     Requests,
     Saver,
+    Speed,
     Stored,
     Watch,
     check_free,
@@ -90,6 +91,7 @@ class Pretrainer:
         self.setup, self.changed_data = setup, changed_data
         self.state = PretrainState()
         self.stop = stop
+        self.speed = Speed(None, setup.ranks, setup.precision)
         logging = setup.config.logging
         self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress, logging.trackers)
         self.saver = Saver(setup.run_dir, setup.ranks, setup.config.checkpoint, self.monitor)
@@ -136,13 +138,14 @@ class Pretrainer:
         """Step, log, validate and save until the end of the run."""
         config, state = self.setup.config, self.state
         epoch_of_plan, plan, order_SG = -1, whole_texts(self.setup.train.lengths_N), np.empty((0, 0), dtype=np.int64)
-        began = clock = time.monotonic()
+        began = time.monotonic()
         before_s = state.duration_s
         while self.progress() < 1.0:
             epoch, number = divmod(state.position, self.setup.steps_per_epoch)
             if epoch != epoch_of_plan:
                 epoch_of_plan, (plan, order_SG) = epoch, self._order(epoch)
-            requests = self.step(trained, plan, order_SG[number], epoch)
+            with self.speed.step():
+                requests = self.step(trained, plan, order_SG[number], epoch)
             if requests.written:
                 self.saver.finish()
             # Use the clock of rank 0 on all ranks, so that their decisions below are the same.
@@ -150,16 +153,12 @@ class Pretrainer:
             finished = self.progress() >= 1.0
             fresh = state.skipped_in_row == 0
             if fresh and (finished or state.step % config.logging.every == 0):
-                now = time.monotonic()
-                self._log(now - clock)
-                clock = now
+                self._log()
             if fresh and (finished or state.step % config.validation.every_steps == 0):
                 self.validate(trained)
-                clock = time.monotonic()
             due = fresh and (finished or state.step % config.checkpoint.every_steps == 0)
             if due or requests.save or requests.stop:
                 self.save(trained, must=requests.stop)
-                clock = time.monotonic()
             if requests.stop and not finished:
                 self.saver.finish(must=True)
                 self._status("stopped")
@@ -183,18 +182,24 @@ class Pretrainer:
         sums = distributed.NamedSums(ranks.device, nats=1, positions=1, grad_norm=1, requests=len(Requests._fields))
         outcome = None
         for number, (index_B, weight_B) in enumerate(shares, start=1):
-            batch = setup.batch(setup.train, index_B, plan, epoch)
+            with self.speed.part("data"):
+                batch = setup.batch(setup.train, index_B, plan, epoch)
             self.watch.advance()
-            nats = (trained.forward(**batch._asdict()) * torch.from_numpy(weight_B).to(ranks.device)).sum()
+            with self.speed.part("forward"):
+                nats = (trained.forward(**batch._asdict()) * torch.from_numpy(weight_B).to(ranks.device)).sum()
             # The engine averages over the ranks, but the loss is a mean over the tokens of all.
-            trained.backward(nats * (ranks.world / tokens), is_last=number == len(shares))
-            outcome = trained.step(lr)
+            with self.speed.part("backward"):
+                trained.backward(nats * (ranks.world / tokens), is_last=number == len(shares))
+            with self.speed.part("update"):
+                outcome = trained.step(lr)
             sums.add(nats=nats, positions=batch.labels_BT.numel())
             if outcome is not None and ranks.is_main:
                 sums.add(grad_norm=outcome.grad_norm)  # read with the other sums, in one copy
         self.watch.advance()
         sums.add(requests=self.saver.requests(stop=self.stop.raised is not None))
-        totals = sums.reduce()
+        with self.speed.part("sums"):
+            totals = sums.reduce()
+        self.speed.count({"tokens": tokens, "target": totals["positions"]})
         requests = self.saver.agreed(totals["requests"].tolist())
         state.position += 1
         if outcome is None or not outcome.applied:
@@ -247,8 +252,8 @@ class Pretrainer:
                 f"{self.state.skipped_in_row} steps in a row had non-finite gradients; reduce optimizer.lr"
             )
 
-    def _log(self, duration_s: float) -> None:
-        window, state = self.state.window, self.state
+    def _log(self) -> None:
+        window, state, speed = self.state.window, self.state, self.speed.row()
         self.monitor.log(
             {
                 "phase": "pretrain",
@@ -257,8 +262,8 @@ class Pretrainer:
                 "loss": window["nats"] / window["tokens"],
                 "lr": window["lr"],
                 "grad_norm": window["grad_norm"] / window["steps"],
-                "tokens_per_s": window["tokens"] / max(duration_s, 1e-9),
-                "texts_per_s": window["texts"] / max(duration_s, 1e-9),
+                **speed,
+                "texts_per_s": speed["tokens_per_s"] * window["texts"] / window["tokens"],
                 "padding": 1.0 - window["tokens"] / window["positions"],
                 "skipped_steps": state.skipped,
             }

@@ -12,7 +12,7 @@ from vae_ds.training.preparation import write_headers
 from vae_ds.training.saver import Requests, Saver
 from vae_ds.training.schedules import LearningRate
 from vae_ds.training.shards import Stored
-from vae_ds.training.speed import matrix_rate
+from vae_ds.training.speed import Speed, matrix_rate
 from vae_ds.training.stepping import Step, Steps
 from vae_ds.training.trainer import Trainer, train
 from vae_ds.training.watch import Watch
@@ -22,6 +22,7 @@ __all__ = [
     "Monitor",
     "Requests",
     "Saver",
+    "Speed",
     "Step",
     "Steps",
     "Stored",

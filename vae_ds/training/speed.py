@@ -39,12 +39,16 @@ class Counted(NamedTuple):
 class Speed:
     """Counts what this process has trained since the last row of the log. Nothing of it goes into a checkpoint."""
 
-    def __init__(self, model: T5VAE, ranks: Ranks, precision: str, profiler: Profiler | None = None) -> None:
-        """For a phase, before an engine divides the parameters of `model`. `profiler` sees each step."""
+    def __init__(self, model: T5VAE | None, ranks: Ranks, precision: str, profiler: Profiler | None = None) -> None:
+        """For a phase, before an engine divides the parameters of `model`. `profiler` sees each step.
+
+        Without `model`, as in a pretraining, operations are not counted.
+        """
         self._ranks, self._profiler = ranks, profiler
-        self._operations = count_operations(model)
+        self._operations = None if model is None else count_operations(model)
         # The other ranks need no rate. They wait for rank 0, so it is measured beside idle neighbours.
-        self._rate = matrix_rate(ranks.device, DTYPES[precision]) if ranks.is_main else 0.0
+        is_rated = ranks.is_main and model is not None
+        self._rate = matrix_rate(ranks.device, DTYPES[precision]) if is_rated else 0.0
         self._begin_row()
 
     def _begin_row(self) -> None:
@@ -75,14 +79,14 @@ class Speed:
         yield
         self._parts[name] += self._now_s() - began_s
 
-    def count(self, totals: Mapping[str, torch.Tensor]) -> None:
-        """Add the `tokens` and EXTENTS of a step, sums over all ranks."""
-        for name in self._sums:
+    def count(self, totals: Mapping[str, torch.Tensor | float]) -> None:
+        """Add the `tokens` and EXTENTS of a step, sums over all ranks. Without a model, only `target` of these."""
+        for name in self._sums.keys() & totals.keys():
             self._sums[name] += float(totals[name])
 
     def counted(self) -> Counted:
         """What was counted since the last row."""
-        return Counted(self._sums["tokens"], self._operations.of(self._sums))
+        return Counted(self._sums["tokens"], self._operations.of(self._sums) if self._operations else 0.0)
 
     def row(self) -> dict[str, float]:
         """What a row of the log says, and begin the next one.
@@ -92,13 +96,14 @@ class Speed:
         torch has allocated, else the resident memory. share_*: of the sampled step, the rest is Python around it.
         """
         seconds = max(self._seconds, 1e-9)
-        rate = self._operations.of(self._sums) / seconds / self._ranks.world
+        rate = self.counted().operations / seconds / self._ranks.world
         row = {
             "tokens_per_s": self._sums["tokens"] / seconds,
             "positions_per_s": self._sums["target"] / seconds,
-            "tflops": rate / 1e12,
             "peak_memory_gb": self._peak_bytes() / 1e9,
         }
+        if self._operations:
+            row["tflops"] = rate / 1e12
         if self._rate:
             row["mfu"] = rate / self._rate
         if self._sampled_s:
