@@ -1,6 +1,7 @@
 """`vae-ds plan`: which ds_config and micro batch fit, for published sizes whose weights are not there."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ from support.tiny import demo_settings
 from vae_ds import authoring, cli
 from vae_ds import config as configuration
 from vae_ds.authoring import budget
-from vae_ds.bench.memory import SIZES, VOCABULARY
+from vae_ds.bench.profiles import SHAPES, VOCABULARY, Shape
 from vae_ds.config import RunConfig
 
-LARGER = {**SIZES, "t5-3b": (1024, 128, 16384, 32, 24)}
+LARGER = {**SHAPES, "t5-3b": Shape(1024, 128, 16384, 32, 24)}
 # Parameters of the published T5s, in millions, with a tied head.
 MILLIONS = {"t5-base": 222.9, "t5-large": 737.7, "t5-3b": 2851.6}
 
@@ -21,9 +22,7 @@ MILLIONS = {"t5-base": 222.9, "t5-large": 737.7, "t5-3b": 2851.6}
 def published(folder: Path, size: str) -> list[str]:
     """Settings of the demo on a text of some sentences, with the shape of a published T5."""
     settings = demo_settings(folder)
-    width, of_head, inner, heads, layers = LARGER[size]
-    shape = {"d_model": width, "d_kv": of_head, "d_ff": inner, "num_heads": heads, "num_layers": layers}
-    T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **shape).save_pretrained(folder / "base")
+    T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **asdict(LARGER[size])).save_pretrained(folder / "base")
     return [*settings, "model.latent_dim=32", "phases.0.steps=10", "phases.1.steps=20", "precision=bf16"]
 
 
@@ -43,8 +42,9 @@ def planned(folder: Path, size: str, gpus: int, gpu_gb: float, *more: str) -> au
 def test_what_fits(size: str, gpus: int, gpu_gb: float, ds_config: str, tmp_path: Path) -> None:
     plan = planned(tmp_path, size, gpus, gpu_gb, "batch.global=64")
     # The VAE has no queries, keys and values of the cross-attention.
-    width, of_head, _, heads, layers = LARGER[size]
-    assert plan.parameters / 1e6 == pytest.approx(MILLIONS[size] - 3 * width * of_head * heads * layers / 1e6, rel=0.01)
+    shape = LARGER[size]
+    left_out = 3 * shape.d_model * shape.d_kv * shape.num_heads * shape.num_layers
+    assert plan.parameters / 1e6 == pytest.approx(MILLIONS[size] - left_out / 1e6, rel=0.01)
     assert plan.chosen is not None
     assert plan.chosen.ds_config == ds_config
     full = plan.phases[-1]
