@@ -4,6 +4,7 @@ Depends on `distributed`, `config` and `errors`.
 """
 
 from vae_ds.data import corpora
+from vae_ds.data.ahead import MicroBatches
 from vae_ds.data.batches import (
     Batch,
     collate,
@@ -21,6 +22,7 @@ __all__ = [
     "Batch",
     "Feed",
     "Limits",
+    "MicroBatches",
     "Progress",
     "Sample",
     "Source",

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from vae_ds.data.tokens import TokenSet, from_texts, tokenise
-from vae_ds.distributed import stream
+from vae_ds.distributed import stream, to_device
 from vae_ds.errors import DataError
 
 __all__ = [
@@ -84,9 +84,10 @@ class Batch:
     tokens: int
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on `device`."""
-        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+        """The same batch with what a model needs on `device`; `index_B` stays on the host, which does not wait."""
+        names = ("input_ids_BT", "attention_mask_BT", "labels_BT", "eps_BL", "weight_B")
+        moved: dict[str, Any] = {name: to_device(getattr(self, name), torch.device(device)) for name in names}
+        return replace(self, **moved)
 
     def arguments(self, decodes: bool = True) -> dict[str, torch.Tensor | None]:
         """Keyword arguments of the model's `forward`, without labels if it does not decode."""

@@ -114,6 +114,11 @@ class Feed:
         self._place[:] = [epoch, window, number]
         return taken
 
+    def upcoming(self) -> NDArray[np.int64] | None:
+        """What the next `take` will return, if it is of the portion of the last one, else None. Changes nothing."""
+        epoch, window, number = self._place
+        return self._order_SG[number] if self._read == (epoch, window) else None
+
     def _count_bad(self, portion: Portion, is_new: bool) -> None:
         """Count the skipped lines of a portion, unless a resumed run reads it again. Log them each time they double."""
         self.bad_lines += portion.bad if is_new else 0

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from vae_ds import distributed
 from vae_ds.config import RunConfig
-from vae_ds.data import Feed
 from vae_ds.runtime import StopFlag
 from vae_ds.training import phases
 from vae_ds.training.build import build_engine, build_model
@@ -41,19 +40,20 @@ class Steps:
         self._plan = setup.plans[phase]
         self._trainer = Trainer(setup, False, StopFlag())
         model, weights = build_model(setup, self._plan, None, True)
+        self._trainer.decodes = phases.decodes(name for name, one in model.named_parameters() if one.requires_grad)
         self._trainer.speed = self._speed = speed_of(setup, self._plan, 0, model)
         self._engine = build_engine(setup, self._plan, model, weights)
         self._trainer.limits = limits_for(setup, self._engine)
         distributed.seed_everything(config.seed, ranks.rank, phase)
         phases.train_mode(self._engine.module)
         self._sentences = config.batch.global_size
-        self._feed = Feed(setup.train, config.batch, config.seed, phase, self._trainer.state.place)
+        self._batches = self._trainer.batches(self._plan, self._engine)
 
     def step(self) -> Step:
         """One optimizer step. A collective."""
         began_s = time.perf_counter()
         with self._speed.step():
-            self._trainer.step(self._plan, self._engine, self._feed)
+            self._trainer.step(self._plan, self._engine, self._batches)
         seconds = time.perf_counter() - began_s
         counted = self._speed.counted()
         shares = {key: value for key, value in self._speed.row().items() if key.startswith("share_")}
@@ -61,4 +61,5 @@ class Steps:
 
     def close(self) -> None:
         """Free the engine. A collective."""
+        self._batches.close()
         self._engine.close()

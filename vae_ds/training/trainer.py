@@ -6,6 +6,7 @@ sentence, means over the global batch (docs/method.md).
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from vae_ds import config as configuration
 from vae_ds import distributed, latents
 from vae_ds.config import RunConfig
-from vae_ds.data import Batch, Feed, collate, share
+from vae_ds.data import Batch, Feed, MicroBatches
 from vae_ds.engine import PhaseEngine, StepOutcome
 from vae_ds.errors import Stopped
 from vae_ds.evaluation import evaluate
@@ -89,7 +90,7 @@ class Trainer:
         self.setup, self.changed_data, self.limits, self.stop = setup, changed_data, setup.limits, stop
         self.state = TrainState()
         self.left_out: dict[str, str] = {}  # of checkpoints (base_weights.py)
-        self.has_prior = setup.config.model.has_prior
+        self.has_prior, self.decodes = setup.config.model.has_prior, True
         logging = setup.config.logging
         self.monitor = Monitor(setup.run_dir, setup.ranks, logging.tensorboard, logging.progress, logging.trackers)
         self.saver = Saver(setup.run_dir, setup.ranks, setup.config.checkpoint, self.monitor)
@@ -168,42 +169,55 @@ class Trainer:
     def steps(self, plan: PhasePlan, engine: PhaseEngine) -> None:
         """The loop of one phase: step, log, validate, save, until all its optimizer steps are applied."""
         config, state = self.setup.config, self.state
-        feed = Feed(self.setup.train, config.batch, config.seed, plan.index, state.place, state.bad_lines)
-        while state.step < plan.steps:
-            with self.speed.step():
-                requests = self.step(plan, engine, feed)
-            if requests.written:
-                self.saver.finish()
-            is_finished = state.step == plan.steps
-            was_applied = state.skipped_in_row == 0
-            if was_applied and (is_finished or state.step % config.logging.every == 0):
-                self.log(plan, feed.epoch)
-            valid: dict[str, Any] = {}
-            if was_applied and (is_finished or state.step % config.validation.every_steps == 0):
-                valid = self.validate(plan, engine)
-            has_improved = self._improves(valid)
-            is_due = was_applied and (is_finished or state.step % config.checkpoint.every_steps == 0 or has_improved)
-            if is_due or requests.save or requests.stop:
-                self.save(plan, engine, valid, must=requests.stop)
-            if requests.stop:
-                self._end_stopped(plan)
+        with closing(self.batches(plan, engine)) as batches:
+            while state.step < plan.steps:
+                with self.speed.step():
+                    requests = self.step(plan, engine, batches)
+                if requests.written:
+                    self.saver.finish()
+                is_finished = state.step == plan.steps
+                was_applied = state.skipped_in_row == 0
+                if was_applied and (is_finished or state.step % config.logging.every == 0):
+                    self.log(plan, batches.feed.epoch)
+                valid: dict[str, Any] = {}
+                if was_applied and (is_finished or state.step % config.validation.every_steps == 0):
+                    valid = self.validate(plan, engine)
+                has_improved = self._improves(valid)
+                is_regular = is_finished or state.step % config.checkpoint.every_steps == 0
+                is_due = was_applied and (is_regular or has_improved)
+                if is_due or requests.save or requests.stop:
+                    self.save(plan, engine, valid, must=requests.stop)
+                if requests.stop:
+                    self._end_stopped(plan)
 
-    def step(self, plan: PhasePlan, engine: PhaseEngine, feed: Feed) -> Requests:
+    def batches(self, plan: PhasePlan, engine: PhaseEngine) -> MicroBatches:
+        """The micro batches of a phase from the place of this run on."""
+        setup, state = self.setup, self.state
+        return MicroBatches(
+            Feed(setup.train, setup.config.batch, setup.config.seed, plan.index, state.place, state.bad_lines),
+            setup.ranks,
+            self.limits,
+            pad_id=setup.tokenizer.pad_token_id,
+            latent_dim=_model_of(engine).latent_dim,
+            seed=setup.config.seed,
+            denoise=plan.settings.denoise,
+            sample=plan.settings.sample_posterior,
+        )
+
+    def step(self, plan: PhasePlan, engine: PhaseEngine, batches: MicroBatches) -> Requests:
         """One optimizer step on a global batch. Returns what the ranks request after it."""
         with self.speed.part("data"):
-            index_G = feed.take()
-        self.state.bad_lines = feed.bad_lines
-        now = self._step_settings(plan, len(index_G))
+            sentences, micro_batches = batches.take()
+        self.state.bad_lines = batches.feed.bad_lines
+        now = self._step_settings(plan, sentences)
         sums = self._new_sums(engine)
         outcome = None
-        ranks = self.setup.ranks
-        pieces = share(index_G, feed.tokens.lengths_N, ranks.rank, ranks.world, self.limits)
-        for number, piece in enumerate(pieces, start=1):
+        for number in range(1, micro_batches + 1):
             with self.speed.part("data"):
-                batch = self._collate(plan, engine, feed, piece)
+                batch = batches.next()
             self.watch.advance()
             with explain_out_of_memory(f"a step of phase {plan.name}", STEP_ADVICE.format(self.limits)):
-                outcome = self.forward_backward_update(engine, batch, now, sums, number == len(pieces))
+                outcome = self.forward_backward_update(engine, batch, now, sums, number == micro_batches)
         self.watch.advance()
         with self.speed.part("sums"):
             totals, requests = self.reduce(sums)
@@ -325,18 +339,6 @@ class Trainer:
         sizes = objective.sizes_of_sums(_model_of(engine).latent_dim, self.has_prior)
         sizes |= dict.fromkeys(("tokens", "grad_norm", *EXTENTS), 1)
         return distributed.NamedSums(self.setup.ranks.device, **sizes, requests=len(Requests._fields))
-
-    def _collate(self, plan: PhasePlan, engine: PhaseEngine, feed: Feed, piece: Any) -> Batch:
-        return collate(
-            feed.tokens,
-            *piece,
-            pad_id=self.setup.tokenizer.pad_token_id,
-            latent_dim=_model_of(engine).latent_dim,
-            seed=self.setup.config.seed,
-            keys=feed.keys,
-            denoise=plan.settings.denoise,
-            sample=plan.settings.sample_posterior,
-        ).to(self.setup.ranks.device)
 
     def _count_applied(self, plan: PhasePlan, totals: dict[str, torch.Tensor], now: StepSettings) -> None:
         """Advance the schedules by an applied step and add it to the next row of the log."""
