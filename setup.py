@@ -57,10 +57,18 @@ setup(
         "look": ["scikit-learn>=1.5,<2", "umap-learn>=0.5.7,<1"],  # classifiers of probes, maps
         "formats": ["onnx>=1.17", "onnxscript>=0.5", "sentence-transformers>=5"],  # the encoder in other programs
         "test": [
-            *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             # what the extras bring
-            *("peft>=0.21,<1", "wandb>=0.20", "mlflow-skinny>=3", "scikit-learn>=1.5,<2", "umap-learn>=0.5.7,<1"),
-            *("onnx>=1.17", "onnxscript>=0.5", "sentence-transformers>=5"),
+            "peft>=0.21,<1",
+            "wandb>=0.20",
+            "mlflow-skinny>=3",
+            "scikit-learn>=1.5,<2",
+            "umap-learn>=0.5.7,<1",
+            "onnx>=1.17",
+            "onnxscript>=0.5",
+            "sentence-transformers>=5",
         ],
         "dev": ["ruff>=0.9", "mypy>=1.13", "types-PyYAML"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2", "ruff>=0.9"],
