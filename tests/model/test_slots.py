@@ -1,6 +1,5 @@
 """Several slots of z, and a network of z beside z: what the decoder reads, caches, gradients, groups, exports."""
 
-import math
 import re
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from support.models import TEXTS, UNITS, batch, build, groups_by_module, latents, stock
+from support.models import TEXTS, UNITS, batch, build, gathered_in_forward_only, groups_by_module, latents, stock
 from vae_ds.config import ModelConfig
 from vae_ds.model import T5VAE
 from vae_ds.model.injection import SlotCrossAttention
@@ -80,24 +79,7 @@ def test_every_new_parameter_is_used_through_its_owner_s_forward(settings: dict)
     """ZeRO stage 3 gathers a weight only while its owner's forward runs: outside of it, here, it is not a number."""
     model, data, z_BL = build(**settings), batch(), latents()
     choice_B = torch.linspace(0, 0.9, len(TEXTS))
-    with torch.no_grad():
-        expected = (*model(**data), model.draw_codes(z_BL, choice_B))
-        weights = {id(parameter): parameter.clone() for parameter in model.parameters()}
-
-        def gather(module: nn.Module, _: object) -> None:
-            for parameter in module.parameters(recurse=False):
-                parameter.copy_(weights[id(parameter)])
-
-        def release(module: nn.Module, *_: object) -> None:
-            for parameter in module.parameters(recurse=False):
-                parameter.fill_(math.nan)
-
-        for module in model.modules():
-            module.register_forward_pre_hook(gather)
-            module.register_forward_hook(release)
-            release(module)
-        found = (*model(**data), model.draw_codes(z_BL, choice_B))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert gathered_in_forward_only(model, lambda: (*model(**data), model.draw_codes(z_BL, choice_B)))
 
 
 def test_a_model_without_them_is_as_before() -> None:

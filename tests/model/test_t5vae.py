@@ -13,7 +13,7 @@ from transformers import BertConfig, GPT2Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from support import tiny
-from support.models import TEXTS, UNITS, batch, build, latents, stock
+from support.models import TEXTS, UNITS, batch, build, gathered_in_forward_only, latents, stock
 from vae_ds.config.settings import ModelConfig
 from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.model.bases import load_t5
@@ -297,24 +297,7 @@ def test_float16_does_not_overflow_where_pretrained_models_do(kind, injection):
 def test_every_parameter_is_used_through_its_owner_s_forward(kind, injection):
     """ZeRO stage 3 gathers a weight only while its owner's forward runs: outside of it, here, it is not a number."""
     model, data = build(kind, injection=injection, pool_layers="all"), batch(kind)
-    with torch.no_grad():
-        expected = model(**data)
-        weights = {id(parameter): parameter.clone() for parameter in model.parameters()}
-
-        def gather(module: nn.Module, _: object) -> None:
-            for parameter in module.parameters(recurse=False):
-                parameter.copy_(weights[id(parameter)])
-
-        def release(module: nn.Module, *_: object) -> None:
-            for parameter in module.parameters(recurse=False):
-                parameter.fill_(math.nan)
-
-        for module in model.modules():
-            module.register_forward_pre_hook(gather)
-            module.register_forward_hook(release)
-            release(module)
-        found = model(**data)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert gathered_in_forward_only(model, lambda: model(**data))
 
 
 # Each kind of base

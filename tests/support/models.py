@@ -1,5 +1,8 @@
 """Small models, a batch of texts for them, and the stock T5 for comparison."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, T5ForConditionalGeneration
@@ -17,6 +20,30 @@ def build(kind: str = "t5", seed: int = 0, **settings) -> T5VAE:
     overrides = settings.pop("overrides", {})
     config = ModelConfig(base=tiny.base(kind, **overrides), **{"latent_dim": UNITS, "dropout": 0.0} | settings)
     return T5VAE.from_base(config, seed)
+
+
+def gathered_in_forward_only(model: T5VAE, run: Callable[[], tuple[Tensor, ...]]) -> bool:
+    """Whether `run` gives the same if each weight is not a number outside of its owner's forward.
+
+    ZeRO stage 3 gathers a weight only while the forward of its owner runs.
+    """
+    with torch.no_grad():
+        expected = run()
+        weights = {id(parameter): parameter.clone() for parameter in model.parameters()}
+
+        def gather(module: nn.Module, _: object) -> None:
+            for parameter in module.parameters(recurse=False):
+                parameter.copy_(weights[id(parameter)])
+
+        def release(module: nn.Module, *_: object) -> None:
+            for parameter in module.parameters(recurse=False):
+                parameter.fill_(math.nan)
+
+        for module in model.modules():
+            module.register_forward_pre_hook(gather)
+            module.register_forward_hook(release)
+            release(module)
+        return all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
 
 
 def taught(units: int = UNITS) -> T5VAE:

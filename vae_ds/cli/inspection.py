@@ -36,15 +36,8 @@ def add(subparsers: Any) -> None:
         ],
         "Targets are the label, length and first word; on the grammar corpus also its factors, with MIG, DCI and SAP.",
     )
-    parser.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="texts with labels: lines of label, tab, text, or .csv, .tsv, .jsonl, .parquet (default: the run's split)",
-    )
-    add_columns(parser)
-    parser.add_argument(
-        "--split", choices=SPLITS, default="test", help="the split of the run, without --labels (default: %(default)s)"
-    )
+    add_labels(parser)
+    add_split(parser, "--labels")
     add_most(parser, 5000)
     add_seed(parser)
 
@@ -77,9 +70,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--projector", metavar="DIR", help="also write codes, texts and targets for TensorBoard's projector"
     )
-    parser.add_argument(
-        "--split", choices=SPLITS, default="test", help="the split of the run, without FILE (default: %(default)s)"
-    )
+    add_split(parser, "FILE")
     add_most(parser, 5000)
     add_seed(parser)
 
@@ -94,15 +85,8 @@ def add(subparsers: Any) -> None:
         ],
         "Nothing is trained. --score says how often a classifier finds the label, and how diverse the texts are.",
     )
-    parser.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="texts with labels: lines of label, tab, text, or .csv, .tsv, .jsonl, .parquet (default: the run's split)",
-    )
-    add_columns(parser)
-    parser.add_argument(
-        "--split", choices=SPLITS, default="train", help="the split of the run, without --labels (default: %(default)s)"
-    )
+    add_labels(parser)
+    add_split(parser, "--labels", "train")
     parser.add_argument(
         "--target",
         default="label",
@@ -136,9 +120,7 @@ def add(subparsers: Any) -> None:
     )
     add_columns(parser, "without labels")
     parser.add_argument("--labelled", action="store_true", help="the lines of the corpus are label, tab, text")
-    parser.add_argument(
-        "--split", choices=SPLITS, default="test", help="the split of the run, without --corpus (default: %(default)s)"
-    )
+    add_split(parser, "--corpus")
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="NAME", help="the address to listen on (default: %(default)s)"
     )
@@ -147,12 +129,28 @@ def add(subparsers: Any) -> None:
     add_seed(parser)
 
 
+def add_labels(parser: argparse.ArgumentParser) -> None:
+    """Add `--labels` and its columns."""
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="texts with labels: lines of label, tab, text, or .csv, .tsv, .jsonl, .parquet (default: the run's split)",
+    )
+    add_columns(parser)
+
+
 def add_columns(parser: argparse.ArgumentParser, default: str = "label") -> None:
     """Add `--column` and `--label-column`."""
     parser.add_argument(
         "--column", default="text", metavar="NAME", help="the column with the text (default: %(default)s)"
     )
     parser.add_argument("--label-column", metavar="NAME", help=f"the column with the label (default: {default})")
+
+
+def add_split(parser: argparse.ArgumentParser, without: str, default: str = "test") -> None:
+    """Add `--split`, which is used if the argument `without` is not given."""
+    words = f"the split of the run, without {without} (default: %(default)s)"
+    parser.add_argument("--split", choices=SPLITS, default=default, help=words)
 
 
 def add_most(parser: argparse.ArgumentParser, most: int) -> None:
