@@ -205,8 +205,11 @@ class Handler(BaseHTTPRequestHandler):
         return True
 
     def _json(self, status: HTTPStatus, answer: dict[str, Any], is_last: bool = False) -> None:
-        if is_last:  # the body was not read
+        if is_last:
             self.close_connection = True
+            # To close with a body unread would reset the connection, and the reader could lose the answer.
+            size = self.headers.get("Content-Length", "")
+            self.rfile.read(min(int(size), 2 * LARGEST_BYTES) if size.isdecimal() else 0)
         self._send(status, json.dumps(answer).encode(), "application/json")
 
     def _send(self, status: HTTPStatus, content: bytes, kind: str) -> None:
