@@ -110,7 +110,9 @@ def test_every_engine_has_the_same_losses(runs: Path, name: str) -> None:
     assert [row["step"] for row in found] == list(range(1, 2 * STEPS + 1))
     for row, other in zip(found, wanted, strict=True):
         for key in ("loss", "rec", "kl", "grad_norm"):
-            assert row[key] == pytest.approx(other[key], rel=1e-4), (name, row, other)
+            # A norm of small gradients has fewer digits than the losses.
+            within = 1e-3 if key == "grad_norm" else 1e-4
+            assert row[key] == pytest.approx(other[key], rel=within), (name, row, other)
     assert found[STEPS - 1]["rec"] < 0.97 * found[0]["rec"]
 
 
