@@ -247,3 +247,14 @@ def test_a_long_text_is_cut_with_a_warning(model, tokenizer):
 def test_wrong_input_gets_one_clear_error(model, tokenizer, error, message, use):
     with pytest.raises(error, match=message):
         use(model, tokenizer)
+
+
+@pytest.mark.parametrize("prior", ["normal", "flow"])
+def test_samples_are_the_texts_of_the_codes_of_the_prior(prior: str) -> None:
+    model, tokenizer = (
+        T5VAE.from_base(ModelConfig(base=tiny.base(), latent_dim=4, prior=prior)),
+        load_tokenizer(tiny.base()),
+    )
+    z_NL = generate.prior_codes(model, 3, seed=2)
+    assert generate.decode(model, tokenizer, z_NL) == generate.sample(model, tokenizer, 3, seed=2)
+    assert torch.equal(generate.prior_codes(model, 1, seed=2, first=2), z_NL[2:])

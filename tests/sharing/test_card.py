@@ -98,6 +98,15 @@ def test_a_language_model_has_a_card(tmp_path: Path) -> None:
     assert "latent units" not in text
 
 
+@pytest.mark.parametrize(
+    ("prior", "words"), [("normal", "from N(0, I)."), ("flow", "from the learned prior (`flow`).")]
+)
+def test_samples_name_the_prior(prior: str, words: str, tmp_path: Path) -> None:
+    build(prior=prior).save_pretrained(tmp_path / "mine", load_tokenizer(tiny.base()))
+    write_card(tmp_path / "mine", examples=Examples(["A sample."]))
+    assert f"z drawn {words}" in (tmp_path / "mine" / "README.md").read_text(encoding="utf-8")
+
+
 def test_only_an_export_has_a_card(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no exported model"):
         write_card(tmp_path)

@@ -181,3 +181,12 @@ def test_no_network(hub: Hub, export: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
         push(export, NAME)
     assert hub.calls == []
+
+
+def test_a_learned_prior_goes_along(tmp_path: Path, hub: Hub) -> None:
+    """It lies in a directory of its own in the export."""
+    TextVAE(build(prior="flow"), load_tokenizer(tiny.base()), 24).save_pretrained(tmp_path / "mine")
+    push(tmp_path / "mine", NAME)
+    one, other = (TextVAE.from_pretrained(place) for place in (tmp_path / "mine", NAME))
+    assert other.model.settings.prior == "flow"
+    assert one.sample(3, seed=1) == other.sample(3, seed=1)

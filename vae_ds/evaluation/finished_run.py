@@ -205,9 +205,7 @@ def _examples(model: T5VAE, tokenizer: Any, config: RunConfig, metrics: dict[str
         return Examples(latents.sample(model, tokenizer, SAMPLES, max_new_tokens=longest, temperature=1.0))
     samples = latents.sample(model, tokenizer, SAMPLES, max_new_tokens=longest)
     unit = int(np.argmax(metrics["kl_per_dim"]))
-    device = next(model.parameters()).device
-    eps_L = distributed.stream(0, "prior", 0).standard_normal(model.latent_dim)  # that of the first sample
-    z_SL = latents.around(torch.as_tensor(eps_L, dtype=torch.float32, device=device), unit, 3.0, 5)
+    z_SL = latents.around(latents.prior_codes(model, 1)[0], unit, 3.0, 5)  # around the code of the first sample
     texts = latents.decode(model, tokenizer, z_SL, max_new_tokens=longest)
     return Examples(samples, unit, list(zip(z_SL[:, unit].tolist(), texts, strict=True)))
 

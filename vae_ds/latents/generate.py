@@ -101,8 +101,15 @@ def sample_with_ends(model: T5VAE, tokenizer: Any, n: int, seed: int = 0, **deco
     how = Decoding(seed=seed, **decoding)
     if model.bottleneck is None:
         return _decode(model, tokenizer, n, how)
-    rows = range(how.first, how.first + n)
-    streams = [stream(seed, "prior", row) for row in rows]
+    return _decode(model, tokenizer, prior_codes(model, n, seed, how.first), how)
+
+
+def prior_codes(model: T5VAE, n: int, seed: int = 0, first: int = 0) -> torch.Tensor:
+    """`n` codes z ~ p(z), float32 (n, L), those of `sample`. Code i is a function of (seed, first + i) and the prior.
+
+    Raises CheckpointError if a learned prior draws codes that are not finite.
+    """
+    streams = [stream(seed, "prior", row) for row in range(first, first + n)]
     eps_NL = torch.as_tensor(np.stack([own.standard_normal(model.latent_dim) for own in streams]), dtype=torch.float32)
     choice_N = torch.as_tensor([own.random() for own in streams])
     with inference(model):
@@ -111,7 +118,7 @@ def sample_with_ends(model: T5VAE, tokenizer: Any, n: int, seed: int = 0, **deco
         raise CheckpointError(
             "the learned prior draws codes that are not finite; fit it again, or use the prior `normal`"
         )
-    return _decode(model, tokenizer, z_NL, how)
+    return z_NL
 
 
 def interpolate(

@@ -5,7 +5,15 @@ Depends on `config` and `errors`.
 
 from vae_ds.model import auto_code, gaussian
 from vae_ds.model.auto import VaeDsConfig, VaeDsModel
-from vae_ds.model.bases import MAX_TOKENS, check_base, load_t5, load_tokenizer, model_dir, read_export
+from vae_ds.model.bases import (
+    MAX_TOKENS,
+    UNKNOWN_MAX_TOKENS,
+    check_base,
+    load_t5,
+    load_tokenizer,
+    model_dir,
+    read_export,
+)
 from vae_ds.model.cost import Footprint, footprint, footprint_of
 from vae_ds.model.injection import guard_half
 from vae_ds.model.lora import held_names, is_adapter, plain_name
@@ -19,6 +27,7 @@ __all__ = [
     "EXTENTS",
     "MAX_TOKENS",
     "T5VAE",
+    "UNKNOWN_MAX_TOKENS",
     "Footprint",
     "Operations",
     "Prior",

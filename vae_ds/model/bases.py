@@ -44,6 +44,7 @@ EXPORT_FORMAT = "vae_ds"
 EXPORT_VERSION = 1
 # The key of config.json with the maximum length of a text in the training, in tokens. Older exports have none.
 MAX_TOKENS = "max_tokens"
+UNKNOWN_MAX_TOKENS = 64  # of an export that does not say it: the default of the recipes
 # Classes of the configuration and of the model by model_type. byT5, v1.1 and Flan-T5 have the type `t5`.
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "t5": (T5Config, T5ForConditionalGeneration),

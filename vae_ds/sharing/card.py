@@ -16,7 +16,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 
 from vae_ds.config import RunConfig, portable
-from vae_ds.model import MAX_TOKENS, read_export
+from vae_ds.model import MAX_TOKENS, UNKNOWN_MAX_TOKENS, read_export
 from vae_ds.runtime import evaluations, records
 
 CARD = "README.md"
@@ -81,7 +81,7 @@ def card_text(
         _facts(folder, described, known),
         *sections,
         _table(evaluation, language_model),
-        _texts(examples),
+        _texts(examples, described),
         _limits(described, known, evaluation),
         ""
         if known is None
@@ -174,7 +174,7 @@ tokenizer = AutoTokenizer.from_pretrained("OWNER/NAME", trust_remote_code=True)
 model = AutoModel.from_pretrained("OWNER/NAME", trust_remote_code=True).eval()
 tokens = tokenizer(["A sentence to encode."], return_tensors="pt")
 mu, logvar = model.encode(tokens["input_ids"], tokens["attention_mask"])
-ids = model.generate(mu, max_new_tokens={described.get(MAX_TOKENS, 64)})
+ids = model.generate(mu, max_new_tokens={described.get(MAX_TOKENS, UNKNOWN_MAX_TOKENS)})
 print(tokenizer.batch_decode(ids, skip_special_tokens=True))
 ```
 """
@@ -242,10 +242,12 @@ def _cell(metric: str, found: Mapping[str, Any]) -> str:
     return evaluations.with_error(value, found.get(f"{metric}_se"))
 
 
-def _texts(examples: Examples | None) -> str:
+def _texts(examples: Examples | None, described: Mapping[str, Any]) -> str:
     if examples is None or not examples.samples:
         return ""
-    told = "## Samples\n\nGreedy decoding of z drawn from N(0, I).\n\n" + _block(examples.samples)
+    prior = described["model"].get("prior", "normal")
+    drawn = "N(0, I)" if prior == "normal" else f"the learned prior (`{prior}`)"
+    told = f"## Samples\n\nGreedy decoding of z drawn from {drawn}.\n\n" + _block(examples.samples)
     if examples.traversal:
         told += f"\n## A traversal\n\nThe first sample with other values of latent unit {examples.unit}.\n\n"
         told += _block([f"{value:6.2f}  {text}" for value, text in examples.traversal])

@@ -18,11 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vae_ds.errors import CheckpointError, ConfigError
-from vae_ds.model import MAX_TOKENS, T5VAE, exported_weights, load_tokenizer, read_export
+from vae_ds.model import MAX_TOKENS, T5VAE, UNKNOWN_MAX_TOKENS, exported_weights, load_tokenizer, read_export
 
 INPUTS, OUTPUTS = ("input_ids", "attention_mask"), ("mu", "logvar")
 TOLERANCE = 1e-5  # the largest difference from PyTorch that a written program may have
-UNKNOWN_MAX_TOKENS = 64
 ONNX_BYTES = 2 * 10**9  # a little less than the limit of its format, 2 GiB
 OF_ENCODER = ("t5.encoder.", "t5.shared.", "bottleneck.")  # the names of its weights
 ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel"}

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
@@ -72,10 +73,15 @@ def files(folder: Path) -> list[CommitOperationAdd]:
     if not (folder / CARD).is_file():
         made[CARD] = card_text(folder)
     sent = {path: text.encode() for path, text in made.items()}
-    for file in sorted(folder.iterdir()):
-        if file.name not in sent and not any(file.match(pattern) for pattern in LEFT_OUT):
-            sent[file.name] = str(file)  # type: ignore[assignment]
+    for file in sorted(folder.rglob("*")):
+        place = file.relative_to(folder)
+        if file.is_file() and str(place) not in sent and not _is_left_out(place):
+            sent[place.as_posix()] = str(file)  # type: ignore[assignment]
     return [CommitOperationAdd(path, content) for path, content in sent.items()]
+
+
+def _is_left_out(place: Path) -> bool:
+    return any(fnmatch(part, pattern) for part in place.parts for pattern in LEFT_OUT)
 
 
 @contextmanager

@@ -22,14 +22,13 @@ from vae_ds.data import Progress, from_texts, tokenizer_fingerprint
 from vae_ds.distributed import Ranks
 from vae_ds.errors import ConfigError, DataError
 from vae_ds.evaluation import finished_run, log_likelihoods
-from vae_ds.model import MAX_TOKENS, T5VAE
+from vae_ds.model import MAX_TOKENS, T5VAE, UNKNOWN_MAX_TOKENS
 from vae_ds.runtime import run_dirs
 from vae_ds.sharing import write_card
 from vae_ds.textvae.nearest import Nearest
 
 Codes = torch.Tensor | np.ndarray | Sequence[Any]
 
-UNKNOWN_MAX_TOKENS = 64  # of an export that does not say it: the default of the recipes
 BATCHES_AT_ONCE = 16  # between two steps of the progress; texts are sorted by length within so many batches
 BATCH = {"cpu": 64, "cuda": 256}
 TOKENS = 1 << 14  # of one forward pass: 256 texts of 64 tokens, or 64 texts of 256
