@@ -6,7 +6,6 @@ that a change of the machine's load meets both, and each ratio is of two neighbo
 Shapes: B texts in a batch, T tokens.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import transformers
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from vae_ds.bench.contest import middle
 from vae_ds.config import DataConfig, ModelConfig
 from vae_ds.data import corpora
 from vae_ds.model import T5VAE, load_t5, load_tokenizer
@@ -214,10 +214,8 @@ def _duration_s(work: Callable[[], Any]) -> float:
 
 
 def _spread(values: Sequence[float]) -> Spread:
-    if len(values) < 2:
-        return Spread(values[0], values[0], values[0])
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, lower, upper)
+    found = middle(values)
+    return Spread(found.value, found.low, found.high)
 
 
 def _told(spread: Spread, digits: int) -> str:

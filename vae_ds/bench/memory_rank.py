@@ -21,6 +21,7 @@ import torch
 from vae_ds import config as configuration
 from vae_ds import distributed, engine, training
 from vae_ds.config import RunConfig
+from vae_ds.runtime import records
 
 SAMPLE_S = 0.005
 PLAIN_COPIES = 5
@@ -73,8 +74,7 @@ def _part(frame: FrameType | None) -> str:
 
 def _copies(run_dir: Path, world: int) -> float:
     """The median wait for the copy of a checkpoint, over that of plain copies to new memory; one thread each."""
-    lines = (run_dir / "checkpoints.jsonl").read_text(encoding="utf-8").splitlines()
-    written = [json.loads(line) for line in lines]
+    written = records.read_rows(run_dir / "checkpoints.jsonl")
     state_B = torch.ones(int(statistics.median(one["size_bytes"] for one in written)) // world, dtype=torch.uint8)
     plain_s = []
     for _ in range(PLAIN_COPIES):

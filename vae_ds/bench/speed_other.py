@@ -6,7 +6,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,15 +42,10 @@ def iw(place: Place) -> list[Row]:
         model, tokenizer = T5VAE.from_base(config.model, config.seed), load_tokenizer(config.model.base)
         tokens = from_texts(texts("ptb", 4, 3), tokenizer, spec["max_tokens"])
         settings = EvaluationConfig(iw_samples=samples, iw_sentences=None)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            arguments = (model, tokens, settings, tokenizer.pad_token_id)
-            with Here({"ours": _iw_ours(*arguments), "naive": _iw_naive(*arguments)}) as here:
-                rounds = 1 if place.is_quick else 3
-                found = alternate({"ours": here, "naive": here}, {"ours": 1, "naive": 1}, rounds, warm=0)
-        finally:
-            torch.set_num_threads(threads)
+        arguments = (model, tokens, settings, tokenizer.pad_token_id)
+        with _one_thread(), Here({"ours": _iw_ours(*arguments), "naive": _iw_naive(*arguments)}) as here:
+            rounds = 1 if place.is_quick else 3
+            found = alternate({"ours": here, "naive": here}, {"ours": 1, "naive": 1}, rounds, warm=0)
         faster = ratio(found["naive"], found["ours"], lambda one: one.seconds / one.sentences)
         facts = {
             f"{name}_s_per_sentence": middle([r.seconds / r.sentences for r in found[name]]).value for name in found
@@ -59,6 +55,16 @@ def iw(place: Place) -> list[Row]:
         if place.is_quick:
             break
     return rows
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _iw_ours(model: T5VAE, tokens: TokenSet, settings: EvaluationConfig, pad_id: int) -> Contestant:
@@ -95,17 +101,13 @@ def evaluation(place: Place) -> list[Row]:
     model, tokenizer = T5VAE.from_base(config.model, config.seed), load_tokenizer(config.model.base)
     tokens = from_texts(texts("ptb", count, 4), tokenizer, spec["max_tokens"])
     ranks = distributed.start()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with _one_thread():
         contestant = ours(spec)
         next(contestant)
         steps = [next(contestant).seconds for _ in range(1 if place.is_quick else 20)]
         began_s = time.perf_counter()
         evaluate(model, tokens, ranks, config.evaluation, seed=0, pad_id=tokenizer.pad_token_id, full=False, beta=1.0)
         took_s = time.perf_counter() - began_s
-    finally:
-        torch.set_num_threads(threads)
     epoch_s = count / spec["batch"] * sum(steps) / len(steps)
     facts = {"evaluation_s": took_s, "epoch_s": epoch_s, "sentences": count}
     case = f"{count:,} sentences: rec, kl, z_gain, mi, au; shipped tiny T5, one thread"

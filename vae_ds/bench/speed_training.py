@@ -1,6 +1,7 @@
 """The measures of `vae-ds bench speed` that are about training steps. Each returns its rows."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -77,15 +78,12 @@ def huggingface(place: Place) -> list[Row]:
         specs = {"ours": place.spec("ours", "ptb", batch=batch, shape=shape)}
         specs["as it comes"] = place.spec("huggingface", "ptb", batch=batch, shape=shape)
         specs["group_by_length"] = specs["as it comes"] | {"by_length": True}
-        found = {}
-        hosts = {
-            name: place.host({name: spec}, f"huggingface-{shape}-{name[:5].strip()}") for name, spec in specs.items()
-        }
-        try:
+        with ExitStack() as stack:
+            hosts = {
+                name: stack.enter_context(place.host({name: spec}, f"huggingface-{shape}-{name[:5].strip()}"))
+                for name, spec in specs.items()
+            }
             found = alternate(hosts, dict.fromkeys(specs, steps), place.rounds)
-        finally:
-            for host in hosts.values():
-                host.__exit__(None, None, None)
         for name in ("as it comes", "group_by_length"):
             faster = ratio(found["ours"], found[name], lambda one: one.tokens / one.seconds)
             case = f"{name}, {_shape(shape)}, batch {batch}"

@@ -1,12 +1,12 @@
 """What `vae-ds train` prints at its end: the validations, the model, and commands to try next."""
 
-import json
 import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vae_ds.errors import CheckpointError
 from vae_ds.runtime import records
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _validation(row: Mapping[str, Any]) -> str:
 def _validations(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of evaluations.jsonl that have a finite nelbo. None without the file: its absence is no fault here."""
     try:
-        rows = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
+        rows = records.read_rows(run_dir / "evaluations.jsonl")
+    except (OSError, CheckpointError):
         return []
     return [row for row in rows if isinstance(row.get("nelbo"), int | float) and math.isfinite(row["nelbo"])]

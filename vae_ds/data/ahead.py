@@ -5,7 +5,7 @@ Shapes: G sentences of a global batch.
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,21 +16,8 @@ from vae_ds.data.feed import Feed
 from vae_ds.distributed import Ranks
 
 
-class _Work(NamedTuple):
-    """What a micro batch is made of: the sentences of a portion, the keys of their random numbers, and a piece."""
-
-    tokens: TokenSet
-    keys: tuple[int, ...]
-    piece: Piece
-
-    def is_that_of(self, other: "_Work") -> bool:
-        mine, its = self.piece, other.piece
-        same = self.tokens is other.tokens and self.keys == other.keys
-        return same and np.array_equal(mine[0], its[0]) and np.array_equal(mine[1], its[1])
-
-
 class MicroBatches:
-    """The micro batches of `feed`: `take` begins a global batch, and then `next` gives its micro batches.
+    """The micro batches of `feed`: `take` begins a global batch, and then `next` gives each of its micro batches.
 
     What they contain does not depend on the thread, and `feed` is never further than the global batch that was taken,
     so a checkpoint has the right place. Costs the memory of one micro batch more.
@@ -40,45 +27,45 @@ class MicroBatches:
         """`settings` are keyword arguments of `collate`, without `keys`."""
         self.feed, self._ranks, self._limits, self._settings = feed, ranks, limits, settings
         self._pool = ThreadPoolExecutor(1, "batches")
-        self._left: deque[Piece] = deque()
-        self._begun: tuple[_Work, Future[Batch]] | None = None
+        self._left: deque[Piece] = deque()  # of the global batch that was taken
+        self._upcoming: list[Piece] | None = None  # of the one after it, if it is known
+        self._begun: Future[Batch] | None = None  # the next micro batch
 
     def take(self) -> tuple[int, int]:
-        """Begin the next global batch. Returns its sentences, on all ranks, and the micro batches of this rank.
+        """Begin the next global batch, after `next` gave all of the last one.
 
-        Raises DataError as `Feed.take`.
+        Returns its number of sentences, on all ranks, and of micro batches of this rank. Raises DataError as
+        `Feed.take`.
         """
         index_G = self.feed.take()
-        self._left = deque(self._cut(index_G))
+        self._left = deque(self._cut(index_G) if self._upcoming is None else self._upcoming)
+        self._upcoming = None
         return len(index_G), len(self._left)
 
     def next(self) -> Batch:
         """The next micro batch of the global batch, on the device. The thread begins the one after it."""
-        work = self._work(self._left.popleft())
-        begun, self._begun = self._begun, None
-        batch = begun[1].result() if begun is not None and begun[0].is_that_of(work) else self._make(work)
+        piece = self._left.popleft()
+        batch = self._make(self.feed.tokens, self.feed.keys, piece) if self._begun is None else self._begun.result()
         following = self._left[0] if self._left else self._first_of_the_next()
+        self._begun = None
         if following is not None:
-            later = self._work(following)
-            self._begun = later, self._pool.submit(self._make, later)
+            self._begun = self._pool.submit(self._make, self.feed.tokens, self.feed.keys, following)
         return batch
 
     def close(self) -> None:
         """End the thread."""
         self._pool.shutdown(cancel_futures=True)
-        self._begun = None
 
     def _first_of_the_next(self) -> Piece | None:
         """None at the end of a portion: the next one is read when it is taken."""
         index_G = self.feed.upcoming()
-        return None if index_G is None else self._cut(index_G)[0]
+        if index_G is None:
+            return None
+        self._upcoming = self._cut(index_G)
+        return self._upcoming[0]
 
     def _cut(self, index_G: NDArray[np.int64]) -> list[Piece]:
         return share(index_G, self.feed.tokens.lengths_N, self._ranks.rank, self._ranks.world, self._limits)
 
-    def _work(self, piece: Piece) -> _Work:
-        return _Work(self.feed.tokens, self.feed.keys, piece)
-
-    def _make(self, work: _Work) -> Batch:
-        made = collate(work.tokens, *work.piece, keys=work.keys, **self._settings)
-        return made.to(self._ranks.device)
+    def _make(self, tokens: TokenSet, keys: tuple[int, ...], piece: Piece) -> Batch:
+        return collate(tokens, *piece, keys=keys, **self._settings).to(self._ranks.device)

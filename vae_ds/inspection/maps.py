@@ -3,7 +3,6 @@
 Shapes: N texts, L latent units, R rows and columns of a grid, S validations.
 """
 
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from vae_ds.errors import DataError
 from vae_ds.inspection.libraries import require
+from vae_ds.runtime import records
 from vae_ds.textvae import TextVAE
 
 
@@ -91,15 +91,8 @@ def grid(vae: TextVAE, z_NL: np.ndarray, plane: Plane, size: int = 5) -> Grid:
 
 def units_over_training(run: Path) -> tuple[list[int], np.ndarray] | None:
     """The steps of the validations of a run, and the mean KL of each unit there, nats (S, L); None without a record."""
-    file = run / "evaluations.jsonl"
-    if not file.is_file():
-        return None
     steps, rows = [], []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # the end of the file while a run writes it
+    for row in records.read_rows(run / "evaluations.jsonl"):
         if row.get("split") == "valid" and row.get("kl_per_dim"):
             steps.append(int(row["step"]))
             rows.append(row["kl_per_dim"])
@@ -113,7 +106,6 @@ def write_projector(folder: Path, z_NL: np.ndarray, columns: dict[str, Sequence[
 
     columns: what is known of each text, by name; the first is the text. Raises StorageError.
     """
-    from vae_ds.runtime import records
 
     def cell(value: str | None) -> str:
         return " ".join((value or "").split()) or "-"

@@ -118,6 +118,21 @@ def write_json(path: str | Path, value: Any) -> None:
     replace_file(Path(path), f"{strict_json(value, indent=2)}\n".encode())
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, empty without a file. A last row that is still being written is left out.
+
+    Raises CheckpointError if a row is not JSON.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise CheckpointError(f"{path}: a row is not JSON: {error}") from None
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file atomically. Creates missing directories."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ from typing import Any
 
 from vae_ds import config as configuration
 from vae_ds.config import RunConfig
-from vae_ds.errors import CheckpointError
 from vae_ds.runtime import evaluations, records, run_dirs
 from vae_ds.studies import metric_tables, setting_words
 
@@ -74,11 +73,11 @@ def validations(run: Run) -> dict[int, list[dict[str, Any]]]:
     """
     # A validation has only its step. The last steps of the phases are in the rows of the training.
     ends: dict[str, int] = {}
-    for row in _rows(run.path / "metrics.jsonl"):
+    for row in records.read_rows(run.path / "metrics.jsonl"):
         ends[row["phase"]] = row["step"]
     numbers = {phase.name: number for number, phase in enumerate(run.config.phases, 1)}
     found: dict[int, list[dict[str, Any]]] = {}
-    for row in _rows(run.path / "evaluations.jsonl"):
+    for row in records.read_rows(run.path / "evaluations.jsonl"):
         begin = 0
         for position, (phase, end) in enumerate(ends.items()):
             if row["step"] <= end or position == len(ends) - 1:
@@ -238,15 +237,3 @@ def _same_of_a_phase(key: str, other: str, every: Sequence[Mapping[str, Any]]) -
     if one[0] != "phases" or two[0] != "phases" or one[2:] != two[2:]:
         return False
     return all(settings.get(key) == settings.get(other) for settings in every)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, empty without a file. A last row that is still being written is left out."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
-        raise CheckpointError(f"{path}: a row is not JSON: {error}") from None

@@ -7,11 +7,8 @@ from pathlib import Path
 from vae_ds import distributed
 from vae_ds.config import RunConfig
 from vae_ds.runtime import StopFlag
-from vae_ds.training import phases
-from vae_ds.training.build import build_engine, build_model
-from vae_ds.training.memory import limits_for
+from vae_ds.training.handover import Start
 from vae_ds.training.preparation import prepare
-from vae_ds.training.speed import speed_of
 from vae_ds.training.trainer import Trainer
 
 
@@ -39,24 +36,18 @@ class Steps:
         setup = prepare(config.model_copy(update={"logging": quiet}), run_dir, ranks)
         self._plan = setup.plans[phase]
         self._trainer = Trainer(setup, False, StopFlag())
-        model, weights = build_model(setup, self._plan, None, True)
-        self._trainer.decodes = phases.decodes(name for name, one in model.named_parameters() if one.requires_grad)
-        self._trainer.speed = self._speed = speed_of(setup, self._plan, 0, model)
-        self._engine = build_engine(setup, self._plan, model, weights)
-        self._trainer.limits = limits_for(setup, self._engine)
-        distributed.seed_everything(config.seed, ranks.rank, phase)
-        phases.train_mode(self._engine.module)
+        self._engine, _ = self._trainer.build(self._plan, Start())
         self._sentences = config.batch.global_size
         self._batches = self._trainer.batches(self._plan, self._engine)
 
     def step(self) -> Step:
         """One optimizer step. A collective."""
         began_s = time.perf_counter()
-        with self._speed.step():
+        with self._trainer.speed.step():
             self._trainer.step(self._plan, self._engine, self._batches)
         seconds = time.perf_counter() - began_s
-        counted = self._speed.counted()
-        shares = {key: value for key, value in self._speed.row().items() if key.startswith("share_")}
+        counted = self._trainer.speed.counted()
+        shares = {key: value for key, value in self._trainer.speed.row().items() if key.startswith("share_")}
         return Step(seconds, self._sentences, counted.tokens, counted.operations, shares)
 
     def close(self) -> None:

@@ -137,24 +137,15 @@ class Trainer:
         """
         if self.state.step >= plan.steps and start.source is not None:
             return Start(start.stored, gathered=start.gathered)
-        is_start = not start.resumes and not any(self.state.place)
-        model, weights = build_model(self.setup, plan, start.source, is_start)
-        self.left_out = base_weights.left_out(weights, self.setup, start, self.left_out)
-        self.decodes = phases.decodes(name for name, one in model.named_parameters() if one.requires_grad)
-        facts, self.speed = phases.sizes(model), speed_of(self.setup, plan, self.state.step, model)
-        engine = build_engine(self.setup, plan, model, weights)  # it may divide the parameters
-        self.limits = limits_for(self.setup, engine)
+        engine, facts = self.build(plan, start)
         if plan.settings.aggressive and self.state.aggressive is None:
             self.state.aggressive = Aggressive()
         self.state.choice = self.state.choice or self.exporter.begin(plan)
-        # After the engine: building one draws random numbers, too.
-        distributed.seed_everything(self.setup.config.seed, self.setup.ranks.rank, plan.index)
         if start.stored is not None and start.resumes:
             engine.load(start.stored)
         start.close()
         self.monitor.begin_phase(plan.name, plan.steps, self.state.step, facts)
         self.status.begin_phase(self.state)
-        phases.train_mode(engine.module)
         try:
             self.steps(plan, engine)
             gather = partial(self.exporter.gather, engine, self.state, self._is_last(plan.index))
@@ -165,6 +156,20 @@ class Trainer:
             engine.close()
 
     # A phase
+
+    def build(self, plan: PhasePlan, start: Start) -> tuple[PhaseEngine, str]:
+        """The engine of a phase, ready to train, and its sizes in words. Sets what depends on the phase here."""
+        is_start = not start.resumes and not any(self.state.place)
+        model, weights = build_model(self.setup, plan, start.source, is_start)
+        self.left_out = base_weights.left_out(weights, self.setup, start, self.left_out)
+        self.decodes = phases.decodes(name for name, one in model.named_parameters() if one.requires_grad)
+        facts, self.speed = phases.sizes(model), speed_of(self.setup, plan, self.state.step, model)
+        engine = build_engine(self.setup, plan, model, weights)  # it may divide the parameters
+        self.limits = limits_for(self.setup, engine)
+        # After the engine: building one draws random numbers, too.
+        distributed.seed_everything(self.setup.config.seed, self.setup.ranks.rank, plan.index)
+        phases.train_mode(engine.module)
+        return engine, facts
 
     def steps(self, plan: PhasePlan, engine: PhaseEngine) -> None:
         """The loop of one phase: step, log, validate, save, until all its optimizer steps are applied."""

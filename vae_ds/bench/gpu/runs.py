@@ -14,6 +14,7 @@ from vae_ds import training
 from vae_ds.bench import profiles
 from vae_ds.bench.gpu.copies import around_steps
 from vae_ds.errors import Stopped
+from vae_ds.runtime import records
 
 # A step has several micro batches. The training text is one global batch: after a skipped step, the next one has the
 # same sentences, so that the curves still compare.
@@ -148,7 +149,7 @@ def train_stopped(recipe: Path, run: Path, steps: int, *settings: str) -> None:
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """The rows of the log of a run."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return records.read_rows(run / "metrics.jsonl")
 
 
 def losses(rows: Sequence[dict[str, Any]]) -> list[float]:
