@@ -1,25 +1,34 @@
-"""Start real processes that communicate over gloo, as on a cluster, with a limit on every wait."""
+"""Start real processes that communicate over gloo, as on a cluster, with a limit on every wait.
+
+The ranks are forked from a process that has imported the packages (the method `forkserver` of multiprocessing): to
+import them takes six seconds of processor time, which each rank would need.
+"""
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from support import ROOT
 from support.processes import no_rank
+from support.python import run_python
 from vae_ds.runtime.machine import free_port
 
 WORKER = Path(__file__).with_name("train_jobs.py")
 # When a rank fails, the others block in a collective. They get this time to report it.
 GRACE_S = 5.0
+PRELOAD = ["vae_ds.cli.entry", "vae_ds.evaluation", "vae_ds.latents", "vae_ds.training", "deepspeed", "torch.optim"]
+_FORKED, _NEW = multiprocessing.get_context("forkserver"), multiprocessing.get_context("spawn")
+_FORKED.set_forkserver_preload(PRELOAD)
 
 
 @dataclass(frozen=True)
@@ -51,22 +60,24 @@ def launch(
     cwd: Path = ROOT,
     check: bool = True,
 ) -> Finished:
-    """Run `python ARGUMENTS` (a script or `-m` and a module, with arguments) as `processes` ranks of one group.
+    """Run `python ARGUMENTS` (a script, `-m` and a module, or `-c` and code) as `processes` ranks of one group.
 
     Each rank has its own session, so that its child processes end with it. Environment and caches are private to this
-    call. With `check`, raises AssertionError with all output unless every code is 0.
+    call. With `env`, each rank imports all packages itself: some read variables only then. With `check`, raises
+    AssertionError with all output unless every code is 0.
     """
     with tempfile.TemporaryDirectory(prefix="vae_ds_launch_") as folder:
         private = Path(folder)
         common = _environment(private, processes) | dict(env or {})
         started = time.monotonic()
-        ranks = [_start(arguments, rank, private, common, cwd) for rank in range(processes)]
+        context = _FORKED if env is None else _NEW
+        ranks = [_start(context, arguments, rank, private, common, cwd) for rank in range(processes)]
         try:
             timed_out = _wait(ranks, started + timeout_s)
         finally:
             _end(ranks)
         outputs = [(private / f"rank{rank}.log").read_text(errors="replace") for rank in range(processes)]
-        finished = Finished([rank.returncode for rank in ranks], outputs, timed_out, time.monotonic() - started)
+        finished = Finished([rank.exitcode or 0 for rank in ranks], outputs, timed_out, time.monotonic() - started)
         _remove_shared_memory(common["MASTER_PORT"])
     if check and any(finished.codes):
         raise AssertionError(finished.report())
@@ -125,40 +136,42 @@ def _environment(private: Path, processes: int) -> dict[str, str]:
 
 
 def _start(
-    arguments: Sequence[str | Path], rank: int, private: Path, common: Mapping[str, str], cwd: Path
-) -> subprocess.Popen[bytes]:
-    with (private / f"rank{rank}.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            cwd=cwd,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    context: ForkServerContext | SpawnContext,
+    arguments: Sequence[str | Path],
+    rank: int,
+    private: Path,
+    common: Mapping[str, str],
+    cwd: Path,
+) -> BaseProcess:
+    environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    words = [str(word) for word in arguments]
+    process = context.Process(target=run_python, args=(words, private / f"rank{rank}.log", environment, cwd))
+    process.start()
+    return process
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], deadline: float) -> bool:
+def _wait(ranks: Sequence[BaseProcess], deadline: float) -> bool:
     """Wait until all have ended, or one has failed and GRACE_S has passed. Returns whether the deadline came first."""
     failed = False
-    while any(rank.poll() is None for rank in ranks):
+    while any(rank.exitcode is None for rank in ranks):
         now = time.monotonic()
         if now > deadline:
             return not failed
-        if not failed and any(rank.poll() not in (None, 0) for rank in ranks):
+        if not failed and any(rank.exitcode not in (None, 0) for rank in ranks):
             failed, deadline = True, min(deadline, now + GRACE_S)
         time.sleep(0.05)
     return False
 
 
-def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+def _end(ranks: Sequence[BaseProcess]) -> None:
     """Kill the session of each rank, with processes that an ended rank has left."""
     for rank in ranks:
+        assert rank.pid is not None
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(rank.pid, signal.SIGKILL)
+        rank.kill()
     for rank in ranks:
-        rank.wait()
+        rank.join()
 
 
 def _remove_shared_memory(port: str) -> None:

@@ -13,7 +13,7 @@ from support.recipes import write_recipe
 from support.tiny import ENGLISH, make_base, write_splits
 from vae_ds.training import checkpoint, trainer
 
-# 160 seconds of processor time, mostly for eight starts of Python; with other load, many times that.
+# With other load, many times its two minutes.
 pytestmark = pytest.mark.timeout(900)
 WORLD, FEWER = 8, 3
 WARMUP, FULL = 3, 25
