@@ -140,6 +140,14 @@ def test_samples_and_metrics_use_the_prior(run: Path, capsys) -> None:
     for kind in ("gaussian", "normal"):
         assert command("evaluate", run, "--prior", kind, "--json") == 0
         found[kind] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    # The evaluation that is stored is the last one.
+    stale = f"{run / 'eval-test.json'} is of another prior; `vae-ds evaluate {run}` writes it anew\n"
+    assert command("prior", run, "--use", "normal") == 0
+    assert stale not in capsys.readouterr().out
+    assert command("prior", run, "--use", "gaussian") == 0
+    assert capsys.readouterr().out.endswith(stale)
+    assert command("prior", run, "--kind", "gaussian", "--replace") == 0
+    assert capsys.readouterr().out.endswith(stale)
     learned, plain = found["gaussian"], found["normal"]
     assert (learned["prior"], plain.get("prior"), plain.get("kl_normal")) == ("gaussian", None, None)
     assert learned["rec"] == plain["rec"]

@@ -105,6 +105,9 @@ def test_samples_name_the_prior(prior: str, words: str, tmp_path: Path) -> None:
     build(prior=prior).save_pretrained(tmp_path / "mine", load_tokenizer(tiny.base()))
     write_card(tmp_path / "mine", examples=Examples(["A sample."]))
     assert f"z drawn {words}" in (tmp_path / "mine" / "README.md").read_text(encoding="utf-8")
+    write_card(tmp_path / "mine", evaluation=METRICS)
+    text = (tmp_path / "mine" / "README.md").read_text(encoding="utf-8")
+    assert ("under the prior `normal`; the model now has the prior `flow`" in text) == (prior == "flow")
 
 
 def test_only_an_export_has_a_card(tmp_path: Path) -> None:

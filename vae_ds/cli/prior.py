@@ -1,6 +1,7 @@
 """`vae-ds prior`: fit a learned prior to a finished run, or choose among the priors of an export."""
 
 import argparse
+import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -69,6 +70,14 @@ def prior(arguments: argparse.Namespace) -> None:
         print(records.strict_json({"prior": used, "priors": stored_priors(export)}))
     else:
         print(f"{export} uses the prior {used}; it has {', '.join(stored_priors(export))}")
+        _name_old_evaluations(run, used)
+
+
+def _name_old_evaluations(run: Path, prior: str | None) -> None:
+    """Say which stored evaluations are not of this prior; None: all of them."""
+    for split in evaluations.of_other_priors(run, prior):
+        command = f"vae-ds evaluate {shlex.quote(str(run))}" + (f" --split {split}" if split != "test" else "")
+        print(f"{evaluations.metrics_file(run, split)} is of another prior; `{command}` writes it anew")
 
 
 def _fit(arguments: argparse.Namespace, run: Path) -> None:
@@ -96,3 +105,4 @@ def _fit(arguments: argparse.Namespace, run: Path) -> None:
     for name, words in (("kl_normal", "from N(0, I)"), ("kl_before", "from the prior before"), ("kl", "from this one")):
         print(f"  {words:<22} {evaluations.with_error(found[name], found[f'{name}_se'])}")
     print(f"  {'saved of N(0, I)':<22} {evaluations.with_error(found['saved'], found['saved_se'])}")
+    _name_old_evaluations(run, None)

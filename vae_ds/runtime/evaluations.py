@@ -104,6 +104,17 @@ def read(run_dir: Path, split: str) -> dict[str, Any]:
     return metrics
 
 
+def of_other_priors(run_dir: Path, prior: str | None) -> list[str]:
+    """The splits of the evaluations in a run directory under another prior than this one; None: of all of them."""
+    splits = sorted(path.stem.removeprefix("eval-") for path in run_dir.glob("eval-*.json"))
+    return [split for split in splits if prior_of(read(run_dir, split)) != prior]
+
+
+def prior_of(metrics: Mapping[str, Any]) -> str:
+    """The prior of an evaluation. Only that of a learned prior names it."""
+    return str(metrics.get("prior") or "normal")
+
+
 def read_values(run_dir: Path, split: str) -> dict[str, np.ndarray]:
     """The values of each sentence of an evaluated run or model, float64 arrays by name.
 

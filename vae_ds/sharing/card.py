@@ -274,6 +274,9 @@ def _limits(
         told.append("- A code keeps a part of a sentence: reconstructions are similar sentences, rarely equal ones.")
         if evaluation is not None and evaluation.get("verdict") not in (None, "uses z"):
             told.append(f"- By the evaluation, the code is not used as it should be: {evaluation['verdict']}.")
+        prior = described["model"].get("prior", "normal")
+        if evaluation is not None and (evaluated := evaluations.prior_of(evaluation)) != prior:
+            told.append(f"- The evaluation is under the prior `{evaluated}`; the model now has the prior `{prior}`.")
     return "## Limits\n\n" + "\n".join(told) + "\n"
 
 
