@@ -101,7 +101,7 @@ def test_every_shipped_ds_config_that_a_cpu_can_start_was_started(session: Sessi
     assert session.answers[0].get("started") == expected
 
 
-def test_parameter_groups_on_one_rank(tmp_path: Path) -> None:
+def test_every_stage_on_one_rank(tmp_path: Path) -> None:
     finished = launch([Path(engine_cases.__file__), tmp_path, "alone"], processes=1, timeout_s=560, check=False)
     answers = json.loads((tmp_path / "rank0.json").read_text())
     for case in engine_cases.cases("alone"):
@@ -121,6 +121,24 @@ def test_importing_the_room_does_not_import_deepspeed(tmp_path: Path) -> None:
     code = "import vae_ds.engine, sys; sys.exit('deepspeed' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=clean_environment(tmp_path), timeout=60, check=False)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("world", "section", "stage", "clip"),
+    [
+        (1, {"stage": 0}, 0, 0.0),
+        (1, {"stage": 1}, 0, 0.0),
+        (1, {"stage": 2}, 0, 0.0),
+        (1, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, 2, 5.0),
+        (1, {"stage": 3}, 3, 5.0),
+        (2, {"stage": 0}, 0, 0.0),
+        (2, {"stage": 1}, 1, 5.0),
+    ],
+)
+def test_one_rank_in_float32_divides_nothing(world: int, section: dict[str, Any], stage: int, clip: float) -> None:
+    filled = {"zero_optimization": dict(section), "gradient_clipping": 5.0}
+    ds_config.settle_fp32(filled, world)
+    assert filled == {"zero_optimization": section | {"stage": stage}, "gradient_clipping": clip}
 
 
 def alone() -> Ranks:

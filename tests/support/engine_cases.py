@@ -428,6 +428,9 @@ def cases(session: str) -> dict[str, Callable[[Ranks], None]]:
         for stage in (*STAGES, *(["2_offload", "3_offload_params"] if session == "fp32" else [])):
             add(f"groups-zero{stage}", groups, stage)
     if session == "alone":
+        for stage in STAGES:
+            add(f"parity-zero{stage}-clip", parity, stage, 0.05)
+            add_both(stage, "fp32")
         return found
     offloads = ["1_offload", "2_offload", "3_offload", "3_offload_params"]
     if session == "nvme":

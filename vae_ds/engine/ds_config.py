@@ -180,6 +180,20 @@ def complete(tree: Mapping[str, Any], owned: Mapping[str, Any], source: str = "d
     return result
 
 
+def settle_fp32(filled: dict[str, Any], world: int) -> None:
+    """Leave out what DeepSpeed does in vain in float32.
+
+    On one rank, stages 1 and 2 without offload become stage 0. They have nothing to divide, but copy all gradients and
+    weights in each step, into buffers that take 4 bytes per parameter. At stage 0, `PhaseEngine` clips the gradients:
+    it needs their norm anyway, and DeepSpeed multiplies all of them by 1 where nothing is to be clipped.
+    """
+    section = filled.setdefault("zero_optimization", {})
+    if world == 1 and section.get("stage") in (1, 2) and not section.get("offload_optimizer"):
+        section["stage"] = 0
+    if section.get("stage", 0) == 0:
+        filled["gradient_clipping"] = 0.0
+
+
 def settle_accumulation(tree: dict[str, Any], stage: int, precision: str, source: str) -> None:
     """Accumulate gradients in float32 wherever DeepSpeed can, and sum them over the ranks in float32.
 

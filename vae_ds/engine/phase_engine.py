@@ -129,7 +129,7 @@ class PhaseEngine:
         filled = _fill(ds_config, optimizer, ranks, precision, parameters.values())
         self._swap = nvme.claim(filled, parameters.values(), ranks, 4 if precision == "fp32" else 2)
         self._stage = int(filled.get("zero_optimization", {}).get("stage", 0))
-        self._is_plain = self._stage == 0 and precision == "fp32"
+        self._is_plain, self._largest_norm = self._stage == 0 and precision == "fp32", optimizer.clip
         frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
         self._frozen = Frozen(frozen, ranks, None if self._stage < 3 and precision == "fp32" else exact)
         if precision == "fp32":
@@ -138,6 +138,8 @@ class PhaseEngine:
         self._library = _library()
         self._engine = self._initialize(module, filled, weights, DTYPES[precision])
         distributed.apply_timeout()  # to the process groups that DeepSpeed has made
+        # To sum gradients over the ranks, DeepSpeed copies all of them into a buffer, even on one rank.
+        self._engine.enable_backward_allreduce = ranks.world > 1 or not self._is_plain
         self._masters = Masters(self._library, self._engine, self._adam, self._trainable, self._stage, ranks)
         # DeepSpeed derives the masters from weights that it has already rounded to 16 bits. At stage 0, it has also
         # taken a step with zero gradients.
@@ -173,7 +175,7 @@ class PhaseEngine:
         groups.set_rates(self._adam, lr, half)
         norm: float | torch.Tensor | None = None
         if is_boundary and self._is_plain:
-            norm = self._gradient_norm()
+            norm = self._clip()
             if not math.isfinite(norm):
                 # Torch's AdamW would apply the step.
                 self._engine.zero_grad()
@@ -311,10 +313,13 @@ class PhaseEngine:
         scaler = self._engine.optimizer.loss_scaler
         return {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)}
 
-    def _gradient_norm(self) -> float:
-        """The norm of the averaged gradient at stage 0 in float32. It is the same on every rank."""
-        gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+    def _clip(self) -> float:
+        """Clip the averaged gradient at stage 0 in float32. Returns its norm before, the same on every rank."""
+        total = torch.nn.utils.get_total_norm([p.grad for p in self._trainable.values() if p.grad is not None])
+        norm = float(total)
+        if 0 < self._largest_norm < norm < math.inf:
+            torch.nn.utils.clip_grads_with_norm_(self._trainable.values(), self._largest_norm, total)
+        return norm
 
     def _check_shapes(self, weights: Reader) -> None:
         found = {name: tuple(shape) for name, shape in weights.shapes.items()}
@@ -362,7 +367,10 @@ def _fill(
         "bf16.enabled": precision == "bf16",
         "fp16.enabled": precision == "fp16",
     }
-    return ds_config.complete(tree, owned)
+    filled = ds_config.complete(tree, owned)
+    if precision == "fp32":
+        ds_config.settle_fp32(filled, ranks.world)
+    return filled
 
 
 def _check_known(tree: dict[str, Any], source: str) -> None:
