@@ -83,6 +83,8 @@ def test_states_by_hand() -> None:
     for (name, precision), (device, host) in by_hand.items():
         found = budget.states(name, precision, 1000, 500, 4)
         assert (found.device, found.host) == (device, host), (name, precision)
+    for name in ("zero0", "zero1", "zero2"):
+        assert budget.states(name, "fp32", 1000, 500, 1).device == 4 * 1500 + 12 * 1000, "nothing to divide"
     with pytest.raises(ValueError, match="zero9: the memory of this ds_config is not known"):
         budget.states("zero9", "bf16", 1000, 0, 1)
 

@@ -34,8 +34,10 @@ def states(ds_config: str, precision: str, trained: int, frozen: int, ranks: int
 
     A trained parameter has a weight, a gradient, a gradient that is accumulated in float32, a float32 master weight and
     two moments of Adam. In float32, the gradient is the accumulated one, and the weight is the master weight, except
-    where ZeRO divides the master weights and keeps the weights whole.
+    where ZeRO divides the master weights and keeps the weights whole. On one rank, it divides nothing in float32.
     """
+    if ranks == 1 and precision == "fp32" and ds_config in ("zero1", "zero2"):
+        ds_config = "zero0"
     weight, share = (4, 1 / ranks) if precision == "fp32" else (2, 1 / ranks)
     whole, divided = trained + frozen, (trained + frozen) * share
     buckets = min(BUCKETS, 8.0 * trained)
