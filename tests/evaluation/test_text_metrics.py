@@ -62,9 +62,13 @@ def drawn_ids(model: T5VAE, tokenizer: Any, size: int, seed: int) -> list[tuple[
     z_BL = torch.stack(
         [torch.as_tensor(distributed.stream(seed, "prior", row).standard_normal(6)).float() for row in range(size)]
     )
+    return written_ids(model, tokenizer, z_BL, seed)
+
+
+def written_ids(model: T5VAE, tokenizer: Any, z_BL: torch.Tensor, seed: int) -> list[tuple[str, list[int]]]:
     how = Decoding(max_new_tokens=24, temperature=1.0, seed=seed)
     with generate.inference(model):
-        ids_BT = model.generate(z_BL, 24, **how.arguments(np.arange(size), z_BL.device))
+        ids_BT = model.generate(z_BL, 24, **how.arguments(np.arange(len(z_BL)), z_BL.device))
     return list(zip(tokenizer.batch_decode(ids_BT, skip_special_tokens=True), ids_BT.tolist(), strict=True))
 
 
@@ -122,9 +126,10 @@ def test_a_trigram_of_text_finds_like_text_more_likely(base: str) -> None:
 def test_each_metric_is_what_it_says(base: str, trained: T5VAE) -> None:
     yardstick = T5VAE.from_base(ModelConfig(base=base, injection="none")), load_tokenizer(base)
     state = torch.random.get_rng_state()
-    found = measure(trained, base, yardstick=yardstick)
+    train = from_texts(TEXTS[:20], yardstick[1], 24)
+    found = measure(trained, base, yardstick=yardstick, train=train)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert found == measure(trained, base, yardstick=yardstick)
+    assert found == measure(trained, base, yardstick=yardstick, train=train)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert None not in found.values()
 
@@ -162,6 +167,21 @@ def test_each_metric_is_what_it_says(base: str, trained: T5VAE) -> None:
     total = sum(trigram.nll(tokenizer(text)["input_ids"]) for text in TEXTS)
     assert found["reverse_ppl"] == pytest.approx(math.exp(total / words), rel=1e-9)
     assert found["self_bleu"] == self_bleu([ngrams(text) for text in texts], ALONE)["self_bleu"]
+
+    # From codes of training sentences: 35 texts of 20 sentences, so some are taken twice.
+    chosen = distributed.stream(3, "text-metrics", "train").choice(20, 35, replace=True)
+    nll, words = [], 0
+    for seed, (start, size) in zip(seeds, groups, strict=True):
+        sources = [TEXTS[row] for row in chosen[start : start + size]]
+        z_BL = generate.encode(trained, tokenizer, sources, sampled=True, seed=seed, max_tokens=24)
+        for text, row in written_ids(trained, tokenizer, z_BL, seed):
+            end = tokenizer.eos_token_id in row
+            ids = tokenizer(text)["input_ids"]
+            words += int(from_texts([text], tokenizer, 24, [end]).words_N.sum())
+            with torch.no_grad():
+                labels_BT = torch.as_tensor(ids if end else ids[:-1][:23])[None]
+                nll.append(float(yardstick[0].reconstruction(None, labels_BT)))
+    assert found["forward_ppl_train"] == pytest.approx(math.exp(sum(nll) / words), rel=1e-4)
     assert found["distinct_2"] == distinct([ngrams(text) for text in texts], 2)
 
 
@@ -180,8 +200,9 @@ def test_what_is_turned_off_is_null(base: str, trained: T5VAE) -> None:
 def test_a_plain_language_model_has_samples_and_no_reconstructions(base: str) -> None:
     found = measure(T5VAE.from_base(ModelConfig(base=base, injection="none")), base)
     assert {key for key, value in found.items() if value is None} == {
-        "bleu", "bleu_se", "bleu_sentences", "bleu_signature", "forward_ppl", "forward_ppl_se"
-    }  # fmt: skip
+        *("bleu", "bleu_se", "bleu_sentences", "bleu_signature", "forward_ppl", "forward_ppl_se"),
+        *("forward_ppl_train", "forward_ppl_train_se"),
+    }
     assert found["self_bleu"] < 90  # drawn tokens: not the same text again and again
 
 

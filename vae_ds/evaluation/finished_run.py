@@ -118,6 +118,7 @@ def evaluate_run(
     nll_N = None if yardstick is None else yardstick_values(Path(yardstick), split, fingerprint, str(run))
     model, _ = load_model(run, prior)
     model.to(ranks.device)
+    train = training_sentences(config, corpus, split, tokenizer, chosen.mi_train_sentences)
     found = evaluate(
         model,
         tokens,
@@ -126,7 +127,7 @@ def evaluate_run(
         seed=config.seed,
         pad_id=tokenizer.pad_token_id,
         yardstick_N=nll_N,
-        train=training_sentences(config, corpus, split, tokenizer, chosen.mi_train_sentences),
+        train=train,
     )
     language_model = None
     if yardstick is not None and chosen.samples:
@@ -141,6 +142,7 @@ def evaluate_run(
         seed=config.seed,
         max_tokens=config.data.max_tokens,
         yardstick=language_model,
+        train=None if train is None else train.tokens,
     )
     if not ranks.is_main:
         return None

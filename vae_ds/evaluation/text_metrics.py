@@ -29,6 +29,7 @@ LanguageModel = tuple[T5VAE, Any]
 
 GROUP = 16
 ORDERS = (1, 2, 3, 4)  # n-gram orders of BLEU
+PERPLEXITIES = ("forward_ppl", "forward_ppl_train", "reverse_ppl")
 RESAMPLES = 1000  # of the bootstrap of BLEU
 NORMAL_95 = 1.96  # half of the width of a 95 % interval, in standard errors
 
@@ -43,6 +44,7 @@ def text_metrics(
     seed: int,
     max_tokens: int,
     yardstick: LanguageModel | None = None,
+    train: TokenSet | None = None,
 ) -> Metrics:
     """Compute these metrics on `tokens`, a split tokenised with `tokenizer`, as plain numbers ready for JSON.
 
@@ -52,6 +54,7 @@ def text_metrics(
       `self_bleu`: mean sentence BLEU of each text against all others, 0 to 100; high if the texts are alike.
       `distinct_1` to `distinct_4`: share of different n-grams among all n-grams, in the words of BLEU (13a).
       `forward_ppl`: perplexity per word of the texts under the yardstick, with its tokenizer; None without yardstick.
+      `forward_ppl_train`: the same of as many texts from codes of sentences of `train`, drawn from their posteriors.
       `reverse_ppl`: perplexity per word of all of `tokens` under a trigram model of the texts (`Trigram`).
       These metrics depend on the number of samples, which is in the result: compare only equal numbers.
 
@@ -65,7 +68,7 @@ def text_metrics(
     """
     found: Metrics = dict.fromkeys(("bleu", "bleu_se", "bleu_sentences", "bleu_signature"))
     found |= dict.fromkeys(("samples", "sample_temperature", *(f"distinct_{n}" for n in ORDERS)))
-    found |= {key: None for name in ("self_bleu", "forward_ppl", "reverse_ppl") for key in (name, f"{name}_se")}
+    found |= {key: None for name in ("self_bleu", *PERPLEXITIES) for key in (name, f"{name}_se")}
     sentences = min(settings.bleu_sentences or 0, len(tokens))
     if sentences and model.bottleneck is not None:
         kept = [_kept(tokens, tokenizer, index) for index in range(sentences)]
@@ -79,7 +82,10 @@ def text_metrics(
         found |= self_bleu(grams, ranks)
         found |= _reverse(from_texts(texts, tokenizer, max_tokens, complete), tokens, len(tokenizer), ranks)
         if yardstick is not None:
-            found |= _forward(samples, yardstick, ranks, settings, max_tokens)
+            found |= _forward("forward_ppl", samples, yardstick, ranks, settings, max_tokens)
+        if yardstick is not None and train is not None and model.bottleneck is not None:
+            samples = _of_codes(model, tokenizer, train, settings, ranks, seed, max_tokens)
+            found |= _forward("forward_ppl_train", samples, yardstick, ranks, settings, max_tokens)
     return found
 
 
@@ -223,7 +229,25 @@ def _samples(
     return _in_groups(settings.samples or 0, ranks, work, "Sampling")
 
 
+def _of_codes(
+    model: T5VAE, tokenizer: Any, train: TokenSet, settings: EvaluationConfig, ranks: Ranks, seed: int, max_tokens: int
+) -> list[latents.Written]:
+    """As many texts as there are samples, from codes of random training sentences, each a sample of its posterior."""
+    count = settings.samples or 0
+    chosen_N = stream(seed, "text-metrics", "train").choice(len(train), count, replace=count > len(train))
+    how = {"max_new_tokens": max_tokens, "temperature": settings.sample_temperature}
+
+    def work(rows: range) -> list[latents.Written]:
+        own = int(stream(seed, "text-metrics", rows.start).integers(2**31))
+        kept = [_kept(train, tokenizer, int(index)) for index in chosen_N[rows.start : rows.stop]]
+        z_NL = latents.encode(model, tokenizer, kept, sampled=True, seed=own, max_tokens=max_tokens)
+        return latents.decode_with_ends(model, tokenizer, z_NL, seed=own, **how)
+
+    return _in_groups(count, ranks, work, "Sampling")
+
+
 def _forward(
+    name: str,
     samples: Sequence[latents.Written],
     yardstick: LanguageModel,
     ranks: Ranks,
@@ -248,7 +272,7 @@ def _forward(
         return [float(nll) for nll in nll_B]
 
     nll = _in_groups(len(texts), ranks, work, "Perplexity under the yardstick")
-    return perplexity("forward_ppl", np.array(nll), tokens.words_N)
+    return perplexity(name, np.array(nll), tokens.words_N)
 
 
 def _reverse(samples: TokenSet, tokens: TokenSet, vocabulary: int, ranks: Ranks) -> Metrics:

@@ -67,8 +67,13 @@ def posterior(model: T5VAE, tokenizer: Any, texts: Sequence[str], **decoding: An
 
 def decode(model: T5VAE, tokenizer: Any, z_NL: torch.Tensor, **decoding: Any) -> list[str]:
     """Texts of the latents z_NL, without special tokens. The state of torch's random generators does not change."""
+    return [written.text for written in decode_with_ends(model, tokenizer, z_NL, **decoding)]
+
+
+def decode_with_ends(model: T5VAE, tokenizer: Any, z_NL: torch.Tensor, **decoding: Any) -> list[Written]:
+    """The texts of `decode`, each with whether the model ended it."""
     _need_latent(model)
-    return [written.text for written in _decode(model, tokenizer, z_NL, Decoding(**decoding))]
+    return _decode(model, tokenizer, z_NL, Decoding(**decoding))
 
 
 def reconstruct(

@@ -25,7 +25,7 @@ COLUMNS = (
     *("mi_train", "mi", "au", "z_gain", "lm_gain"),
 )
 WITH_YARDSTICK = ("above_yardstick", "lm_gain")  # columns only if any run has them
-TEXT_COLUMNS = ("bleu", "self_bleu", "distinct_1", "distinct_2", "forward_ppl", "reverse_ppl")
+TEXT_COLUMNS = ("bleu", "self_bleu", "distinct_1", "distinct_2", "forward_ppl", "forward_ppl_train", "reverse_ppl")
 ERROR = "_se"  # the end of the key of a standard error
 WIDTH = 120
 UNITS_SHOWN = 96
