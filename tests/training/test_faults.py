@@ -84,9 +84,9 @@ class Run:
         words = {one: [os.path.basename(word) for word in one.cmdline()[:4]] for one in launchers_of(self.ranks()[0])}
         return next(one for one, names in words.items() if mark in names)
 
-    def end_of(self, process: subprocess.Popen[bytes]) -> int:
+    def end_of(self, process: subprocess.Popen[bytes], limit_s: float = END_S) -> int:
         """The exit code; nothing may be left."""
-        code = process.wait(timeout=END_S)
+        code = process.wait(timeout=limit_s)
         deadline = time.monotonic() + END_S
         while processes_of(self.job):
             assert time.monotonic() < deadline, [one.cmdline() for one in processes_of(self.job)]
@@ -129,7 +129,7 @@ def test_whatever_hits_a_run_it_resumes_to_the_undisturbed_result(new_run: Calla
     """Killed and signalled at random steps in both phases, by ranks and launchers; then the weights of a quiet run."""
     longer = f"phases.1.steps={STEPS // 2 + TAIL}"
     quiet = new_run("quiet", longer)
-    assert quiet.end_of(quiet.begin()) == 0
+    assert quiet.end_of(quiet.begin(), STARTUP_S) == 0
     run, draw = new_run("hit", longer), random.Random(11)
     span = STEPS // (len(BLOWS) + 1)
     for number, (who, whom, blow, expected) in enumerate(BLOWS):
@@ -147,7 +147,8 @@ def test_whatever_hits_a_run_it_resumes_to_the_undisturbed_result(new_run: Calla
         else:
             assert code == expected, case
             assert state_of(run.run_dir) == "stopped", case
-    assert run.end_of(start(run.command, run.job, run.output)) == 0, run.output.read_text(encoding="utf-8")
+    last = start(run.command, run.job, run.output)
+    assert run.end_of(last, STARTUP_S) == 0, run.output.read_text(encoding="utf-8")
     assert state_of(run.run_dir) == "done"
     assert [row["step"] for row in rows(run.run_dir)] == list(range(1, STEPS + TAIL + 1))
     ours, theirs = weights(run), weights(quiet)
