@@ -141,7 +141,7 @@ def test_samples_and_metrics_use_the_prior(run: Path, capsys) -> None:
         assert command("evaluate", run, "--prior", kind, "--json") == 0
         found[kind] = json.loads(capsys.readouterr().out.splitlines()[-1])
     # The evaluation that is stored is the last one.
-    stale = f"{run / 'eval-test.json'} is of another prior; `vae-ds evaluate {run}` writes it anew\n"
+    stale = f"{run / 'eval-test.json'} is of another prior; `vae-ds evaluate {run} --split test` writes it anew\n"
     assert command("prior", run, "--use", "normal") == 0
     assert stale not in capsys.readouterr().out
     assert command("prior", run, "--use", "gaussian") == 0

@@ -26,7 +26,7 @@ from vae_ds.runtime.machine import free_port
 WORKER = Path(__file__).with_name("train_jobs.py")
 # When a rank fails, the others block in a collective. They get this time to report it.
 GRACE_S = 5.0
-PRELOAD = ["vae_ds.cli.entry", "vae_ds.evaluation", "vae_ds.latents", "vae_ds.training", "deepspeed", "torch.optim"]
+PRELOAD = ["vae_ds.cli.entry", "vae_ds.evaluation", "vae_ds.latents", "vae_ds.training", "deepspeed"]
 _FORKED, _NEW = multiprocessing.get_context("forkserver"), multiprocessing.get_context("spawn")
 _FORKED.set_forkserver_preload(PRELOAD)
 
@@ -77,7 +77,7 @@ def launch(
         finally:
             _end(ranks)
         outputs = [(private / f"rank{rank}.log").read_text(errors="replace") for rank in range(processes)]
-        finished = Finished([rank.exitcode or 0 for rank in ranks], outputs, timed_out, time.monotonic() - started)
+        finished = Finished([rank.exitcode for rank in ranks], outputs, timed_out, time.monotonic() - started)
         _remove_shared_memory(common["MASTER_PORT"])
     if check and any(finished.codes):
         raise AssertionError(finished.report())
@@ -166,7 +166,6 @@ def _wait(ranks: Sequence[BaseProcess], deadline: float) -> bool:
 def _end(ranks: Sequence[BaseProcess]) -> None:
     """Kill the session of each rank, with processes that an ended rank has left."""
     for rank in ranks:
-        assert rank.pid is not None
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(rank.pid, signal.SIGKILL)
         rank.kill()

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -270,8 +271,12 @@ def test_the_loss_falls_and_is_logged(runs: Path) -> None:
     for row in rows(runs / "whole"):
         assert row["positions_per_s"] * (1 - row["padding"]) == pytest.approx(row["tokens_per_s"])
         assert 0 < row["mfu"] < 1
-        assert 0 < sum(value for key, value in row.items() if key.startswith("share_")) <= 1
-        assert row["share_backward"] > 0
+        assert 0.5 < sum(value for key, value in row.items() if key.startswith("share_")) <= 1
         assert row["share_data"] > 0
+    # A single row can have waited for the other processes of the machine.
+    share = {
+        name: statistics.median(row[f"share_{name}"] for row in rows(runs / "whole")) for name in ("backward", "data")
+    }
+    assert share["backward"] > share["data"]
     assert found[0]["beta"] == 0.0
     assert found[-1]["beta"] == 1.0

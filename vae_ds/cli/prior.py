@@ -1,7 +1,6 @@
 """`vae-ds prior`: fit a learned prior to a finished run, or choose among the priors of an export."""
 
 import argparse
-import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -60,12 +59,11 @@ def prior(arguments: argparse.Namespace) -> None:
     export = run_dirs.model_of(run)
     if arguments.kind is not None:
         return _fit(arguments, run)
-    from vae_ds.model import read_export, select_prior, stored_priors
+    from vae_ds.model import prior_in_use, read_export, select_prior, stored_priors
 
     if arguments.use is not None:
         select_prior(export, arguments.use)
-    # An export of an older version does not say it.
-    used = read_export(export)["model"].get("prior", "normal")
+    used = prior_in_use(read_export(export))
     if arguments.json:
         print(records.strict_json({"prior": used, "priors": stored_priors(export)}))
     else:
@@ -76,8 +74,10 @@ def prior(arguments: argparse.Namespace) -> None:
 def _name_old_evaluations(run: Path, prior: str | None) -> None:
     """Say which stored evaluations are not of this prior; None: all of them."""
     for split in evaluations.of_other_priors(run, prior):
-        command = f"vae-ds evaluate {shlex.quote(str(run))}" + (f" --split {split}" if split != "test" else "")
-        print(f"{evaluations.metrics_file(run, split)} is of another prior; `{command}` writes it anew")
+        print(
+            f"{evaluations.metrics_file(run, split)} is of another prior; {evaluations.command(run, split)} writes it"
+            " anew"
+        )
 
 
 def _fit(arguments: argparse.Namespace, run: Path) -> None:

@@ -1,10 +1,11 @@
-"""Parameter groups of AdamW: which weights decay, and which have a learning rate of their own.
+"""Parameter groups of AdamW: which weights decay, and which have a learning rate of their own; and the clipping.
 
 A group exists only if it has a trainable parameter: ZeRO 1 and 2 fail on an empty group. The groups are not part of a
 checkpoint, which stores weights and moments by name. A run can therefore resume with other groups.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -54,3 +55,15 @@ def set_rates(adam: Any, lr: float, half: str | None) -> None:
     """Set the rate of each group: `lr` times its factor, 0 outside of `half` (None: the whole model)."""
     for group in adam.param_groups:
         group["lr"] = lr * group["lr_factor"] if half in (None, group["half"]) else 0.0
+
+
+def clip(parameters: Collection[nn.Parameter], largest_norm: float) -> float:
+    """Clip the gradients of whole parameters to this norm, 0 for no limit. Returns the norm before.
+
+    A norm that is not finite leaves them as they are.
+    """
+    total = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+    norm = float(total)
+    if 0 < largest_norm < norm < math.inf:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest_norm, total)
+    return norm

@@ -129,7 +129,8 @@ class PhaseEngine:
         filled = _fill(ds_config, optimizer, ranks, precision, parameters.values())
         self._swap = nvme.claim(filled, parameters.values(), ranks, 4 if precision == "fp32" else 2)
         self._stage = int(filled.get("zero_optimization", {}).get("stage", 0))
-        self._is_plain, self._largest_norm = self._stage == 0 and precision == "fp32", optimizer.clip
+        self._is_plain = self._stage == 0 and precision == "fp32"
+        self._largest_norm = optimizer.clip
         frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
         self._frozen = Frozen(frozen, ranks, None if self._stage < 3 and precision == "fp32" else exact)
         if precision == "fp32":
@@ -175,7 +176,7 @@ class PhaseEngine:
         groups.set_rates(self._adam, lr, half)
         norm: float | torch.Tensor | None = None
         if is_boundary and self._is_plain:
-            norm = self._clip()
+            norm = groups.clip(self._trainable.values(), self._largest_norm)
             if not math.isfinite(norm):
                 # Torch's AdamW would apply the step.
                 self._engine.zero_grad()
@@ -312,14 +313,6 @@ class PhaseEngine:
             return {}
         scaler = self._engine.optimizer.loss_scaler
         return {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)}
-
-    def _clip(self) -> float:
-        """Clip the averaged gradient at stage 0 in float32. Returns its norm before, the same on every rank."""
-        total = torch.nn.utils.get_total_norm([p.grad for p in self._trainable.values() if p.grad is not None])
-        norm = float(total)
-        if 0 < self._largest_norm < norm < math.inf:
-            torch.nn.utils.clip_grads_with_norm_(self._trainable.values(), self._largest_norm, total)
-        return norm
 
     def _check_shapes(self, weights: Reader) -> None:
         found = {name: tuple(shape) for name, shape in weights.shapes.items()}

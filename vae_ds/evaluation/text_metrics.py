@@ -84,7 +84,7 @@ def text_metrics(
         if yardstick is not None:
             found |= _forward("forward_ppl", samples, yardstick, ranks, settings, max_tokens)
         if yardstick is not None and train is not None and model.bottleneck is not None:
-            samples = _of_codes(model, tokenizer, train, settings, ranks, seed, max_tokens)
+            samples = _samples(model, tokenizer, settings, ranks, seed, max_tokens, train)
             found |= _forward("forward_ppl_train", samples, yardstick, ranks, settings, max_tokens)
     return found
 
@@ -218,28 +218,26 @@ def _bleu(made: Sequence[str], sources: Sequence[str]) -> Metrics:
 
 
 def _samples(
-    model: T5VAE, tokenizer: Any, settings: EvaluationConfig, ranks: Ranks, seed: int, max_tokens: int
+    model: T5VAE,
+    tokenizer: Any,
+    settings: EvaluationConfig,
+    ranks: Ranks,
+    seed: int,
+    max_tokens: int,
+    train: TokenSet | None = None,
 ) -> list[latents.Written]:
-    how = {"max_new_tokens": max_tokens, "temperature": settings.sample_temperature}
-
-    def work(rows: range) -> list[latents.Written]:
-        own = int(stream(seed, "text-metrics", rows.start).integers(2**31))
-        return latents.sample_with_ends(model, tokenizer, len(rows), own, **how)
-
-    return _in_groups(settings.samples or 0, ranks, work, "Sampling")
-
-
-def _of_codes(
-    model: T5VAE, tokenizer: Any, train: TokenSet, settings: EvaluationConfig, ranks: Ranks, seed: int, max_tokens: int
-) -> list[latents.Written]:
-    """As many texts as there are samples, from codes of random training sentences, each a sample of its posterior."""
+    """Texts from codes of the prior or, with `train`, from a sample of the posterior of random sentences of it."""
     count = settings.samples or 0
-    chosen_N = stream(seed, "text-metrics", "train").choice(len(train), count, replace=count > len(train))
     how = {"max_new_tokens": max_tokens, "temperature": settings.sample_temperature}
+    index_N = np.empty(0, dtype=np.int64)
+    if train is not None:
+        index_N = stream(seed, "text-metrics", "train").choice(len(train), count, replace=count > len(train))
 
     def work(rows: range) -> list[latents.Written]:
         own = int(stream(seed, "text-metrics", rows.start).integers(2**31))
-        kept = [_kept(train, tokenizer, int(index)) for index in chosen_N[rows.start : rows.stop]]
+        if train is None:
+            return latents.sample_with_ends(model, tokenizer, len(rows), own, **how)
+        kept = [_kept(train, tokenizer, int(index)) for index in index_N[rows.start : rows.stop]]
         z_NL = latents.encode(model, tokenizer, kept, sampled=True, seed=own, max_tokens=max_tokens)
         return latents.decode_with_ends(model, tokenizer, z_NL, seed=own, **how)
 

@@ -19,7 +19,7 @@ from vae_ds.model.injection import guard_half
 from vae_ds.model.lora import held_names, is_adapter, plain_name
 from vae_ds.model.operations import EXTENTS, Operations, count_operations, extents
 from vae_ds.model.prior import Prior, least_sentences, make_prior
-from vae_ds.model.prior_files import need_prior, save_prior, select_prior, stored_priors
+from vae_ds.model.prior_files import need_prior, prior_in_use, save_prior, select_prior, stored_priors
 from vae_ds.model.shapes import base_shapes, check_base_weights, check_latent_dim, check_start, skeleton
 from vae_ds.model.t5vae import T5VAE, PriorTerms, Terms, exported_weights
 
@@ -57,6 +57,7 @@ __all__ = [
     "model_dir",
     "need_prior",
     "plain_name",
+    "prior_in_use",
     "read_export",
     "save_prior",
     "select_prior",

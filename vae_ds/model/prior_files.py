@@ -29,6 +29,11 @@ def stored_priors(export: Path) -> list[str]:
     return [NORMAL, *sorted(file.stem for file in (export / FOLDER).glob("*.safetensors"))]
 
 
+def prior_in_use(description: Mapping[str, Any]) -> str:
+    """The prior that an export uses, by its `config.json`. That of an older version does not say it."""
+    return str(description["model"].get("prior", NORMAL))
+
+
 def save_prior(
     export: Path, settings: ModelConfig, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None
 ) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,7 +97,7 @@ def read(run_dir: Path, split: str) -> dict[str, Any]:
     except FileNotFoundError:
         if not run_dir.exists():
             raise CheckpointError(f"{run_dir}: no such directory") from None
-        raise CheckpointError(f"{path}: no such file; write it with {_command(run_dir, split)}") from None
+        raise CheckpointError(f"{path}: no such file; write it with {command(run_dir, split)}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not an evaluation: {error}") from None
     if not isinstance(metrics, dict):
@@ -130,14 +131,14 @@ def read_values(run_dir: Path, split: str) -> dict[str, np.ndarray]:
             note = (file.metadata() or {}).get(FINGERPRINT)
             values = {name: file.get_tensor(name).astype(np.float64) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; write it with {_command(run_dir, split)}") from None
+        raise CheckpointError(f"{path}: no such file; write it with {command(run_dir, split)}") from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not the values of an evaluation: {error}") from None
     is_same_data = note == json.dumps(metrics[FINGERPRINT], sort_keys=True)
     if not (is_same_data and _fits(values, metrics)):
         raise CheckpointError(
             f"{path}: belongs to another evaluation than {metrics_file(run_dir, split).name}; write both with"
-            f" {_command(run_dir, split)}"
+            f" {command(run_dir, split)}"
         )
     return values
 
@@ -158,7 +159,7 @@ def fingerprint_of(run_dir: Path, split: str, metrics: Mapping[str, Any]) -> dic
     if not isinstance(found, dict) or set(found) != set(PARTS):
         raise CheckpointError(
             f"{metrics_file(run_dir, split)}: has no {FINGERPRINT}, so it may be of other data; write it again with"
-            f" {_command(run_dir, split)}"
+            f" {command(run_dir, split)}"
         )
     return found
 
@@ -191,5 +192,6 @@ def nll_of(values: Mapping[str, np.ndarray], quantity: str) -> np.ndarray | None
     return values["rec"] + values["kl"] if quantity == "nelbo" else values.get(quantity)
 
 
-def _command(run_dir: Path, split: str) -> str:
-    return f"`vae-ds evaluate {run_dir} --split {split}`"
+def command(run_dir: Path, split: str) -> str:
+    """The command that writes an evaluation, for messages."""
+    return f"`vae-ds evaluate {shlex.quote(str(run_dir))} --split {split}`"

@@ -16,7 +16,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 
 from vae_ds.config import RunConfig, portable
-from vae_ds.model import MAX_TOKENS, UNKNOWN_MAX_TOKENS, read_export
+from vae_ds.model import MAX_TOKENS, UNKNOWN_MAX_TOKENS, prior_in_use, read_export
 from vae_ds.runtime import evaluations, records
 
 CARD = "README.md"
@@ -245,7 +245,7 @@ def _cell(metric: str, found: Mapping[str, Any]) -> str:
 def _texts(examples: Examples | None, described: Mapping[str, Any]) -> str:
     if examples is None or not examples.samples:
         return ""
-    prior = described["model"].get("prior", "normal")
+    prior = prior_in_use(described)
     drawn = "N(0, I)" if prior == "normal" else f"the learned prior (`{prior}`)"
     told = f"## Samples\n\nGreedy decoding of z drawn from {drawn}.\n\n" + _block(examples.samples)
     if examples.traversal:
@@ -274,7 +274,7 @@ def _limits(
         told.append("- A code keeps a part of a sentence: reconstructions are similar sentences, rarely equal ones.")
         if evaluation is not None and evaluation.get("verdict") not in (None, "uses z"):
             told.append(f"- By the evaluation, the code is not used as it should be: {evaluation['verdict']}.")
-        prior = described["model"].get("prior", "normal")
+        prior = prior_in_use(described)
         if evaluation is not None and (evaluated := evaluations.prior_of(evaluation)) != prior:
             told.append(f"- The evaluation is under the prior `{evaluated}`; the model now has the prior `{prior}`.")
     return "## Limits\n\n" + "\n".join(told) + "\n"
