@@ -11,12 +11,13 @@ import signal
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from support import ROOT
 from support.processes import no_rank
@@ -63,8 +64,8 @@ def launch(
     """Run `python ARGUMENTS` (a script, `-m` and a module, or `-c` and code) as `processes` ranks of one group.
 
     Each rank has its own session, so that its child processes end with it. Environment and caches are private to this
-    call. With `env`, each rank imports all packages itself: some read variables only then. With `check`, raises
-    AssertionError with all output unless every code is 0.
+    call. With `env`, each rank is a new process that has the variables from its first moment: the C library and some
+    packages read theirs only then. With `check`, raises AssertionError with all output unless every code is 0.
     """
     with tempfile.TemporaryDirectory(prefix="vae_ds_launch_") as folder:
         private = Path(folder)
@@ -146,7 +147,8 @@ def _start(
     environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     words = [str(word) for word in arguments]
     process = context.Process(target=run_python, args=(words, private / f"rank{rank}.log", environment, cwd))
-    process.start()
+    with patch.dict(os.environ, environment, clear=True) if context is _NEW else nullcontext():
+        process.start()
     return process
 
 

@@ -7,18 +7,19 @@ import pytest
 
 from support import loading_cases
 from support.launch import launch
+from vae_ds.bench.ranks import RETURN_FREED_MEMORY
 
 PROCESSES = 2
-# Each tensor is mapped and unmapped by itself. Otherwise the holes in the heap would count as memory in use.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("loading")
     loading_cases.make_bases(folder)
+    script = Path(loading_cases.__file__)
+    # The holes in the heap would count as memory in use.
     finished = launch(
-        [Path(loading_cases.__file__), folder, folder], processes=PROCESSES, timeout_s=560, env=ALLOCATOR, check=False
+        [script, folder, folder], processes=PROCESSES, timeout_s=560, env=RETURN_FREED_MEMORY, check=False
     )
     print(finished.output)
     paths = [folder / f"rank{rank}.json" for rank in range(PROCESSES)]
