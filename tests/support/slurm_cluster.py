@@ -7,7 +7,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -21,13 +20,14 @@ from vae_ds.runtime.machine import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 NODES = ("n1", "n2")
+EXPIRE_S = 5
 CONFIGURATION = """\
 ClusterName=vaeds
 SlurmctldHost={host}({controller})
 SlurmctldPort={port}
 AuthType=auth/munge
 # Requeued jobs wait until their old credentials expire, by default after two minutes.
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire={expire}
 CredType=cred/munge
 SlurmUser=root
 StateSaveLocation={folder}/state
@@ -142,13 +142,22 @@ class Cluster:
         self._network.link(node, "down")
 
     def mend(self, node: str) -> None:
-        """Take the link of the node up again."""
+        """Take the link of the node up again.
+
+        The daemons of the steps that the cut has ended try once a minute to report this to the controller. Until they
+        succeed, SLURM kills whatever runs on the node under the number of their job. A requeued job, which waits two
+        minutes by default, starts after that. Here it waits EXPIRE_S, so these daemons end first.
+        """
         assert self._network is not None
+        for process in self._daemons("slurmstepd"):
+            with suppress(psutil.Error):
+                if self._network.has(node, process):
+                    process.kill()
         self._network.link(node, "up")
 
     def logs(self) -> str:
-        """The last lines of the logs of the daemons and of the jobs."""
-        files = [*self.folder.glob("slurm*.log"), *self.folder.rglob("*-*.log"), *self.folder.rglob("rank-*.log")]
+        """The last lines of the logs of the ranks, of the jobs, and of the daemons: the cause mostly stands first."""
+        files = [*self.folder.rglob("rank-*.log"), *self.folder.rglob("*-*.log"), *self.folder.glob("slurm*.log")]
         return "\n".join(f"--- {file}\n{file.read_text(errors='replace')[-2000:]}" for file in dict.fromkeys(files))
 
     def close(self) -> None:
@@ -156,15 +165,20 @@ class Cluster:
         for process in self.processes():
             with suppress(psutil.Error):
                 process.kill()
-        mine = str(self.folder)
-        for process in psutil.process_iter():
+        for process in self._daemons("slurmd", "slurmctld", "munged", "slurmstepd"):
             with suppress(psutil.Error):
-                if process.name() in ("slurmd", "slurmctld", "munged", "slurmstepd") and any(
-                    mine in word for word in [*process.cmdline(), process.environ().get("SLURM_CONF", "")]
-                ):
-                    process.send_signal(signal.SIGKILL)
+                process.kill()
         if self._network is not None:
             self._network.close()
+
+    def _daemons(self, *names: str) -> list[psutil.Process]:
+        """The daemons of this cluster. slurmstepd hides its arguments and its environment, but not its directory."""
+        found, mine = [], str(self.folder)
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.name() in names and any(mine in word for word in [*process.cmdline(), process.cwd()]):
+                    found.append(process)
+        return found
 
     def _configure(self) -> None:
         host, network = os.uname().nodename, self._network
@@ -178,6 +192,7 @@ class Cluster:
         first_job = random.randrange(1, 10**6)
         text = CONFIGURATION.format(
             first_job=first_job,
+            expire=EXPIRE_S,
             host=host,
             controller=controller,
             port=free_port(),
@@ -235,6 +250,10 @@ class Network:
 
     def address(self, node: str) -> str:
         return f"{self._subnet}.{NODES.index(node) + 1}"
+
+    def has(self, node: str, process: psutil.Process) -> bool:
+        """Whether a process runs in the network of the node."""
+        return Path(f"/proc/{process.pid}/ns/net").samefile(f"/run/netns/{self.name(node)}")
 
     def link(self, node: str, state: str) -> None:
         self._ip("link", "set", f"{self.name(node)}o", state)
