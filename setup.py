@@ -55,17 +55,20 @@ setup(
         "wandb": ["wandb>=0.20"],  # Weights & Biases (logging.trackers)
         "mlflow": ["mlflow-skinny>=3"],  # MLflow's client (logging.trackers)
         "look": ["scikit-learn>=1.5,<2", "umap-learn>=0.5.7,<1"],  # classifiers of probes, maps
+        "mauve": ["mauve-text>=0.4,<1"],  # MAUVE of samples (evaluation.mauve)
         "formats": ["onnx>=1.17", "onnxscript>=0.5", "sentence-transformers>=5"],  # the encoder in other programs
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
+            "selenium>=4.25",
             # what the extras bring
             "peft>=0.21,<1",
             "wandb>=0.20",
             "mlflow-skinny>=3",
             "scikit-learn>=1.5,<2",
             "umap-learn>=0.5.7,<1",
+            "mauve-text>=0.4,<1",
             "onnx>=1.17",
             "onnxscript>=0.5",
             "sentence-transformers>=5",

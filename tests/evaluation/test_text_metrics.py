@@ -19,7 +19,7 @@ from vae_ds.config import DataConfig
 from vae_ds.config.settings import EvaluationConfig, ModelConfig
 from vae_ds.data import corpora, tokenise
 from vae_ds.data.batches import collate, from_texts
-from vae_ds.evaluation import data_fingerprint
+from vae_ds.evaluation import data_fingerprint, mauve
 from vae_ds.evaluation.metrics import evaluate
 from vae_ds.evaluation.text_metrics import Trigram, distinct, ngrams, self_bleu, text_metrics
 from vae_ds.latents import Decoding, generate
@@ -28,7 +28,14 @@ from vae_ds.runtime import evaluations
 
 ALONE = distributed.Ranks(0, 0, 1, torch.device("cpu"))
 TEXTS = list(dict.fromkeys(tiny.ENGLISH))[:20]
-SETTINGS = EvaluationConfig(iw_samples=2, iw_sentences=3, bleu_sentences=18, samples=35)
+SETTINGS = EvaluationConfig(iw_samples=2, iw_sentences=3, bleu_sentences=18, samples=35, mauve="base")
+FEW_FOR_MAUVE = """
+import sys
+from vae_ds import cli
+from vae_ds.evaluation import mauve
+mauve.LEAST = 20
+sys.exit(cli.run(sys.argv[1:]))
+"""
 ODD = ["", "a a a a b", "a b a b a b", "one word", "Well, it's 3.5% (or so).", "a b"]
 
 
@@ -127,9 +134,11 @@ def test_each_metric_is_what_it_says(base: str, trained: T5VAE) -> None:
     yardstick = T5VAE.from_base(ModelConfig(base=base, injection="none")), load_tokenizer(base)
     state = torch.random.get_rng_state()
     train = from_texts(TEXTS[:20], yardstick[1], 24)
-    found = measure(trained, base, yardstick=yardstick, train=train)
+    features = mauve.features_of("base", base, load_tokenizer(base), 24, ALONE.device)
+    others = {"yardstick": yardstick, "train": train, "features": features}
+    found = measure(trained, base, **others)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert found == measure(trained, base, yardstick=yardstick, train=train)
+    assert found == measure(trained, base, **others)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert None not in found.values()
 
@@ -202,6 +211,7 @@ def test_a_plain_language_model_has_samples_and_no_reconstructions(base: str) ->
     assert {key for key, value in found.items() if value is None} == {
         *("bleu", "bleu_se", "bleu_sentences", "bleu_signature", "forward_ppl", "forward_ppl_se"),
         *("forward_ppl_train", "forward_ppl_train_se"),
+        *("mauve", "mauve_sd", "mauve_train", "mauve_train_sd", "mauve_texts", "mauve_features"),  # without features
     }
     assert found["self_bleu"] < 90  # drawn tokens: not the same text again and again
 
@@ -264,7 +274,7 @@ def test_two_ranks_write_what_one_writes(exports: Path) -> None:
     found = {}
     for world in (1, 2):
         words = ["evaluate", exports / "vae", *common, "--yardstick", exports / "plain", "--samples", "35"]
-        output = launch(["-m", "vae_ds", *words], processes=world).output
+        output = launch(["-c", FEW_FOR_MAUVE, *words, "--mauve", "base"], processes=world).output
         assert "vae: KL of each unit, the largest first:" in output
         found[world] = json.loads((exports / "vae" / "eval-test.json").read_text(encoding="utf-8"))
     assert found[1]["samples"] == 35

@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from http.client import HTTPConnection
@@ -21,7 +19,6 @@ from vae_ds.inspection import maps, server
 from vae_ds.textvae import TextVAE
 
 TEXTS = list(tiny.ENGLISH[:12])
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -172,16 +169,3 @@ def test_the_command_checks_before_it_listens(
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/  \(Ctrl-C ends\)\n", told.out)
     assert cli.run([*words, "--device", "cpu", "--host", "0.0.0.0"]) == 0
     assert "there is no password" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium; Debian's package is chromium")
-def test_the_page_works_in_a_browser(page: server.Server, tmp_path: Path) -> None:
-    """After loading, the first text of the corpus is encoded, so that its text and its neighbours are there."""
-    done = subprocess.run(
-        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}",
-         "--window-size=1366,768", "--virtual-time-budget=20000", "--dump-dom", page.url],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert 'id="decoded" aria-live="polite"></div>' not in done.stdout
-    assert done.stdout.count("<li>") >= 8
-    assert re.search(r'id="error" role="alert"></div>', done.stdout)

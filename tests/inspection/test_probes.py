@@ -10,11 +10,10 @@ import pytest
 
 from support import tiny
 from vae_ds import cli, config
-from vae_ds.config import DataConfig, ModelConfig, RunConfig
+from vae_ds.config import DataConfig, RunConfig
 from vae_ds.data import corpora
 from vae_ds.errors import ConfigError, DataError
 from vae_ds.inspection import Labelled, probes, targets
-from vae_ds.model import T5VAE
 from vae_ds.textvae import TextVAE
 
 TEXTS = list(tiny.ENGLISH[:150])
@@ -51,17 +50,6 @@ def test_probes_stand_beside_their_baselines(vae: TextVAE) -> None:
     # Paired: where the other is always right, the error of the difference is that of the accuracy.
     assert label.above_se["bag_of_words"] == pytest.approx(label.accuracy_se["mu"])
     assert "| label | 150 | 6 |" in probes.table(list(found.values()))
-
-
-def test_the_baseline_is_the_mean_of_the_pretrained_states(vae: TextVAE) -> None:
-    import torch
-
-    found_NH = probes.pooled_base(vae, TEXTS[:9])
-    stock = T5VAE.from_base(ModelConfig(base=tiny.base())).t5.encoder
-    ids = torch.tensor([vae.tokenizer(TEXTS[3])["input_ids"]])
-    with torch.no_grad():
-        expected_H = stock(input_ids=ids).last_hidden_state[0].mean(0)
-    np.testing.assert_allclose(found_NH[3], expected_H, atol=1e-5)
 
 
 def test_without_its_base_a_model_has_one_baseline(vae: TextVAE, monkeypatch: pytest.MonkeyPatch) -> None:

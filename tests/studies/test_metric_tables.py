@@ -143,6 +143,10 @@ TEXT = {
     "distinct_4": 0.9,
     "forward_ppl": None,
     "reverse_ppl": 1234.5,
+    "mauve": 0.87654,
+    "mauve_sd": 0.0123,
+    "mauve_texts": 2000,
+    "mauve_features": "base",
     "samples": 256,
     "sample_temperature": 1.0,
     "verdict": "uses z",
@@ -155,13 +159,14 @@ def test_metrics_of_text_have_a_table_of_their_own_and_verdicts_a_line_each(tmp_
     lines = printed(write(tmp_path / "vae", FULL | TEXT), write(tmp_path / "plain", plain | {"self_bleu": 20.0}))
     assert lines[7:9] == ["vae: uses z: KL is 12.50 nats", "plain: language model: it has no latent code"]
     lines = lines[6:]  # without the differences
-    assert cells(lines[8]) == ["run", "bleu", "self_bleu", "distinct_1", "distinct_2", "reverse_ppl"]
-    assert lines[9].split() == ["vae", "12.35", "33.30", "0.250", "0.679", "1234.50"]
-    assert lines[10].split() == ["plain", "-", "20.00", "-", "-", "-"]
+    assert cells(lines[8]) == ["run", "bleu", "self_bleu", "distinct_1", "distinct_2", "reverse_ppl", "mauve"]
+    assert lines[9].split() == ["vae", "12.35", "33.30", "0.250", "0.679", "1234.50", "0.877"]
+    assert lines[10].split() == ["plain", "-", "20.00", "-", "-", "-", "-"]
     assert lines[11:] == [
         "bleu: 256 greedy reconstructions, nrefs:1|tok:13a",
         "vae: the others: 256 samples of the prior, at temperature 1",
         "plain: the others: 100 samples of the prior, greedy",
+        "mauve: 2,000 texts of each kind, features of base, ± 0.012 over clusterings",
     ]
 
 

@@ -82,6 +82,12 @@ def add(subparsers: Any) -> None:
         help="prior samples for the text metrics, 0 for none (default: evaluation.samples of the recipe, 256 if it "
         "does not say)",
     )
+    parser.add_argument(
+        "--mauve",
+        metavar="MODEL",
+        help="compute MAUVE of the samples with features of `base` (the encoder of the base) or of a GPT-2 or BERT; "
+        "needs --samples 2000 or more (default: evaluation.mauve of the recipe, none if it does not say)",
+    )
     add_prior(parser)
     parser.add_argument("--recipe", help="the recipe whose data and settings are used (default: the recipe of the run)")
     parser.add_argument(
@@ -139,6 +145,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "tokens": arguments.tokens,
         "bleu_sentences": arguments.bleu_sentences,
         "samples": arguments.samples,
+        "mauve": arguments.mauve,
     }
     metrics = finished_run.evaluate_run(
         run, split, settings, recipe=arguments.recipe, yardstick=arguments.yardstick, prior=arguments.prior

@@ -209,6 +209,9 @@ class EvaluationConfig(Settings):
     bleu_sentences: int | None = Field(256, ge=0, description="sentences to reconstruct for `bleu`; 0 or null: none")
     samples: int | None = Field(256, ge=0, description="prior samples for the text metrics; 0 or null: none")
     sample_temperature: float | None = Field(1.0, gt=0, description="temperature of the prior samples; null: greedy")
+    mauve: str | None = Field(
+        None, description="features of `mauve`: `base` (the encoder of the base) or a GPT-2 or BERT; null: no `mauve`"
+    )
 
 
 class RunConfig(Settings):

@@ -17,6 +17,7 @@ from vae_ds import distributed, latents
 from vae_ds.config import EvaluationConfig, RunConfig, portable
 from vae_ds.data import cache_dir, corpora, from_texts, tokenise
 from vae_ds.errors import CheckpointError, ConfigError, DataError
+from vae_ds.evaluation import mauve
 from vae_ds.evaluation.identity import agreed_fingerprint, require_language_model, yardstick_values
 from vae_ds.evaluation.metrics import Training, evaluate
 from vae_ds.evaluation.text_metrics import text_metrics
@@ -86,7 +87,7 @@ def sentences(run: Path, split: str, number: int) -> list[str]:
 def evaluate_run(
     run: Path,
     split: str,
-    settings: dict[str, int | None],
+    settings: dict[str, int | str | None],
     recipe: str | None = None,
     yardstick: str | None = None,
     prior: str | None = None,
@@ -114,6 +115,7 @@ def evaluate_run(
     corpus = distributed.rank0_first(lambda: corpora.load(config.data))
     cache = cache_dir(config.data.cache_dir)
     tokens = distributed.rank0_first(lambda: tokenise(corpus, split, tokenizer, config.data.max_tokens, cache))
+    distributed.rank0_first(lambda: mauve.check(chosen, len(tokens)))
     fingerprint = agreed_fingerprint(tokens, tokenizer)
     nll_N = None if yardstick is None else yardstick_values(Path(yardstick), split, fingerprint, str(run))
     model, _ = load_model(run, prior)
@@ -143,6 +145,9 @@ def evaluate_run(
         max_tokens=config.data.max_tokens,
         yardstick=language_model,
         train=None if train is None else train.tokens,
+        features=None
+        if chosen.mauve is None
+        else mauve.features_of(chosen.mauve, config.model.base, tokenizer, config.data.max_tokens, ranks.device),
     )
     if not ranks.is_main:
         return None

@@ -17,8 +17,9 @@ import torch
 from vae_ds import latents
 from vae_ds.config import EvaluationConfig
 from vae_ds.data import Limits, Progress, TokenSet, collate, evaluation_batches, from_texts, logit_tokens
-from vae_ds.distributed import Ranks, gather_objects, stream
+from vae_ds.distributed import Ranks, broadcast_object, gather_objects, rank0_first, stream
 from vae_ds.evaluation.estimates import perplexity, with_errors
+from vae_ds.evaluation.mauve import Features, mauve
 from vae_ds.evaluation.metrics import Metrics
 from vae_ds.model import T5VAE
 
@@ -45,6 +46,7 @@ def text_metrics(
     max_tokens: int,
     yardstick: LanguageModel | None = None,
     train: TokenSet | None = None,
+    features: Features | None = None,
 ) -> Metrics:
     """Compute these metrics on `tokens`, a split tokenised with `tokenizer`, as plain numbers ready for JSON.
 
@@ -56,6 +58,8 @@ def text_metrics(
       `forward_ppl`: perplexity per word of the texts under the yardstick, with its tokenizer; None without yardstick.
       `forward_ppl_train`: the same of as many texts from codes of sentences of `train`, drawn from their posteriors.
       `reverse_ppl`: perplexity per word of all of `tokens` under a trigram model of the texts (`Trigram`).
+      `mauve`: of the texts against sentences of `tokens`, by `features` (`vae_ds.evaluation.mauve`); `mauve_train`:
+      of sentences of `train`. None without features.
       These metrics depend on the number of samples, which is in the result: compare only equal numbers.
 
     `<metric>_se` is the standard error of `bleu` (bootstrap over the sentences), `self_bleu` and the perplexities. It
@@ -69,6 +73,7 @@ def text_metrics(
     found: Metrics = dict.fromkeys(("bleu", "bleu_se", "bleu_sentences", "bleu_signature"))
     found |= dict.fromkeys(("samples", "sample_temperature", *(f"distinct_{n}" for n in ORDERS)))
     found |= {key: None for name in ("self_bleu", *PERPLEXITIES) for key in (name, f"{name}_se")}
+    found |= dict.fromkeys(("mauve", "mauve_sd", "mauve_train", "mauve_train_sd", "mauve_texts", "mauve_features"))
     sentences = min(settings.bleu_sentences or 0, len(tokens))
     if sentences and model.bottleneck is not None:
         kept = [_kept(tokens, tokenizer, index) for index in range(sentences)]
@@ -80,6 +85,8 @@ def text_metrics(
         found |= {"samples": len(texts), "sample_temperature": settings.sample_temperature}
         found |= {f"distinct_{n}": distinct(grams, n) for n in ORDERS}
         found |= self_bleu(grams, ranks)
+        if features is not None:
+            found |= _mauve(texts, tokens, train, tokenizer, features, ranks, seed) | {"mauve_features": settings.mauve}
         found |= _reverse(from_texts(texts, tokenizer, max_tokens, complete), tokens, len(tokenizer), ranks)
         if yardstick is not None:
             found |= _forward("forward_ppl", samples, yardstick, ranks, settings, max_tokens)
@@ -242,6 +249,29 @@ def _samples(
         return latents.decode_with_ends(model, tokenizer, z_NL, seed=own, **how)
 
     return _in_groups(count, ranks, work, "Sampling")
+
+
+def _mauve(
+    texts: Sequence[str],
+    tokens: TokenSet,
+    train: TokenSet | None,
+    tokenizer: Any,
+    features: Features,
+    ranks: Ranks,
+    seed: int,
+) -> Metrics:
+    """MAUVE by rank 0, which the other ranks wait for. The sentences of the corpus are random ones, equally many."""
+
+    def drawn(kind: str, split: TokenSet) -> list[str]:
+        index_N = stream(seed, "mauve", kind).permutation(len(split))[: len(texts)]
+        return [_kept(split, tokenizer, int(index)) for index in index_N]
+
+    def work() -> Metrics:
+        if not ranks.is_main:
+            return {}
+        return mauve(texts, drawn("split", tokens), None if train is None else drawn("train", train), features)
+
+    return broadcast_object(rank0_first(work))
 
 
 def _forward(

@@ -13,9 +13,8 @@ from vae_ds.distributed import stream
 from vae_ds.errors import ConfigError, DataError
 from vae_ds.evaluation import diversity
 from vae_ds.inspection import probes, targets
-from vae_ds.inspection.libraries import require
 from vae_ds.inspection.targets import Labelled
-from vae_ds.runtime import evaluations
+from vae_ds.runtime import evaluations, require
 from vae_ds.textvae import TextVAE
 
 
@@ -88,7 +87,7 @@ def score(
     model. Its accuracy is that of a five-fold cross-validation: more hits than that are no evidence of a better model.
     Raises ConfigError without scikit-learn, DataError if the target has one class only.
     """
-    require("scikit-learn", "sklearn", "the share of samples with their label")
+    require("look", "scikit-learn", "sklearn", "the share of samples with their label")
     rows, named = _classes(labelled, target)
     if len(set(named.tolist())) < 2:
         raise DataError(f"the target {target} has one class only; a classifier needs two")

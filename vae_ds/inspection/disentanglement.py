@@ -15,8 +15,8 @@ import numpy as np
 from vae_ds.distributed import stream
 from vae_ds.errors import DataError
 from vae_ds.inspection import targets
-from vae_ds.inspection.libraries import require
 from vae_ds.inspection.targets import Labelled
+from vae_ds.runtime import require
 
 BINS = 20  # of a unit, for MIG (Locatello et al. 2019)
 GROUPS = 5  # of the jackknife
@@ -41,7 +41,7 @@ def scores(mu_NL: np.ndarray, labelled: Labelled, seed: int = 0) -> Scores:
     The standard error is the delete-a-group jackknife: each of five random groups of texts is left out once.
     Raises DataError if there are fewer than two factors with two classes, ConfigError without scikit-learn.
     """
-    require("scikit-learn", "sklearn", "a disentanglement score")
+    require("look", "scikit-learn", "sklearn", "a disentanglement score")
     factors = {name: _numbered(labelled.targets[name]) for name in labelled.factors}
     factors = {name: value_N for name, value_N in factors.items() if value_N.max(initial=0) > 0}
     if len(factors) < 2:

@@ -9,9 +9,8 @@ import numpy as np
 from vae_ds.data import corpora
 from vae_ds.errors import ConfigError
 from vae_ds.inspection import maps, pictures, positions
-from vae_ds.inspection.libraries import require
 from vae_ds.inspection.targets import Labelled
-from vae_ds.runtime import records
+from vae_ds.runtime import records, require
 from vae_ds.textvae import TextVAE
 
 POSITION_TEXTS = 2000  # at most, for z_gain by position, which decodes each twice
@@ -32,7 +31,7 @@ class Wanted:
         if self.colour is not None and self.colour not in labelled.targets:
             raise ConfigError(f"--colour {self.colour}: the texts have {', '.join(labelled.targets)}")
         if self.is_umap:
-            require("umap-learn", "umap", "--umap")
+            require("look", "umap-learn", "umap", "--umap")
 
     def beside(self, name: str) -> Path:
         """The file of another picture."""

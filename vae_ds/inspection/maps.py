@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vae_ds.errors import DataError
-from vae_ds.inspection.libraries import require
-from vae_ds.runtime import records
+from vae_ds.runtime import records, require
 from vae_ds.textvae import TextVAE
 
 
@@ -66,7 +65,7 @@ def pca(z_NL: np.ndarray) -> Plane:
 
 def umap(z_NL: np.ndarray, seed: int = 0) -> Plane:
     """UMAP (McInnes et al. 2018) with the package's default settings. Raises ConfigError if it is not installed."""
-    require("umap-learn", "umap", "--umap")
+    require("look", "umap-learn", "umap", "--umap")
     pca(z_NL)  # the same errors
     from umap import UMAP
 

@@ -10,20 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from vae_ds import latents
-from vae_ds.config import ModelConfig
-from vae_ds.data import Limits, collate, evaluation_batches, from_texts
 from vae_ds.errors import ConfigError, DataError
+from vae_ds.evaluation import pooled_base
 from vae_ds.inspection import targets
-from vae_ds.inspection.libraries import require
 from vae_ds.inspection.targets import Labelled
-from vae_ds.model import T5VAE
-from vae_ds.runtime import evaluations
+from vae_ds.runtime import evaluations, require
 from vae_ds.textvae import TextVAE
 
 CODE, WORDS, ENCODER = "mu", "bag_of_words", "t5"
 FOLDS = 5
-TOKENS = 1 << 14  # of one forward pass of the base
 ROUNDS = 1000  # of the optimizer, at most
 
 
@@ -56,7 +51,7 @@ def probe(vae: TextVAE, labelled: Labelled, seed: int = 0) -> list[Probe]:
     Without the base of the model, there is no `t5`, with a warning. Raises ConfigError without scikit-learn, DataError
     if no target has two classes.
     """
-    require("scikit-learn", "sklearn", "a probe")
+    require("look", "scikit-learn", "sklearn", "a probe")
     chosen = {name: targets.classes(values) for name, values in labelled.targets.items()}
     chosen = {name: pair for name, pair in chosen.items() if len(set(pair[1])) > 1}
     if not chosen:
@@ -71,32 +66,10 @@ def features(vae: TextVAE, texts: Sequence[str]) -> dict[str, Any]:
     """The inputs of the classifiers by name: arrays (N, L) and (N, H), and the texts themselves for the words."""
     inputs: dict[str, Any] = {CODE: vae.encode(texts).numpy(), WORDS: np.array(texts, dtype=object)}
     try:
-        inputs[ENCODER] = pooled_base(vae, texts)
+        inputs[ENCODER] = pooled_base(vae.model.settings.base, vae.tokenizer, texts, vae.max_tokens, vae.device)
     except ConfigError as error:
         warnings.warn(f"no baseline of the T5: {error}", stacklevel=2)
     return inputs
-
-
-def pooled_base(vae: TextVAE, texts: Sequence[str]) -> np.ndarray:
-    """The mean of the encoder's last states of the pretrained base over the tokens of each text, float32 (N, H).
-
-    Raises ConfigError if the base of the model is not at hand.
-    """
-    settings = ModelConfig(base=vae.model.settings.base, latent_dim=1)
-    encoder = T5VAE.from_base(settings).t5.encoder.to(vae.device)
-    tokens = from_texts(texts, vae.tokenizer, vae.max_tokens)
-    pooled_NH = np.zeros((len(texts), encoder.config.d_model), np.float32)
-    with latents.inference(encoder):
-        for index_B, _ in evaluation_batches(tokens.lengths_N, Limits(vae.batch, TOKENS), 0, 1):
-            batch = collate(
-                tokens, index_B, pad_id=vae.tokenizer.pad_token_id, latent_dim=1, seed=0, keys=(), sample=False,
-                eval=True,
-            ).to(vae.device)  # fmt: skip
-            mask_BT = batch.attention_mask_BT
-            states_BTH = encoder(input_ids=batch.input_ids_BT, attention_mask=mask_BT).last_hidden_state.float()
-            sums_BH = (states_BTH * mask_BT[:, :, None]).sum(1)
-            pooled_NH[index_B] = (sums_BH / mask_BT.sum(1, keepdim=True)).cpu().numpy()
-    return pooled_NH
 
 
 def correct(inputs: Any, classes_N: np.ndarray, seed: int = 0) -> np.ndarray:

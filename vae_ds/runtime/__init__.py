@@ -15,6 +15,7 @@ from vae_ds.runtime.exits import (
     note_exit,
     own_rank,
 )
+from vae_ds.runtime.extras import require
 from vae_ds.runtime.late import after_import
 from vae_ds.runtime.machine import cores, free_port, is_alive, launchers_of
 from vae_ds.runtime.terminal import outlive_terminal
@@ -37,6 +38,7 @@ __all__ = [
     "outlive_terminal",
     "own_rank",
     "records",
+    "require",
     "run_dirs",
     "run_lock",
     "slurm",

@@ -25,7 +25,10 @@ COLUMNS = (
     *("mi_train", "mi", "au", "z_gain", "lm_gain"),
 )
 WITH_YARDSTICK = ("above_yardstick", "lm_gain")  # columns only if any run has them
-TEXT_COLUMNS = ("bleu", "self_bleu", "distinct_1", "distinct_2", "forward_ppl", "forward_ppl_train", "reverse_ppl")
+TEXT_COLUMNS = (
+    *("bleu", "self_bleu", "distinct_1", "distinct_2"),
+    *("forward_ppl", "forward_ppl_train", "reverse_ppl", "mauve", "mauve_train"),
+)
 ERROR = "_se"  # the end of the key of a standard error
 WIDTH = 120
 UNITS_SHOWN = 96
@@ -214,7 +217,8 @@ def text_footnotes(every: Mapping[str, Metrics]) -> list[str]:
     """Lines below the table of text metrics: the numbers of reconstructions and of samples."""
     pairs = {label: _reconstructions(metrics) for label, metrics in every.items() if metrics.get("bleu_sentences")}
     drawn = {label: _drawn(metrics) for label, metrics in every.items() if metrics.get("samples")}
-    return [*_shared(pairs), *_shared(drawn)]
+    alike = {label: _likeness(metrics) for label, metrics in every.items() if metrics.get("mauve") is not None}
+    return [*_shared(pairs), *_shared(drawn), *_shared(alike)]
 
 
 def difference_footnotes(first: str, every: Mapping[str, Mapping[str, Difference]]) -> list[str]:
@@ -290,7 +294,7 @@ def cell(metrics: Metrics, column: str) -> str:
         return f"{metrics['au']} / {len(per_unit)}" if per_unit else f"{metrics['au']}"
     if column == "mi" and metrics.get("mi_ceiling") is not None:
         return f"{_value(metrics, 'mi')} / {metrics['mi_ceiling']:.2f}"
-    if column.startswith("distinct"):
+    if column.startswith(("distinct", "mauve")):
         return f"{metrics[column]:.3f}"
     return _value(metrics, column)
 
@@ -321,6 +325,11 @@ def _drawn(metrics: Metrics) -> str:
     temperature = metrics.get("sample_temperature")
     how = "greedy" if temperature is None else f"at temperature {temperature:g}"
     return f"the others: {_count(metrics, 'samples', 'sample')} of the prior, {how}"
+
+
+def _likeness(metrics: Metrics) -> str:
+    texts, spread = _count(metrics, "mauve_texts", "text"), metrics["mauve_sd"]
+    return f"mauve: {texts} of each kind, features of {metrics['mauve_features']}, ± {spread:.3f} over clusterings"
 
 
 def _count(metrics: Metrics, key: str, noun: str = "sentence") -> str:
