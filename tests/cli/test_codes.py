@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from support.launch import clean_environment
+from support.launch import clean_environment, launch
 from support.models import taught
 from support.tiny import ENGLISH, base
 from vae_ds import cli
@@ -107,6 +107,46 @@ def test_codes_are_stored_and_decoded_in_place(
     texts = [row["text"] for row in rows if "text" in row]
     assert texts == vae.reconstruct(TEXTS, max_new_tokens=8)
     assert len(set(texts)) > 3
+
+
+SMALL_PARTS = """
+import sys
+from vae_ds import cli
+from vae_ds.cli import using
+from vae_ds.textvae import code_files
+using.BATCHES_AT_ONCE, code_files.AT_ONCE = 1, 3
+sys.exit(cli.run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_several_ranks_write_what_one_process_writes(model: Path, lines: Path, tmp_path: Path) -> None:
+    """Three ranks and four parts of three lines: codes and texts, drawn and not, and probabilities."""
+    how, drawn = ("--device", "cpu", "--batch", "3"), ("--temperature", "0.7", "--seed", "5", *SHORT[:2])
+    for world in (1, 3):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        for words in (
+            ["encode", model, "--file", lines, "--sampled", "--seed", "2", "--to", folder / "codes.safetensors"],
+            ["encode", model, "--file", lines, "--to", folder / "codes.csv"],
+            ["decode", model, folder / "codes.safetensors", "--to", folder / "texts.jsonl", *drawn],
+            ["sample", model, "-n", "10", "--to", folder / "samples.txt", *drawn],
+            ["logprob", model, "--file", lines, "--skip-bad", "--samples", "3", "--to", folder / "logprob.csv"],
+        ):
+            done = launch(["-c", SMALL_PARTS, *words, *how], processes=world)
+            assert "10 texts in " in done.outputs[0]
+            assert ("cpu, 3 processes)" in done.outputs[0]) == (world == 3)
+            assert "texts in" not in "".join(done.outputs[1:])
+    found = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert found == ["codes.csv", "codes.safetensors", "codes.units.json", "logprob.csv", "samples.txt", "texts.jsonl"]
+    for name in found:
+        assert (tmp_path / "3" / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), name
+
+
+def test_several_ranks_cannot_divide_standard_input(model: Path) -> None:
+    done = launch(["-m", "vae_ds", "encode", model, "-"], check=False)
+    assert done.codes[0] == 2, done.report()
+    assert "error: several ranks cannot divide standard input; give a file" in done.outputs[0]
 
 
 @pytest.mark.timeout(500)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,12 @@ from vae_ds.cli.using import (
     add_decoding,
     add_seed,
     add_using,
+    check_divisible,
     check_run,
     decoding_of,
+    divided,
     for_each,
+    joined,
     load,
 )
 from vae_ds.errors import DataError
@@ -184,31 +188,41 @@ class CodeOutput(Output):
 
 
 def decode(arguments: argparse.Namespace) -> None:
+    check_divisible(arguments.codes)
     check_run(arguments)
     check_output(arguments)
     if arguments.codes != "-" and not Path(arguments.codes).is_file():
         raise DataError(f"{arguments.codes}: no such file; write codes with `vae-ds encode {arguments.run} --to FILE`")
-    vae = load(arguments)
+    ranks = joined()
+    vae = load(arguments, ranks)
     import numpy as np
 
     from vae_ds.textvae import code_files
 
-    counted, first = Throughput(is_shown=True), 0
-    with Output(arguments) as output:
-        for part in code_files.read_codes(arguments.codes, vae.latent_dim, vae.fingerprint):
-            good_C = np.isfinite(part.z_CL).all(axis=1)
-            decoded = vae.decode(part.z_CL[good_C], first=first, **decoding_of(arguments)) if good_C.any() else []
+    def good(part: code_files.Part) -> np.ndarray:
+        found_C: np.ndarray = np.isfinite(part.z_CL).all(axis=1)
+        return found_C
+
+    def made(part: code_files.Part, first: int) -> list[str]:
+        good_C = good(part)
+        return vae.decode(part.z_CL[good_C], first=first, **decoding_of(arguments)) if good_C.any() else []
+
+    counted = Throughput(is_shown=True)
+    parts = code_files.read_codes(arguments.codes, vae.latent_dim, vae.fingerprint)
+    with Output(arguments) if ranks.is_main else nullcontext() as output:
+        for part, decoded in divided(parts, lambda part: int(good(part).sum()), made, ranks):
+            assert output is not None
             texts = iter(decoded)
-            for line, is_good in zip(part.line_C.tolist(), good_C.tolist(), strict=True):
+            for line, is_good in zip(part.line_C.tolist(), good(part).tolist(), strict=True):
                 if is_good:
                     text = next(texts)
                     output.row(text, {"line": line, "text": text}, ("line", "text"))
                 elif not arguments.skip_bad:
                     error = f"line {line} has no finite code"
                     output.row(f"error: {error}", {"line": line, "error": error}, ("line", "text"))
-            first += len(decoded)
-            counted.add(len(decoded), len(good_C) - len(decoded))
-    counted.tell(vae.device, arguments.skip_bad)
+            counted.add(len(decoded), len(part.line_C) - len(decoded))
+    if ranks.is_main:
+        counted.tell(vae.device, arguments.skip_bad, ranks.world)
 
 
 def neighbours(arguments: argparse.Namespace) -> None:

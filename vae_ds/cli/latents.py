@@ -7,6 +7,7 @@ import select
 import stat
 import sys
 import termios
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,9 @@ from vae_ds.cli.using import (
     add_using,
     check_run,
     decoding_of,
+    divided,
     for_each,
+    joined,
     load,
 )
 from vae_ds.errors import ConfigError, DataError
@@ -197,15 +200,23 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 def sample(arguments: argparse.Namespace) -> None:
     check_run(arguments)
     check_output(arguments)
-    vae, total = load(arguments), arguments.number
+    ranks = joined()
+    vae, total = load(arguments, ranks), arguments.number
     counted = Throughput(is_shown=arguments.to is not None)
-    with Output(arguments) as output:
-        for first in range(0, total, size := BATCHES_AT_ONCE * vae.batch):
-            texts = vae.sample(min(size, total - first), first=first, **decoding_of(arguments))
+
+    def made(size: int, first: int) -> list[str]:
+        return vae.sample(size, first=first, **decoding_of(arguments))
+
+    most = BATCHES_AT_ONCE * vae.batch
+    sizes = (min(most, total - first) for first in range(0, total, most))
+    with Output(arguments) if ranks.is_main else nullcontext() as output:
+        for _, texts in divided(sizes, int, made, ranks):
+            assert output is not None
             for text in texts:
                 output.row(text, {"text": text})
             counted.add(len(texts))
-    counted.tell(vae.device, skipped=False)
+    if ranks.is_main:
+        counted.tell(vae.device, skipped=False, world=ranks.world)
 
 
 def interpolate(arguments: argparse.Namespace) -> None:

@@ -108,7 +108,7 @@ class Throughput:
         """Count texts that are done, and bad lines."""
         self._done, self._bad = self._done + done, self._bad + bad
 
-    def tell(self, device: Any, skipped: bool) -> None:
+    def tell(self, device: Any, skipped: bool, world: int = 1) -> None:
         """Print the line, and how many lines were bad."""
         duration_s = time.monotonic() - self._begun
         if self._bad:
@@ -117,4 +117,6 @@ class Throughput:
         if self._is_shown:
             rate = self._done / max(duration_s, 1e-9)
             texts = "text" if self._done == 1 else "texts"
-            print(f"{self._done:,} {texts} in {duration_s:.1f} s ({rate:,.0f} per second, {device})", file=sys.stderr)
+            where = device.type if world > 1 else device
+            place = f"{where}, {world} processes" if world > 1 else f"{where}"
+            print(f"{self._done:,} {texts} in {duration_s:.1f} s ({rate:,.0f} per second, {place})", file=sys.stderr)

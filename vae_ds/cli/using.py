@@ -1,23 +1,33 @@
-"""What the commands that use a model have in common: options, the model, and texts that pass through it in parts."""
+"""What the commands that use a model have in common: options, the model, and texts that pass through it in parts.
+
+Several ranks of a launcher divide the parts. Rank 0 writes the results, which do not depend on the number of ranks.
+"""
 
 import argparse
+import itertools
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vae_ds.cli.options import Command, add_command, add_json, add_run, positive
-from vae_ds.cli.text_input import Line, fields_of, in_parts, lines_of, source_of
+from vae_ds.cli.text_input import STDIN, Line, fields_of, in_parts, lines_of, source_of
 from vae_ds.cli.text_output import Output, Throughput, check_output
-from vae_ds.runtime import run_dirs
+from vae_ds.errors import ConfigError
+from vae_ds.runtime import run_dirs, slurm
 
 if TYPE_CHECKING:
+    from vae_ds.distributed import Ranks
     from vae_ds.textvae import TextVAE
 
 Result = tuple[str, dict[str, Any]]
 """A line for people, and the facts for other programs."""
+
+Part = TypeVar("Part")
+Made = TypeVar("Made")
 
 BATCHES_AT_ONCE = 16  # the texts of so many batches are in memory at the same time
 
@@ -96,12 +106,51 @@ def check_run(arguments: argparse.Namespace) -> None:
     run_dirs.model_of(path)
 
 
-def load(arguments: argparse.Namespace) -> "TextVAE":
-    """The model of RUN on the device of `--device`."""
+def load(arguments: argparse.Namespace, ranks: "Ranks | None" = None) -> "TextVAE":
+    """The model of RUN on the device of `--device`: of several ranks, each has a GPU of its own."""
     from vae_ds.textvae import TextVAE
 
+    device = arguments.device
+    if ranks is not None and ranks.world > 1 and device != "cpu":
+        device = str(ranks.device)
     prior, revision = getattr(arguments, "prior", None), arguments.revision
-    return TextVAE.from_pretrained(arguments.run, arguments.device, arguments.batch, prior=prior, revision=revision)
+    return TextVAE.from_pretrained(arguments.run, device, arguments.batch, prior=prior, revision=revision)
+
+
+def check_divisible(source: str | None) -> None:
+    """Raise ConfigError if several ranks should read standard input."""
+    if source == STDIN and slurm.is_launched(os.environ):
+        raise ConfigError("several ranks cannot divide standard input; give a file")
+
+
+def joined() -> "Ranks":
+    """The ranks that a launcher has started, which this process joins; without a launcher, this process alone."""
+    import torch
+
+    from vae_ds import distributed
+
+    if slurm.is_launched(os.environ):
+        return distributed.start()
+    return distributed.Ranks(0, 0, 1, torch.device("cpu"))
+
+
+def divided(
+    parts: Iterator[Part], size_of: Callable[[Part], int], work: Callable[[Part, int], Made], ranks: "Ranks"
+) -> Iterator[tuple[Part, Made]]:
+    """Apply `work` to the parts, each on one of the ranks. Yields each part with its result on rank 0, in their order.
+
+    size_of: the number of texts of a part. `work` gets the number of texts before its part, which seeds depend on.
+    The other ranks yield nothing, but they must exhaust the iterator too: it has a collective for every `world` parts.
+    """
+    from vae_ds import distributed
+
+    first = 0
+    while group := list(itertools.islice(parts, ranks.world)):
+        *starts, first = itertools.accumulate(map(size_of, group), initial=first)
+        made = work(group[ranks.rank], starts[ranks.rank]) if ranks.rank < len(group) else None
+        gathered: list[Any] = distributed.gather_on_main(made)
+        if ranks.is_main:
+            yield from zip(group, gathered, strict=False)
 
 
 @contextmanager
@@ -133,28 +182,40 @@ def for_each(
     output_of: makes another output than `Output`.
     """
     source = source_of(arguments, texts)
+    check_divisible(source)
     check_run(arguments)
     check_output(arguments)
     lines = lines_of(source, texts)
-    vae = load(arguments)
+    ranks = joined()
+    vae = load(arguments, ranks)
     counted = Throughput(is_shown=source is not None or arguments.to is not None)
     every = [*(["line"] if source else []), *columns]
-    first = 0
-    with Output(arguments) if output_of is None else output_of(arguments, vae) as output, lined_warnings():
-        for part in in_parts(lines, BATCHES_AT_ONCE * vae.batch):
-            read = [_fields(line, fields) for line in part]
-            good = [texts for texts in read if not isinstance(texts, Line)]
-            results = iter(work(vae, good, first) if good else [])
+
+    def good(part: list[Any]) -> list[Any]:
+        return [texts for texts in part if not isinstance(texts, Line)]
+
+    def made(part: tuple[list[Line], list[Any]], first: int) -> list[list[Result]]:
+        texts = good(part[1])
+        return work(vae, texts, first) if texts else []
+
+    parts = ((part, [_fields(line, fields) for line in part]) for part in in_parts(lines, BATCHES_AT_ONCE * vae.batch))
+    made_output: Output | nullcontext[None] = nullcontext()
+    if ranks.is_main:
+        made_output = Output(arguments) if output_of is None else output_of(arguments, vae)
+    with made_output as output, lined_warnings():
+        for (part, read), results in divided(parts, lambda part: len(good(part[1])), made, ranks):
+            assert output is not None
+            of_texts = iter(results)
             for line, found in zip(part, read, strict=True):
                 number = {"line": line.number} if source else {}
                 if not isinstance(found, Line):
-                    for plain, facts in next(results):
+                    for plain, facts in next(of_texts):
                         output.row(plain, number | facts, every)
                 elif not arguments.skip_bad:
                     output.row(f"error: {found.error}", number | {"error": found.error}, every)
-            first += len(good)
-            counted.add(len(good), len(part) - len(good))
-    counted.tell(vae.device, arguments.skip_bad)
+            counted.add(len(results), len(part) - len(results))
+    if ranks.is_main:
+        counted.tell(vae.device, arguments.skip_bad, ranks.world)
 
 
 def _fields(line: Line, count: int) -> Any:

@@ -87,6 +87,15 @@ def gather_objects(value: Value) -> list[Value]:
     return values
 
 
+def gather_on_main(value: Value) -> list[Value]:
+    """The values of all ranks in rank order on rank 0, an empty list on the others. A collective, for plain data."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values or []
+
+
 def broadcast_object(value: Value, src: int = 0) -> Value:
     """Rank `src`'s value on every rank. A collective, for small plain data."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -245,7 +245,7 @@ class _Work:
         with _progress("Importance-weighted likelihood", pairs, self.is_shown, "samples") as add:
             cuts = (slice(start, start + WINDOW) for start in range(0, len(index_S), WINDOW))
             parts = [self._window_nll(posterior, index_S[cut], longest_S[cut], add) for cut in cuts]
-        return _in_order(index_S, weight_S, torch.cat(parts), count)
+        return _in_order(index_S, weight_S, torch.cat(parts), count, self.ranks.world)
 
     def _window_nll(
         self, posterior: Posterior, index_W: np.ndarray, longest_W: np.ndarray, done: Callable[[int], Any]
@@ -312,7 +312,7 @@ class _Work:
         index_S = np.concatenate([index_B for index_B, _ in self.shares])
         weight_S = np.concatenate([np.asarray(weight_B) for _, weight_B in self.shares])
         columns = [torch.cat(column).double() for column in zip(*parts, strict=True)]
-        return [_in_order(index_S, weight_S, column_SX, len(self.tokens)) for column_SX in columns]
+        return [_in_order(index_S, weight_S, column_SX, len(self.tokens), self.ranks.world) for column_SX in columns]
 
 
 @contextmanager
@@ -329,11 +329,15 @@ def _inputs(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return batch.input_ids_BT, batch.attention_mask_BT
 
 
-def _in_order(index_S: np.ndarray, weight_S: np.ndarray, rows_SX: torch.Tensor, count: int) -> torch.Tensor:
-    """Rows of all ranks in the order of the split, without fillers (weight 0); float64. A collective operation."""
+def _in_order(index_S: np.ndarray, weight_S: np.ndarray, rows_SX: torch.Tensor, count: int, world: int) -> torch.Tensor:
+    """Rows of all ranks in the order of the split, without fillers (weight 0); float64. A collective operation.
+
+    With a `world` of 1, the rows of this process alone, also if it is one of several ranks.
+    """
     real_S = torch.as_tensor(weight_S > 0, device=rows_SX.device)
-    index_N = gather_rows(torch.as_tensor(index_S, device=rows_SX.device)[real_S])
-    rows_NX = gather_rows(rows_SX[real_S])
+    index_N, rows_NX = torch.as_tensor(index_S, device=rows_SX.device)[real_S], rows_SX[real_S]
+    if world > 1:
+        index_N, rows_NX = gather_rows(index_N), gather_rows(rows_NX)
     order_N = index_N.argsort()
     if not torch.equal(index_N[order_N], torch.arange(count, device=index_N.device)):
         raise RuntimeError(f"{len(index_N)} rows for {count} sentences; each sentence must be on exactly one rank")

@@ -45,6 +45,13 @@ def task(env: Mapping[str, str]) -> Task | None:
     )
 
 
+def is_launched(env: Mapping[str, str]) -> bool:
+    """Whether a launcher or srun has started this process as one of several ranks."""
+    if "RANK" in env:
+        return int(env.get("WORLD_SIZE", "1")) > 1
+    return "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
 def port_of(job: int, step: int) -> int:
     """A port that differs between jobs on the same node, and between steps of the same job."""
     return FIRST_PORT + (job + 4099 * step) % PORTS
