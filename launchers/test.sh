@@ -10,6 +10,6 @@ install_programs slurmctld=slurm-wlm munged=munge pdsh=pdsh ip=iproute2 nsenter=
   /usr/share/wordnet/data.noun=wordnet-base
 setup test,dev,docs
 cd "$REPO"
-# Run two test files at a time: most of them wait for processes to start or to end.
+# Run three test files at a time: many of them wait for processes to start or to end.
 # -c selects the settings of this repository in any directory; without them the tests would have no timeouts.
-exec "$PY" -m pytest -c "$REPO/pyproject.toml" -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec "$PY" -m pytest -c "$REPO/pyproject.toml" -n 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -226,6 +226,8 @@ def test_a_loss_that_is_no_number_ends_the_run_clearly(
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_each_signal_stops_a_run_after_its_step(recipe: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
+    # Under nohup, SIGHUP is ignored, and a run leaves it so.
+    before = signal.signal(number, signal.SIG_DFL)
 
     def send() -> None:
         while not rows(run):
@@ -235,6 +237,7 @@ def test_each_signal_stops_a_run_after_its_step(recipe: Path, tmp_path: Path, nu
     with ThreadPoolExecutor(1) as pool:
         pool.submit(send)
         assert code_of("train", recipe, "--run-dir", run, "--set", "phases.0.steps=100000") == EXIT_STOPPED
+    signal.signal(number, before)
     assert (records.read_status(run) or {})["reason"] == number.name
     found = checkpoint.newest(run)
     assert found is not None

@@ -17,7 +17,7 @@ from vae_ds.cli.options import Command, add_command, add_json, add_run, positive
 from vae_ds.cli.text_input import STDIN, Line, fields_of, in_parts, lines_of, source_of
 from vae_ds.cli.text_output import Output, Throughput, check_output
 from vae_ds.errors import ConfigError
-from vae_ds.runtime import run_dirs, slurm
+from vae_ds.runtime import own_rank, run_dirs, slurm
 
 if TYPE_CHECKING:
     from vae_ds.distributed import Ranks
@@ -155,12 +155,13 @@ def divided(
 
 @contextmanager
 def lined_warnings() -> Iterator[None]:
-    """Print each warning once, as one line on standard error."""
+    """Print each warning once, as one line on standard error, on rank 0."""
     with warnings.catch_warnings():
         warnings.simplefilter("once", UserWarning)
 
         def show(message: Any, *_: Any, **__: Any) -> None:
-            print(f"warning: {message}", file=sys.stderr)
+            if own_rank() == "0":
+                print(f"warning: {message}", file=sys.stderr)
 
         warnings.showwarning = show
         yield
