@@ -60,6 +60,8 @@ def test_texts_of_the_same_corpus_are_closer(
     assert 0 < found["mauve"] < 0.5
     assert 0.7 < found["mauve_train"] <= 1
     assert found["mauve_sd"] >= 0
+    for few in (None, other[:199]):
+        assert mauve.mauve(one, one, few, features)["mauve_train"] is None
     assert mauve.mauve(one, one, None, features) == {
         "mauve_texts": 200, "mauve": pytest.approx(1), "mauve_sd": pytest.approx(0, abs=1e-6),
         "mauve_train": None, "mauve_train_sd": None,

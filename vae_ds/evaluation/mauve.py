@@ -7,6 +7,7 @@ the number of texts: values compare only if both are equal.
 Shapes: N texts, H features.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,7 +72,8 @@ def features_of(name: str, base: str, tokenizer: Any, max_tokens: int, device: t
     features of most published values.
     """
     if name == BASE:
-        return lambda texts: pooled_base(base, tokenizer, texts, max_tokens, device)
+        loaded = functools.cache(_encoder)
+        return lambda texts: _pooled(loaded(base, device), tokenizer, texts, max_tokens)
 
     def of(texts: Sequence[str]) -> NDArray[np.float32]:
         from mauve.compute_mauve import get_features_from_input
@@ -92,14 +94,21 @@ def pooled_base(
 
     Raises ConfigError if the base is not at hand.
     """
-    encoder = T5VAE.from_base(ModelConfig(base=base, latent_dim=1)).t5.encoder.to(device)
+    return _pooled(_encoder(base, device), tokenizer, texts, max_tokens)
+
+
+def _encoder(base: str, device: torch.device) -> Any:
+    return T5VAE.from_base(ModelConfig(base=base, latent_dim=1)).t5.encoder.to(device)
+
+
+def _pooled(encoder: Any, tokenizer: Any, texts: Sequence[str], max_tokens: int) -> NDArray[np.float32]:
     tokens = from_texts(texts, tokenizer, max_tokens)
     pooled_NH = np.zeros((len(texts), encoder.config.d_model), np.float32)
     with latents.inference(encoder):
         for index_B, _ in evaluation_batches(tokens.lengths_N, Limits(SENTENCES, TOKENS), 0, 1):
             batch = collate(
                 tokens, index_B, pad_id=tokenizer.pad_token_id, latent_dim=1, seed=0, keys=(), sample=False, eval=True
-            ).to(device)
+            ).to(encoder.device)
             mask_BT = batch.attention_mask_BT
             states_BTH = encoder(input_ids=batch.input_ids_BT, attention_mask=mask_BT).last_hidden_state.float()
             sums_BH = (states_BTH * mask_BT[:, :, None]).sum(1)
@@ -111,14 +120,15 @@ def mauve(written: Sequence[str], corpus: Sequence[str], train: Sequence[str] | 
     """`mauve` of written texts against sentences of the split, and `mauve_train` of training sentences against them.
 
     `mauve_train` is about what texts as good as the corpus reach at this number of texts. Each is the mean over
-    CLUSTERINGS clusterings; `<metric>_sd` is the standard deviation over them. The smaller of the numbers of texts is
-    taken of all, in `mauve_texts`.
+    CLUSTERINGS clusterings; `<metric>_sd` is the standard deviation over them. `mauve_texts`: the number of texts of
+    each kind, the smaller of those of `written` and `corpus`. With fewer sentences of `train`, there is no
+    `mauve_train`.
     """
-    count = min(map(len, (written, corpus, *([] if train is None else [train]))))
+    count = min(len(written), len(corpus))
     corpus_NH = features(corpus[:count])
     found: Metrics = {"mauve_texts": count, "mauve_train": None, "mauve_train_sd": None}
     found |= _score("mauve", corpus_NH, features(written[:count]))
-    if train is not None:
+    if train is not None and len(train) >= count:
         found |= _score("mauve_train", corpus_NH, features(train[:count]))
     return found
 
