@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from support import ROOT, tiny
+from support.launch import launch
 from vae_ds import cli
 from vae_ds.config import ModelConfig
 from vae_ds.model import T5VAE, load_tokenizer
@@ -26,12 +27,16 @@ FILES = {
 
 
 def command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run `vae-ds ...` or `cat FILE | vae-ds ...` in this process."""
+    """Run `vae-ds ...` or `cat FILE | vae-ds ...` in this process, and what a launcher starts as two ranks."""
     piped = re.fullmatch(r"cat (\S+) \| (.*)", line)
     if piped:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path(piped[1]).read_bytes())))
         line = piped[2]
     program, *words = shlex.split(line)
+    if program in ("torchrun", "srun"):
+        name = "vae_ds" if program == "torchrun" else "vae-ds"
+        launch(["-m", "vae_ds", *words[words.index(name) + 1 :]], cwd=Path.cwd())
+        return
     assert program == "vae-ds"
     assert cli.run(words) == 0, line
 
