@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -36,26 +35,25 @@ def test_pca_finds_the_directions_of_the_largest_variance() -> None:
             maps.pca(z)
 
 
-def test_umap_gets_the_seed_and_fits_few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package compiles for half a minute when it is first used, so this is not the package."""
-    asked: dict[str, object] = {}
+@pytest.mark.timeout(300)
+def test_umap_keeps_neighbours_together() -> None:
+    """Two groups that lie apart stay apart; the seed decides the map; a few texts are enough."""
+    groups_N = np.arange(60) % 2
+    z_NL = np.random.default_rng(0).standard_normal((60, 4)) + 12 * groups_N[:, None]
+    plane = maps.umap(z_NL, seed=3)
+    assert plane.axes == ("UMAP 1", "UMAP 2")
+    far_NN = np.linalg.norm(plane.xy_N2[:, None] - plane.xy_N2[None], axis=-1)
+    is_same_NN = groups_N[:, None] == groups_N[None]
+    assert far_NN[is_same_NN].max() < far_NN[~is_same_NN].min()
+    assert np.array_equal(maps.umap(z_NL, seed=3).xy_N2, plane.xy_N2)
+    assert not np.array_equal(maps.umap(z_NL, seed=4).xy_N2, plane.xy_N2)
+    assert np.isfinite(maps.umap(z_NL[:9]).xy_N2).all()
 
-    class Umap:
-        def __init__(self, **settings: object) -> None:
-            asked.update(settings)
 
-        def fit_transform(self, z_NL: np.ndarray) -> np.ndarray:
-            return z_NL[:, :2]
-
-    package = types.ModuleType("umap")
-    package.UMAP = Umap  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "umap", package)
-    z_NL = np.random.default_rng(0).standard_normal((9, 4))
-    assert maps.umap(z_NL, seed=3).axes == ("UMAP 1", "UMAP 2")
-    assert asked == {"n_components": 2, "n_neighbors": 8, "random_state": 3}
+def test_umap_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(ConfigError, match=r"--umap needs the package umap-learn .*vae_ds\[look\]"):
-        maps.umap(z_NL)
+        maps.umap(np.eye(9))
 
 
 def test_a_grid_lies_between_its_corners(vae: TextVAE) -> None:
