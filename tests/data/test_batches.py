@@ -22,7 +22,7 @@ from vae_ds.data.batches import (
     tokenise,
 )
 from vae_ds.data.cuts import Limits, share
-from vae_ds.data.tokens import tokenizer_fingerprint
+from vae_ds.data.fingerprints import tokenizer_fingerprint
 from vae_ds.distributed import stream
 from vae_ds.errors import ConfigError, DataError
 

@@ -14,9 +14,10 @@ from vae_ds.data.batches import (
 from vae_ds.data.cache import cache_dir
 from vae_ds.data.cuts import Limits, evaluation_batches, limits_of, logit_tokens, share
 from vae_ds.data.feed import Feed, Source, Streamed, Whole
+from vae_ds.data.fingerprints import tokenizer_fingerprint
 from vae_ds.data.progress import Progress
 from vae_ds.data.sampling import Sample, sample_train
-from vae_ds.data.tokens import TokenSet, from_texts, tokenise, tokenizer_fingerprint
+from vae_ds.data.tokens import TokenSet, from_texts, tokenise
 
 __all__ = [
     "Batch",

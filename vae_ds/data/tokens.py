@@ -9,8 +9,6 @@ The target, which the decoder predicts, has it only if the text ends there: the 
 shorter. Otherwise the decoder would learn to end a sentence anywhere.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +26,7 @@ from numpy.typing import NDArray
 
 from vae_ds.data.cache import cache_dir as cache_root
 from vae_ds.data.cache import cache_error
+from vae_ds.data.fingerprints import json_digest, tokenizer_fingerprint
 from vae_ds.data.progress import Progress, is_main
 from vae_ds.errors import ConfigError, DataError
 
@@ -63,11 +62,10 @@ class TextCorpus(Protocol):
 class TokenSet:
     """The token ids of N sentences, memory-mapped if they come from the cache. `tokens[i]` is int64 (T,).
 
-    lengths_N: number of ids that the encoder reads, with the end-of-sentence token. `fingerprint` changes with the
-    texts, the tokenizer and the maximum length.
+    lengths_N: number of ids that the encoder reads, with the end-of-sentence token.
     """
 
-    def __init__(self, rows: pa.Table, text: Callable[[int], str], fingerprint: str) -> None:
+    def __init__(self, rows: pa.Table, text: Callable[[int], str], fingerprint: Callable[[], str]) -> None:
         """`rows` has the columns of ROW_FEATURES; `text(i)` gives the uncut sentence i."""
         self._chunks = [
             (chunk.offsets.to_numpy(), chunk.values.to_numpy())  # views of Arrow's memory, not copies
@@ -77,8 +75,13 @@ class TokenSet:
         self._first_N = np.cumsum([0] + [len(offsets) - 1 for offsets, _ in self._chunks])
         self._rows = rows
         self._text = text
-        self.fingerprint = fingerprint
+        self._fingerprint = fingerprint
         self.lengths_N = np.concatenate([np.diff(offsets) for offsets, _ in self._chunks] or [np.zeros(0, np.int32)])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash that changes with the texts, the tokenizer and the maximum length. The vocabulary takes a while."""
+        return self._fingerprint()
 
     @cached_property
     def words_N(self) -> NDArray[np.int32]:
@@ -138,7 +141,7 @@ class TokenSet:
         """The first `count` sentences, or all if there are fewer."""
         if count >= len(self):
             return self
-        return TokenSet(self._rows.slice(0, count), self._text, _digest(self.fingerprint, count))
+        return TokenSet(self._rows.slice(0, count), self._text, lambda: json_digest(self.fingerprint, count))
 
     def flat(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """The concatenated ids of sentences: int64 (sum of their lengths,)."""
@@ -187,16 +190,16 @@ def tokenise(
         raise DataError(f"corpus {corpus.name} has no split `{split}`; it has {', '.join(corpus.splits) or 'none'}")
     _require_end(tokenizer)
     texts = corpus.splits[split]
-    key = _digest(CACHE_FORMAT, corpus.fingerprint, split, len(texts), tokenizer_fingerprint(tokenizer), max_tokens)
+    key = json_digest(CACHE_FORMAT, corpus.fingerprint, split, len(texts), tokenizer_fingerprint(tokenizer), max_tokens)
     if not len(texts):
-        return TokenSet(_rows([], tokenizer, max_tokens), str, key)
+        return TokenSet(_rows([], tokenizer, max_tokens), str, lambda: key)
     folder = cache_root(None if cache_dir is None else str(cache_dir)) / "tokens"
     shards = _shards(folder, f"{corpus.name.replace('/', '_')}-{split}-{key}", len(texts))
     missing = [shard for shard in shards if not _readable(shard)]
     if missing:
         _write(texts, split, tokenizer, max_tokens, missing)
     rows = pa.concat_tables([_read(shard.path) for shard in shards])
-    found = TokenSet(rows, lambda index: str(texts[index]["text"]), key)
+    found = TokenSet(rows, lambda index: str(texts[index]["text"]), lambda: key)
     report_truncation(f"{corpus.name}, {split}", found, max_tokens)
     report_unknown(f"{corpus.name}, {split}", found)
     return found
@@ -219,24 +222,11 @@ def from_texts(
     parts = [slice(start, start + ROWS_AT_ONCE) for start in range(0, max(1, len(kept)), ROWS_AT_ONCE)]
     rows = pa.concat_tables([_rows(kept[part], tokenizer, max_tokens, ends[part]) for part in parts])
     cut = [row for row, end in enumerate(ends) if not end]
-    fingerprint = _digest(CACHE_FORMAT, *kept, tokenizer_fingerprint(tokenizer), max_tokens, *([cut] if cut else []))
+
+    def fingerprint() -> str:
+        return json_digest(CACHE_FORMAT, *kept, tokenizer_fingerprint(tokenizer), max_tokens, *([cut] if cut else []))
+
     return TokenSet(rows, lambda index: kept[index], fingerprint)
-
-
-def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Hash of everything that determines the ids of a tokenizer: its vocabulary, its model and its special tokens."""
-    parts: list[Any] = [type(tokenizer).__name__, sorted(tokenizer.special_tokens_map.items(), key=str)]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        # Truncation and padding are settings of the most recent call, not of the tokenizer.
-        state = json.loads(backend.to_str())
-        parts.append({name: value for name, value in state.items() if name not in ("truncation", "padding")})
-    else:
-        parts.append(sorted(tokenizer.get_vocab().items()))
-        vocabulary = getattr(tokenizer, "vocab_file", None)
-        if vocabulary and Path(vocabulary).is_file():
-            parts.append(hashlib.sha256(Path(vocabulary).read_bytes()).hexdigest())
-    return _digest(*parts)
 
 
 def _require_end(tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -391,8 +381,3 @@ def _words_kept(ids: list[int], kept: list[int], tokenizer: "PreTrainedTokenizer
         for some in (ids[: 2 * len(kept) + 8], kept)
     )
     return next((n for n, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), len(part))
-
-
-def _digest(*parts: Any) -> str:
-    text = json.dumps(parts, sort_keys=True, default=str, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
