@@ -1,4 +1,4 @@
-"""`vae-ds probe`, `map`, `sample-label` and `explore`: what the code of a trained model tells about texts."""
+"""`vae-ds probe`, `map`, `sample-label`, `shift-label` and `explore`: what the code of a model tells about texts."""
 
 from __future__ import annotations
 
@@ -87,12 +87,7 @@ def add(subparsers: Any) -> None:
     )
     add_labels(parser)
     add_split(parser, "--labels", "train")
-    parser.add_argument(
-        "--target",
-        default="label",
-        metavar="NAME",
-        help="label, length, first word, or a factor of the grammar (default: %(default)s)",
-    )
+    add_target(parser)
     parser.add_argument("--label", action="append", metavar="VALUE", help="a value; can be repeated (default: all)")
     parser.add_argument(
         *("-n", "--number"), type=positive, default=4, metavar="N", help="texts of each value (default: %(default)s)"
@@ -103,6 +98,35 @@ def add(subparsers: Any) -> None:
     add_most(parser, 20000)
     add_decoding(parser)
     add_output(parser)
+
+    parser = add_using(
+        subparsers,
+        "shift-label",
+        shift_label,
+        "score shifts of texts from one label to another",
+        [
+            "vae-ds shift-label runs/demo --labels reviews.csv --label-column stars --from 1 --into 5",
+            "vae-ds shift-label runs/grammar --target tense --from present --into past --factor 1 --factor 2",
+        ],
+        "How often a classifier finds the new label, and BLEU to the source. Needs the extra look.",
+    )
+    add_labels(parser)
+    add_split(parser, "--labels", "train")
+    add_target(parser)
+    parser.add_argument("--from", dest="start", required=True, metavar="VALUE", help="the label of the texts to shift")
+    parser.add_argument("--into", required=True, metavar="VALUE", help="the label that they should get")
+    parser.add_argument(
+        "--factor",
+        type=float,
+        action="append",
+        metavar="X",
+        help="how many times the difference of the mean codes; can be repeated (default: 0.5, 1, 1.5 and 2)",
+    )
+    parser.add_argument(
+        *("-n", "--number"), type=positive, default=200, metavar="N", help="most texts to shift (default: %(default)s)"
+    )
+    add_most(parser, 20000)
+    add_decoding(parser)
 
     parser = add_using(
         subparsers,
@@ -153,6 +177,16 @@ def add_split(parser: argparse.ArgumentParser, without: str, default: str = "tes
     parser.add_argument("--split", choices=SPLITS, default=default, help=words)
 
 
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """Add `--target`."""
+    parser.add_argument(
+        "--target",
+        default="label",
+        metavar="NAME",
+        help="label, length, first word, or a factor of the grammar (default: %(default)s)",
+    )
+
+
 def add_most(parser: argparse.ArgumentParser, most: int) -> None:
     """Add `--sentences`."""
     parser.add_argument(
@@ -182,6 +216,17 @@ def texts_of(arguments: argparse.Namespace, file: str, with_labels: bool = True)
     )
 
 
+def labelled_of(arguments: argparse.Namespace) -> Labelled:
+    """The texts of `--labels` or of the run's split, with the targets of their form."""
+    from vae_ds.inspection import targets
+
+    if arguments.labels is None:
+        found = targets.of_run(Path(arguments.run), arguments.split, arguments.sentences, arguments.seed)
+    else:
+        found = texts_of(arguments, arguments.labels)
+    return targets.with_form(found)
+
+
 def source_of(arguments: argparse.Namespace, file: str | None, option: str) -> None:
     """Check that there is a source of texts, before torch is loaded. `option` names the file to give."""
     check_run(arguments)
@@ -193,15 +238,11 @@ def source_of(arguments: argparse.Namespace, file: str | None, option: str) -> N
 
 def probe(arguments: argparse.Namespace) -> None:
     source_of(arguments, arguments.labels, "--labels FILE")
-    from vae_ds.inspection import disentanglement, probes, targets
+    from vae_ds.inspection import disentanglement, probes
 
-    if arguments.labels is None:
-        labelled = targets.of_run(Path(arguments.run), arguments.split, arguments.sentences, arguments.seed)
-    else:
-        labelled = texts_of(arguments, arguments.labels)
-    vae = load(arguments)
+    labelled, vae = labelled_of(arguments), load(arguments)
     with lined_warnings():
-        found = probes.probe(vae, targets.with_form(labelled), arguments.seed)
+        found = probes.probe(vae, labelled, arguments.seed)
         apart = None
         if len(labelled.factors) > 1:
             apart = disentanglement.scores(vae.encode(labelled.texts).numpy(), labelled, arguments.seed)
@@ -246,13 +287,9 @@ def sample_label(arguments: argparse.Namespace) -> None:
     check_output(arguments)
     if arguments.score and arguments.to:
         raise ConfigError("--score prints no texts; leave --to or --score out")
-    from vae_ds.inspection import by_label, targets
+    from vae_ds.inspection import by_label
 
-    if arguments.labels is None:
-        labelled = targets.of_run(Path(arguments.run), arguments.split, arguments.sentences, arguments.seed)
-    else:
-        labelled = texts_of(arguments, arguments.labels)
-    labelled = targets.with_form(labelled)
+    labelled = labelled_of(arguments)
     vae, decoding = load(arguments), decoding_of(arguments)
     with lined_warnings():
         gaussians = by_label.chosen(by_label.fit(vae, labelled, arguments.target), arguments.label)
@@ -268,6 +305,19 @@ def sample_label(arguments: argparse.Namespace) -> None:
             for one in gaussians:
                 for text in vae.decode(one.draw(arguments.number, arguments.seed), **decoding):
                     output.row(f"{one.label}\t{text}", {"label": one.label, "text": text})
+
+
+def shift_label(arguments: argparse.Namespace) -> None:
+    source_of(arguments, arguments.labels, "--labels FILE")
+    from vae_ds.inspection import shifts
+
+    labelled, vae = labelled_of(arguments), load(arguments)
+    ends, factors = (arguments.start, arguments.into), arguments.factor or [0.5, 1, 1.5, 2]
+    with lined_warnings():
+        found = shifts.score(
+            vae, labelled, arguments.target, *ends, factors, arguments.number, **decoding_of(arguments)
+        )
+    print(json.dumps(asdict(found) | {"model": vae.fingerprint}) if arguments.json else shifts.table(found))
 
 
 def explore(arguments: argparse.Namespace) -> None:

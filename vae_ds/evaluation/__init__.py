@@ -8,13 +8,14 @@ from vae_ds.evaluation.identity import agreed_fingerprint, data_fingerprint, yar
 from vae_ds.evaluation.mauve import pooled_base
 from vae_ds.evaluation.metrics import Evaluation, Training, evaluate, log_likelihoods
 from vae_ds.evaluation.prior_fit import FitSettings, fit_prior
-from vae_ds.evaluation.text_metrics import diversity
+from vae_ds.evaluation.text_metrics import bleu, diversity
 
 __all__ = [
     "Evaluation",
     "FitSettings",
     "Training",
     "agreed_fingerprint",
+    "bleu",
     "data_fingerprint",
     "diversity",
     "evaluate",

@@ -77,7 +77,7 @@ def text_metrics(
     sentences = min(settings.bleu_sentences or 0, len(tokens))
     if sentences and model.bottleneck is not None:
         kept = [_kept(tokens, tokenizer, index) for index in range(sentences)]
-        found |= _bleu(_reconstructions(model, tokenizer, kept, ranks, max_tokens), kept)
+        found |= bleu(_reconstructions(model, tokenizer, kept, ranks, max_tokens), kept)
     if settings.samples:
         samples = _samples(model, tokenizer, settings, ranks, seed, max_tokens)
         texts, complete = [made.text for made in samples], [made.is_complete for made in samples]
@@ -208,7 +208,8 @@ def _reconstructions(model: T5VAE, tokenizer: Any, texts: Sequence[str], ranks: 
     return _in_groups(len(texts), ranks, work, "Reconstructing")
 
 
-def _bleu(made: Sequence[str], sources: Sequence[str]) -> Metrics:
+def bleu(made: Sequence[str], sources: Sequence[str]) -> Metrics:
+    """`bleu`: corpus BLEU of sacrebleu, 0 to 100, with the standard error of a bootstrap, its number and signature."""
     from sacrebleu.metrics.bleu import BLEU
 
     # `force` suppresses the warning about tokenised text; some corpora are already tokenised.

@@ -4,7 +4,18 @@ Depends on `textvae`, `evaluation`, `latents`, `data`, `model`, `runtime`, `conf
 of scikit-learn, which is an extra (`vae_ds[look]`).
 """
 
-from vae_ds.inspection import by_label, disentanglement, mapping, maps, pictures, positions, probes, server, targets
+from vae_ds.inspection import (
+    by_label,
+    disentanglement,
+    mapping,
+    maps,
+    pictures,
+    positions,
+    probes,
+    server,
+    shifts,
+    targets,
+)
 from vae_ds.inspection.targets import Labelled
 
 __all__ = [
@@ -17,5 +28,6 @@ __all__ = [
     "positions",
     "probes",
     "server",
+    "shifts",
     "targets",
 ]

@@ -58,7 +58,7 @@ def fit(vae: TextVAE, labelled: Labelled, target: str) -> dict[str, Gaussian]:
     The mean is that of mu. The covariance is that of mu plus the mean of the posterior variances, so it has full rank
     for any number of texts. Raises ConfigError if the texts have no such target, DataError if it has no class.
     """
-    rows, named = _classes(labelled, target)
+    rows, named = classes_of(labelled, target)
     texts = [labelled.texts[row] for row in rows]
     mu_NL, logvar_NL = (part.double().numpy() for part in vae.posterior(texts))
     found = {}
@@ -88,7 +88,7 @@ def score(
     Raises ConfigError without scikit-learn, DataError if the target has one class only.
     """
     require("look", "scikit-learn", "sklearn", "the share of samples with their label")
-    rows, named = _classes(labelled, target)
+    rows, named = classes_of(labelled, target)
     if len(set(named.tolist())) < 2:
         raise DataError(f"the target {target} has one class only; a classifier needs two")
     words = np.array([labelled.texts[row] for row in rows], dtype=object)
@@ -123,7 +123,11 @@ def table(accuracy: float, accuracy_se: float | None, scores: Sequence[Score]) -
     )
 
 
-def _classes(labelled: Labelled, target: str) -> tuple[np.ndarray, np.ndarray]:
+def classes_of(labelled: Labelled, target: str) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of the texts with a class of the target, and their classes (`targets.classes`).
+
+    Raises ConfigError if the texts have no such target, DataError if it has no class.
+    """
     if target not in labelled.targets:
         raise ConfigError(f"the texts have no target {target}; they have {', '.join(labelled.targets) or 'none'}")
     rows, named = targets.classes(labelled.targets[target])
