@@ -15,7 +15,7 @@ from vae_ds.textvae import TextVAE
 
 
 class Swapping:
-    """A model with a known result: the code of a text is whether it has a bicycle, and decides which thing is written."""
+    """A model with a known result: the code is whether a text has a bicycle, and decides which thing is written."""
 
     def encode(self, texts: list[str]) -> np.ndarray:
         return np.array([["bicycle" in text] for text in texts], np.float32)
