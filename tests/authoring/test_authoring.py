@@ -19,7 +19,7 @@ from vae_ds.data import corpora, sample_train
 from vae_ds.errors import ConfigError, DataError
 from vae_ds.model import base_shapes
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ import os; os._exit(0)
 """
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", ["zero0", "zero1"])
 def test_the_peak_of_a_real_step(stage: str, tmp_path: Path) -> None:
     small, base = make_base(tmp_path / "small"), make_base(tmp_path / "base", **SHAPE, vocab_size=8000)

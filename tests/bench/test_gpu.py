@@ -15,7 +15,7 @@ from vae_ds.bench import gpu
 from vae_ds.bench.gpu import cells, copies, results, running
 from vae_ds.bench.gpu.cells import Cell
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = pytest.mark.timeout(560)
 # Begins the first cell, and ends as a process that has lost its device.
 DYING = """
 import json, os, sys, time

@@ -7,7 +7,7 @@ import pytest
 
 from vae_ds import cli
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = pytest.mark.timeout(560)
 
 
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from vae_ds.bench import gpu
 from vae_ds.bench.gpu import cells, measures, runs
 from vae_ds.bench.gpu.cells import Cell
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(560)]
 
 
 @pytest.fixture(scope="module")

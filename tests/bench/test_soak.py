@@ -16,7 +16,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_recipe(tmp_path_factory.mktemp("soak"))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_soak_kills_resumes_and_compares(recipe: Path, tmp_path: Path) -> None:
     found = bench.soak(
         str(recipe), tmp_path / "soak", overrides=["phases.1.steps=100"], processes=2, kill_every_s=3.0, seed=3

@@ -18,7 +18,7 @@ from vae_ds.data import Batch, Limits
 from vae_ds.errors import ConfigError, Failed
 from vae_ds.model import T5VAE, count_operations
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(400)
 
 
 def test_every_measure_has_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,7 +119,7 @@ sys.exit(cli.run(sys.argv[1:]))
 """
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_several_ranks_write_what_one_process_writes(model: Path, lines: Path, tmp_path: Path) -> None:
     """Three ranks and four parts of three lines: codes and texts, drawn and not, and probabilities."""
     how, drawn = ("--device", "cpu", "--batch", "3"), ("--temperature", "0.7", "--seed", "5", *SHORT[:2])
@@ -149,7 +149,7 @@ def test_several_ranks_cannot_divide_standard_input(model: Path) -> None:
     assert "error: several ranks cannot divide standard input; give a file" in done.outputs[0]
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_json_lines_pass_through_a_pipe(model: Path, vae: TextVAE, tmp_path: Path) -> None:
     vae_ds = f"{shlex.quote(sys.executable)} -m vae_ds"
     run = shlex.quote(str(model))
@@ -374,7 +374,7 @@ def test_a_gpu_that_is_not_there(model: Path, capsys: pytest.CaptureFixture[str]
     assert "device cuda: this machine has no such usable GPU" in capsys.readouterr().err
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_memory_does_not_grow_with_the_file(model: Path, tmp_path: Path) -> None:
     """The parts that are in memory are of one size: a file of 40,000 lines needs no more than one of 4,000."""
     code = (

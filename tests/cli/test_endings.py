@@ -108,7 +108,7 @@ def test_an_evaluation_shows_the_progress_of_each_part_and_a_validation_none(
     assert [part for part in (*parts, *texts) if part not in told] == []
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_a_training_and_an_evaluation_outlive_their_pipe(words: list[str], tmp_path: Path) -> None:
     """`vae-ds train ... 2>&1 | head -2` trains to the end, and so for `evaluate`."""
     run = tmp_path / "a run"

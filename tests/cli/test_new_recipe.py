@@ -8,7 +8,7 @@ import pytest
 from support.tiny import ENGLISH, make_base, write_splits
 from vae_ds import cli, config
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,7 @@ def test_a_wrong_interval(interval: str, tmp_path: Path) -> None:
     assert code_of("status", write(tmp_path / "run", "running"), "--watch", "--interval", interval) == 2
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_ctrl_c_ends_the_watching_with_the_code_of_the_state(tmp_path: Path) -> None:
     run = write(tmp_path / "run", "running", **FACTS)
     process = subprocess.Popen(
@@ -164,7 +164,7 @@ def test_ctrl_c_ends_the_watching_with_the_code_of_the_state(tmp_path: Path) -> 
     assert (process.returncode, told) == (1, b"")
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_a_terminal_is_refreshed_in_place(tmp_path: Path) -> None:
     run = write(tmp_path / "run", "stopped", **FACTS)
     command = [sys.executable, "-m", "vae_ds", "status", str(run), "--watch"]

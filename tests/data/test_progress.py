@@ -19,7 +19,7 @@ from vae_ds.data.cache import hash_file
 from vae_ds.data.corpora import docstrings, sources, wordnet
 from vae_ds.model import bases
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 class Clock:

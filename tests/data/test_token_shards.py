@@ -18,7 +18,7 @@ from vae_ds.data import corpora, tokens
 from vae_ds.errors import DataError
 from vae_ds.model import bases
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 # Tokenises 1,000 sentences in shards of 200, and is killed by its own hand in the third.
 KILLED = """

@@ -23,7 +23,7 @@ distributed.finish()
 """
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_sums_of_two_ranks_in_one_reduction() -> None:
     launch(["-c", CODE], processes=2, timeout_s=100)
 

@@ -10,7 +10,7 @@ from support.communication_cases import KINDS
 from support.launch import launch
 from vae_ds.engine import resolve
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(800)
 WORLDS = (2, 4)
 # A sum in float32, and the least error of a sum in 16 bits: a rounding changes a number by up to 4e-3 in bf16, 5e-4 in
 # fp16.

@@ -11,7 +11,7 @@ from vae_ds.evaluation import finished_run
 from vae_ds.training import train
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(360)
 def test_a_run_trained_with_relative_paths_is_evaluated_from_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,7 +51,7 @@ def test_a_run_trained_with_relative_paths_is_evaluated_from_elsewhere(
     assert train("demo", "runs/mine", [*settings, *short]) == Path("runs/mine")
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(360)
 def test_the_code_of_a_streamed_run_is_compared_with_sentences_of_the_stream(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

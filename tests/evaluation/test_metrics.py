@@ -694,7 +694,7 @@ evaluation: {{iw_samples: 2, iw_sentences: 4, bleu_sentences: 0, samples: 0}}
 """
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(360)
 def test_a_run_whose_kl_costs_too_much_collapses_and_says_so_everywhere(base, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -729,7 +729,7 @@ def test_a_run_whose_kl_costs_too_much_collapses_and_says_so_everywhere(base, tm
 # More than one process
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(560)
 def test_two_processes_find_what_one_finds(base):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -129,7 +129,7 @@ def test_a_trigram_of_text_finds_like_text_more_likely(base: str) -> None:
     assert math.isfinite(nll["other"])
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_each_metric_is_what_it_says(base: str, trained: T5VAE) -> None:
     yardstick = T5VAE.from_base(ModelConfig(base=base, injection="none")), load_tokenizer(base)
     state = torch.random.get_rng_state()
@@ -268,7 +268,7 @@ def exports(base: str, trained: T5VAE, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(560)
 def test_two_ranks_write_what_one_writes(exports: Path) -> None:
     common = ["--recipe", exports / "recipe.yaml"]
     found = {}

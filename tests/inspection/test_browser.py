@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(
         CHROMIUM is None or DRIVER is None, reason="no chromium; Debian's packages are chromium and chromium-driver"
     ),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
 ]
 
 

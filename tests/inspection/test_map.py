@@ -35,7 +35,7 @@ def test_pca_finds_the_directions_of_the_largest_variance() -> None:
             maps.pca(z)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_umap_keeps_neighbours_together() -> None:
     """Two groups that lie apart stay apart; the seed decides the map; a few texts are enough."""
     groups_N = np.arange(60) % 2

@@ -11,7 +11,7 @@ from support import ROOT
 BOOK = ROOT / "examples" / "latent-space.ipynb"
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_the_cells_run_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,7 +89,7 @@ def test_a_sample_of_a_file_is_uniform_and_seeded(tmp_path: Path) -> None:
         targets.of_file(tmp_path / "nothing.txt")
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_the_command_on_a_run_of_the_grammar(vae: TextVAE, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     vae.save_pretrained(run / "model")

@@ -246,7 +246,7 @@ def test_the_ranks_exit_code_comes_back(job: dict[str, str], tmp_path: Path) -> 
     assert processes_of(job) == []
 
 
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(900)
 def test_ranks_outlive_no_launcher(job: dict[str, str], settings: list[str], tmp_path: Path) -> None:
     """A killed launch.py leaves its ranks alone and lets `deepspeed` exit 0; ours ends them, and they save first."""
     run, output = tmp_path / "run", tmp_path / "output"

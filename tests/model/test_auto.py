@@ -45,7 +45,7 @@ def expected(model: T5VAE, given: dict[str, torch.Tensor]) -> dict[str, torch.Te
     return {"mu": mu, "logvar": logvar, "rec": rec, "text": model.generate(given["z"], 8)}
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_the_file_in_the_export_is_the_model_without_vae_ds(tmp_path: Path) -> None:
     models, given = {}, {}
     for kind, settings in KINDS.items():

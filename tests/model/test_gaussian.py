@@ -8,7 +8,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from vae_ds.model import gaussian
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture

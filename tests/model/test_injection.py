@@ -12,7 +12,7 @@ from support.models import TEXTS, UNITS, batch, build, groups_by_module, latents
 from vae_ds.model.t5vae import T5VAE
 from vae_ds.training import phases
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 SCHEMES = ("self_attention", "embedding", "self_attention+embedding")
 TOKENS = 9
 

@@ -18,7 +18,7 @@ from vae_ds.errors import ConfigError
 from vae_ds.model import check_start, held_names, is_adapter, plain_name, skeleton
 from vae_ds.model.t5vae import T5VAE
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 EVERY = {"rank": 3, "alpha": 12, "modules": ["q", "k", "v", "o", "wo"]}
 INJECTIONS = ("cross_attention", "self_attention", "self_attention+embedding", "none")
 

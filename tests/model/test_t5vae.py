@@ -21,7 +21,7 @@ from vae_ds.model.bottleneck import Bottleneck
 from vae_ds.model.injection import LatentCrossAttention, SafeInHalf, inject
 from vae_ds.model.t5vae import T5VAE, Terms, check_base, load_tokenizer
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 INJECTIONS = ("cross_attention", "self_attention", "embedding", "self_attention+embedding", "none")
 
 

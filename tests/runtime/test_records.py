@@ -46,7 +46,7 @@ def test_a_broken_status_is_a_clear_error_and_can_be_replaced(tmp_path: Path, te
     assert (read_status(tmp_path) or {})["state"] == "done"
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
     code = f"""
 from vae_ds.runtime.records import write_json
@@ -83,7 +83,7 @@ def test_environment_names_versions_devices_and_the_commit(tmp_path: Path) -> No
     assert found["commit"] == (head.stdout.strip() if head.returncode == 0 else None)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_a_package_inside_a_foreign_checkout_has_no_commit(tmp_path: Path) -> None:
     package = tmp_path / "project" / "site-packages" / "vae_ds"
     shutil.copytree(ROOT / "vae_ds", package, ignore=shutil.ignore_patterns("__pycache__", "tiny"))
@@ -109,7 +109,7 @@ def test_write_json_takes_arrays_and_keeps_the_old_file_on_failure(tmp_path: Pat
     assert json.loads(path.read_text(encoding="utf-8"))["au"] == 2
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_the_status_is_read_and_written_without_torch(tmp_path: Path) -> None:
     code = f"""
 import sys

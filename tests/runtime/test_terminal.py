@@ -10,7 +10,7 @@ import pytest
 
 from support import ROOT
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 CODE = """
 import os, sys, time

@@ -84,7 +84,7 @@ def test_sentence_transformers_loads_it(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(made), expected_BL, rtol=0, atol=1e-5)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_program_of_torch_export_takes_other_sizes(tmp_path: Path) -> None:
     model = exported(tmp_path / "mine", "v1_1", pool_layers="all", pooling="mean")
     encoder.program(tmp_path / "mine", tmp_path / "a.pt2")

@@ -56,7 +56,7 @@ def launch(
     arguments: Sequence[str | Path],
     *,
     processes: int = 2,
-    timeout_s: float = 120.0,
+    timeout_s: float = 240.0,
     env: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
     check: bool = True,

@@ -41,7 +41,7 @@ def command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.run(words) == 0, line
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     base = tiny.base()

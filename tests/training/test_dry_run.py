@@ -9,7 +9,7 @@ from support.tiny import demo_settings
 from vae_ds.errors import CheckpointError, ConfigError, UserError
 from vae_ds.training import dry_run, train
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(360)
 STEPS = ("phases.0.steps=2", "phases.1.steps=3")
 
 

@@ -85,7 +85,7 @@ def cut(whole: Path, to: Path, step: int) -> Path:
     return to
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_the_best_that_uses_z_is_exported(whole: Path, used: list[dict[str, Any]]) -> None:
     best = lowest(used)
     everything = rows(whole)
@@ -100,7 +100,7 @@ def test_the_best_that_uses_z_is_exported(whole: Path, used: list[dict[str, Any]
     )
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_the_last_validation_can_be_the_best_and_stays_it_in_a_longer_run(
     settings: list[str], whole: Path, used: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -117,7 +117,7 @@ def test_the_last_validation_can_be_the_best_and_stays_it_in_a_longer_run(
     assert told(run) == told(whole)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_a_killed_run_keeps_its_best_and_chooses_as_one_never_killed(
     settings: list[str], whole: Path, used: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -131,7 +131,7 @@ def test_a_killed_run_keeps_its_best_and_chooses_as_one_never_killed(
     assert model_is_of(run) == [lowest(used)]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_two_ranks_choose_alike(settings: list[str], whole: Path, used: list[dict[str, Any]], tmp_path: Path) -> None:
     """Resumed before the best at ZeRO 3: rank 1 takes part in the export. Then to the end, which has no export."""
     run = cut(whole, tmp_path / "run", lowest(used) - EVERY)
@@ -140,7 +140,7 @@ def test_two_ranks_choose_alike(settings: list[str], whole: Path, used: list[dic
     assert model_is_of(run) == [told(run)["step"]] == [lowest(used)]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_a_checkpoint_of_version_0_2_resumes_and_chooses_from_what_follows(
     settings: list[str], whole: Path, used: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -159,7 +159,7 @@ def test_a_checkpoint_of_version_0_2_resumes_and_chooses_from_what_follows(
     assert told(run)["reason"].endswith(", the only one that uses z)")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_without_a_validation_that_uses_z_the_last_weights_are_exported(
     settings: list[str], whole: Path, tmp_path: Path
 ) -> None:
@@ -175,7 +175,7 @@ def test_without_a_validation_that_uses_z_the_last_weights_are_exported(
     assert found["reason"].startswith("model/ has the last weights: no validation at the final beta used z (")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_a_language_model_has_the_best_of_its_last_phase(settings: list[str], tmp_path: Path) -> None:
     rates = ["phases.0.optimizer.lr=5e-3", "phases.1.optimizer={lr: 3, clip: 0}", "model.injection=none"]
     run = train("demo", tmp_path / "run", [*settings, *rates, "phases.0.steps=20", "phases.1.steps=12"])
@@ -185,7 +185,7 @@ def test_a_language_model_has_the_best_of_its_last_phase(settings: list[str], tm
     assert told(run)["reason"].endswith(", the best of 3)")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_a_longer_phase_drops_what_its_old_end_exported(settings: list[str], whole: Path, tmp_path: Path) -> None:
     """The rise of beta goes on, so the old end is at a beta on the way; the last weights are worse, but at the end."""
     rise = ["phases.1.beta=null", "phases.1.beta={schedule: linear, over_steps: 100}", "phases.0.steps=1"]
@@ -198,7 +198,7 @@ def test_a_longer_phase_drops_what_its_old_end_exported(settings: list[str], who
     assert told(run)["step"] == 10
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_the_last_step_is_exported(settings: list[str], tmp_path: Path) -> None:
     short = ["phases.0.steps=4", "phases.1.steps=4", "phases.1.optimizer.lr=0.5", "export=last"]
     run = train("demo", tmp_path / "run", [*settings, *short])

@@ -156,7 +156,7 @@ def test_whatever_hits_a_run_it_resumes_to_the_undisturbed_result(new_run: Calla
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_second_interrupt_ends_a_run_at_once(recipe: Path, tmp_path: Path) -> None:
     """For the impatient: no checkpoint, no traceback of any library, and a status that tells it."""
     run, job, output = tmp_path / "run", new_job(), tmp_path / "output"

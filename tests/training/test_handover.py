@@ -17,7 +17,7 @@ from vae_ds.errors import Stopped
 from vae_ds.runtime import StopFlag
 from vae_ds.training import shards, trainer
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(800)
 # In 16 bits, the weights of the module are not exact: neither the frozen nor the trained ones.
 SHORT = ["phases.0.steps=3", "phases.1.steps=3", "precision=bf16", "deepspeed=zero1"]
 

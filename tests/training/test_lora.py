@@ -161,7 +161,7 @@ def warm(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_a_phase_that_freezes_a_stack_freezes_its_adapters(warm: Path) -> None:
     """After the warm-up alone, the decoder's adapters are as they began; those of the encoder have moved."""
     start, trained = start_of(warm / "first"), adapters(warm / "first")
@@ -170,7 +170,7 @@ def test_a_phase_that_freezes_a_stack_freezes_its_adapters(warm: Path) -> None:
         assert torch.equal(tensor, start[name]) == name.startswith("t5.decoder."), name
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_adapters_on_a_trained_vae(warm: Path) -> None:
     """The merged matrices of the first run are those that the second leaves as they are."""
     start, ends, trained = exported(warm / "first"), exported(warm / "then"), adapters(warm / "then")
@@ -343,7 +343,7 @@ def test_the_model_of_a_run_is_used_as_any_other(runs: Path) -> None:
     assert found["nelbo"] > 0
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(360)
 def test_the_facts_of_a_dry_run(tmp_path: Path) -> None:
     settings = [*demo_settings(tmp_path), "phases.0.steps=2", "phases.1.steps=3", "model.lora.rank=2"]
     facts = [line for line in dry_run("demo", tmp_path / "run", settings).splitlines() if line.startswith("# ")]

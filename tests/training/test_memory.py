@@ -34,7 +34,7 @@ os._exit(cli.run(sys.argv[1:]))
 """
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("world", "who"), [(1, 0), (2, 1)])
 def test_a_host_without_memory(tmp_path: Path, world: int, who: int) -> None:
     run = tmp_path / "run"

@@ -91,7 +91,7 @@ def test_other_ranks_write_and_print_nothing(tmp_path: Path, capfd: pytest.Captu
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_without_tensorboard_none_is_imported(tmp_path: Path) -> None:
     code = f"""
 import sys
@@ -140,7 +140,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.Ca
     assert "\r" not in err
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_a_bar_on_a_terminal_and_standard_output_untouched(tmp_path: Path) -> None:
     code = f"""
 import sys

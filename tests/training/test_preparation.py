@@ -16,7 +16,7 @@ from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.model import T5VAE, load_tokenizer
 from vae_ds.training.preparation import check_model
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from vae_ds.errors import ConfigError
 from vae_ds.training import Monitor
 from vae_ds.training import trackers as module
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(400)
 BOTH = ("wandb", "mlflow")
 
 

@@ -15,7 +15,7 @@ from vae_ds.training import train
 SHORT = ["logging.tensorboard=false", "export=last", "validation.sentences=30", "validation.every_steps=4"]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_each_validation_states_what_the_code_costs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     settings = [*demo_settings(tmp_path), *SHORT]
     plain = train("demo-yardstick", tmp_path / "plain", [*settings, "phases.0.steps=4"])

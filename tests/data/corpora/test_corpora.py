@@ -17,7 +17,7 @@ from vae_ds.errors import DataError, UserError
 from vae_ds.model import bases
 from vae_ds.pretraining import paragraphs
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 SPLITS = ("train", "valid", "test")
 

@@ -15,7 +15,7 @@ from vae_ds.data.corpora import layouts
 from vae_ds.data.corpora.findings import Findings
 from vae_ds.errors import DataError
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 SPLITS = ("train", "valid", "test")
 ROWS = [

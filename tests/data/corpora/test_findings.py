@@ -13,7 +13,7 @@ from vae_ds.data import corpora
 from vae_ds.data.corpora import delimited
 from vae_ds.errors import DataError
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 def _folder(folder: Path, name: str, content: bytes) -> Path:

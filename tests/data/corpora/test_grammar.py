@@ -15,7 +15,7 @@ from vae_ds.data.corpora.pcfg import Grammar, Rule
 from vae_ds.distributed.randomness import stream
 from vae_ds.errors import DataError
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 SPLITS = ("train", "valid", "test")
 

@@ -15,7 +15,7 @@ from vae_ds.data import corpora
 from vae_ds.data.corpora import holdout
 from vae_ds.errors import DataError
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 LINES = [f"This is sentence {number}." for number in range(500)]
 # Written down: models are trained on these splits.

@@ -14,7 +14,7 @@ from vae_ds.data import corpora
 from vae_ds.data.corpora import text, text_files
 from vae_ds.errors import DataError
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 SPLITS = ("train", "valid", "test")
 CONTENT = {

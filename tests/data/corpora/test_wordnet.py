@@ -10,7 +10,7 @@ from vae_ds.data.corpora import wordnet
 from vae_ds.data.corpora.splits import split_of
 from vae_ds.errors import DataError
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 SPLITS = ("train", "valid", "test")
 LICENCE = "  1 Words of a licence.  \n  2 More of them.  \n"
