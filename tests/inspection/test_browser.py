@@ -1,7 +1,6 @@
 """The page of `vae-ds explore` in a real browser without a screen: every control is used as a person would."""
 
 import shutil
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -74,21 +73,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     started.quit()
 
 
-@pytest.fixture(scope="module")
-def served(vae: TextVAE) -> Iterator[str]:
-    explorer = server.Explorer(vae, TEXTS, ["even", "odd"] * 6, "mine")
-    with server.Server(explorer) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        yield running.url
-        running.shutdown()
-        thread.join(10)
-
-
 @pytest.fixture
-def page(browser: webdriver.Chrome, served: str) -> Page:
+def page(browser: webdriver.Chrome, served: server.Server) -> Page:
     browser.set_window_size(WIDTH, HEIGHT)
-    browser.get(served)
+    browser.get(served.url)
     opened = Page(browser)
     WebDriverWait(browser, 60).until(lambda _: opened.rows("neighbours"))
     opened.settle()

@@ -2,8 +2,6 @@
 
 import json
 import re
-import threading
-from collections.abc import Iterator
 from http.client import HTTPConnection
 from importlib import resources
 from pathlib import Path
@@ -21,15 +19,9 @@ from vae_ds.textvae import TextVAE
 TEXTS = list(tiny.ENGLISH[:12])
 
 
-@pytest.fixture(scope="module")
-def page(vae: TextVAE) -> Iterator[server.Server]:
-    explorer = server.Explorer(vae, TEXTS, ["even", "odd"] * 6, "mine")
-    with server.Server(explorer) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join(10)
+@pytest.fixture
+def page(served: server.Server) -> server.Server:
+    return served
 
 
 def ask(

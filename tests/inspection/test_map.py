@@ -172,17 +172,10 @@ def test_wrong_words_are_one_line(
     assert message in capsys.readouterr().err
 
 
-def labelled() -> Labelled:
-    """Two labels, each with its own things."""
-    pairs = [(text, thing) for text in tiny.ENGLISH[:200] for thing in ("chair", "bicycle") if thing in text]
-    return Labelled([text for text, _ in pairs], {"label": [thing for _, thing in pairs]})
-
-
-def test_a_gaussian_has_the_moments_of_its_texts(vae: TextVAE) -> None:
-    known = labelled()
-    found = by_label.fit(vae, known, "label")
+def test_a_gaussian_has_the_moments_of_its_texts(vae: TextVAE, labelled: Labelled) -> None:
+    found = by_label.fit(vae, labelled, "label")
     assert set(found) == {"chair", "bicycle"}
-    own = [text for text, label in zip(known.texts, known.labels, strict=True) if label == "chair"]
+    own = [text for text, label in zip(labelled.texts, labelled.labels, strict=True) if label == "chair"]
     mu_NL, logvar_NL = (part.double().numpy() for part in vae.posterior(own))
     z_NL = found["chair"].draw(20_000, seed=1)
     np.testing.assert_allclose(z_NL.mean(0), mu_NL.mean(0), atol=0.06)
@@ -191,33 +184,34 @@ def test_a_gaussian_has_the_moments_of_its_texts(vae: TextVAE) -> None:
     np.testing.assert_array_equal(found["chair"].draw(3, seed=1, first=5), z_NL[5:8])
     assert not np.allclose(found["bicycle"].draw(3, seed=1), found["chair"].draw(3, seed=1))
     # With fewer texts than units, a code still has every direction.
-    few = Labelled(known.texts[:1] * 12, {"label": ["x"] * 12})
+    few = Labelled(labelled.texts[:1] * 12, {"label": ["x"] * 12})
     assert np.linalg.matrix_rank(by_label.fit(vae, few, "label")["x"].root_LL) == vae.latent_dim
     for error, labels, target, message in (
         (ConfigError, None, "mood", "no target mood; they have label"),
         (DataError, ["sofa"], "label", "no texts with the label 'sofa'; found: 'bicycle', 'chair'"),
     ):
         with pytest.raises(error, match=message):
-            by_label.chosen(by_label.fit(vae, known, target), labels)
+            by_label.chosen(by_label.fit(vae, labelled, target), labels)
 
 
-def test_texts_of_a_label_and_their_scores(vae: TextVAE, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    known = labelled()
+def test_texts_of_a_label_and_their_scores(
+    vae: TextVAE, labelled: Labelled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     vae.save_pretrained(tmp_path / "model")
-    lines = [f"{label}\t{text}\n" for label, text in zip(known.labels, known.texts, strict=True)]
+    lines = [f"{label}\t{text}\n" for label, text in zip(labelled.labels, labelled.texts, strict=True)]
     (tmp_path / "labels.txt").write_text("".join(lines))
     words = ["sample-label", str(tmp_path / "model"), "--labels", str(tmp_path / "labels.txt"), "--device", "cpu"]
     assert cli.run([*words, "--label", "chair", "-n", "3", "--max-new-tokens", "8"]) == 0
     told = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    expected = vae.decode(by_label.fit(vae, known, "label")["chair"].draw(3), max_new_tokens=8)
+    expected = vae.decode(by_label.fit(vae, labelled, "label")["chair"].draw(3), max_new_tokens=8)
     assert told == [["chair", text] for text in expected]
     assert cli.run([*words, "--score", "12", "--json", "--max-new-tokens", "12"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["classifier_accuracy"] == 1
     assert [one["label"] for one in found["labels"]] == ["bicycle", "chair"]
     for one in found["labels"]:
-        made = vae.decode(by_label.fit(vae, known, "label")[one["label"]].draw(12), max_new_tokens=12)
+        made = vae.decode(by_label.fit(vae, labelled, "label")[one["label"]].draw(12), max_new_tokens=12)
         assert 0 <= one["hit"] <= 1
         assert one["diversity"]["distinct_1"] <= 1
         assert one["compared"] == len(made) == 12
-    assert targets.classes(known.labels)[1].tolist() == list(known.labels)
+    assert targets.classes(labelled.labels)[1].tolist() == list(labelled.labels)

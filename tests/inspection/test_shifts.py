@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from support import tiny
 from vae_ds import cli
 from vae_ds.errors import DataError
 from vae_ds.inspection import Labelled, shifts
@@ -24,13 +23,6 @@ class Swapping:
         here_N = self.encode(texts)[:, 0] + factor * direction[0]
         names = ["bicycle" if here > 0.5 else "chair" for here in here_N]
         return [text.replace("chair", name) for text, name in zip(texts, names, strict=True)]
-
-
-@pytest.fixture(scope="module")
-def labelled() -> Labelled:
-    """Two labels, each with its own thing."""
-    pairs = [(text, thing) for text in tiny.ENGLISH[:200] for thing in ("chair", "bicycle") if thing in text]
-    return Labelled([text for text, _ in pairs], {"label": [thing for _, thing in pairs]})
 
 
 def test_a_label_changes_from_the_middle_on(labelled: Labelled) -> None:

@@ -199,30 +199,26 @@ def decode(arguments: argparse.Namespace) -> None:
 
     from vae_ds.textvae import code_files
 
-    def good(part: code_files.Part) -> np.ndarray:
-        found_C: np.ndarray = np.isfinite(part.z_CL).all(axis=1)
-        return found_C
+    def made(part: tuple[np.ndarray, np.ndarray, np.ndarray], first: int) -> list[str]:
+        _, good_C, z_CL = part
+        return vae.decode(z_CL[good_C], first=first, **decoding_of(arguments)) if good_C.any() else []
 
-    def made(part: code_files.Part, first: int) -> list[str]:
-        good_C = good(part)
-        return vae.decode(part.z_CL[good_C], first=first, **decoding_of(arguments)) if good_C.any() else []
-
-    counted = Throughput(is_shown=True)
-    parts = code_files.read_codes(arguments.codes, vae.latent_dim, vae.fingerprint)
+    counted = Throughput(ranks.is_main)
+    stored = code_files.read_codes(arguments.codes, vae.latent_dim, vae.fingerprint)
+    parts = ((part.line_C, np.isfinite(part.z_CL).all(axis=1), part.z_CL) for part in stored)
     with Output(arguments) if ranks.is_main else nullcontext() as output:
-        for part, decoded in divided(parts, lambda part: int(good(part).sum()), made, ranks):
+        for (line_C, good_C, _), decoded in divided(parts, lambda part: int(part[1].sum()), made, ranks):
             assert output is not None
             texts = iter(decoded)
-            for line, is_good in zip(part.line_C.tolist(), good(part).tolist(), strict=True):
+            for line, is_good in zip(line_C.tolist(), good_C.tolist(), strict=True):
                 if is_good:
                     text = next(texts)
                     output.row(text, {"line": line, "text": text}, ("line", "text"))
                 elif not arguments.skip_bad:
                     error = f"line {line} has no finite code"
                     output.row(f"error: {error}", {"line": line, "error": error}, ("line", "text"))
-            counted.add(len(decoded), len(part.line_C) - len(decoded))
-    if ranks.is_main:
-        counted.tell(vae.device, arguments.skip_bad, ranks.world)
+            counted.add(len(decoded), len(line_C) - len(decoded))
+    counted.tell(vae.device, arguments.skip_bad, ranks.world)
 
 
 def neighbours(arguments: argparse.Namespace) -> None:

@@ -202,7 +202,7 @@ def sample(arguments: argparse.Namespace) -> None:
     check_output(arguments)
     ranks = joined()
     vae, total = load(arguments, ranks), arguments.number
-    counted = Throughput(is_shown=arguments.to is not None)
+    counted = Throughput(ranks.is_main and arguments.to is not None)
 
     def made(size: int, first: int) -> list[str]:
         return vae.sample(size, first=first, **decoding_of(arguments))
@@ -215,8 +215,7 @@ def sample(arguments: argparse.Namespace) -> None:
             for text in texts:
                 output.row(text, {"text": text})
             counted.add(len(texts))
-    if ranks.is_main:
-        counted.tell(vae.device, skipped=False, world=ranks.world)
+    counted.tell(vae.device, skipped=False, world=ranks.world)
 
 
 def interpolate(arguments: argparse.Namespace) -> None:

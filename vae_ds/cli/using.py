@@ -189,25 +189,26 @@ def for_each(
     lines = lines_of(source, texts)
     ranks = joined()
     vae = load(arguments, ranks)
-    counted = Throughput(is_shown=source is not None or arguments.to is not None)
+    counted = Throughput(ranks.is_main and (source is not None or arguments.to is not None))
     every = [*(["line"] if source else []), *columns]
 
-    def good(part: list[Any]) -> list[Any]:
-        return [texts for texts in part if not isinstance(texts, Line)]
+    def read(part: list[Line]) -> tuple[list[Line], list[Any], list[Any]]:
+        """The lines, what each of them has, and the texts among that."""
+        found = [_fields(line, fields) for line in part]
+        return part, found, [texts for texts in found if not isinstance(texts, Line)]
 
-    def made(part: tuple[list[Line], list[Any]], first: int) -> list[list[Result]]:
-        texts = good(part[1])
-        return work(vae, texts, first) if texts else []
-
-    parts = ((part, [_fields(line, fields) for line in part]) for part in in_parts(lines, BATCHES_AT_ONCE * vae.batch))
+    parts = map(read, in_parts(lines, BATCHES_AT_ONCE * vae.batch))
+    rounds = divided(
+        parts, lambda part: len(part[2]), lambda part, first: work(vae, part[2], first) if part[2] else [], ranks
+    )
     made_output: Output | nullcontext[None] = nullcontext()
     if ranks.is_main:
         made_output = Output(arguments) if output_of is None else output_of(arguments, vae)
     with made_output as output, lined_warnings():
-        for (part, read), results in divided(parts, lambda part: len(good(part[1])), made, ranks):
+        for (part, entries, _), results in rounds:
             assert output is not None
             of_texts = iter(results)
-            for line, found in zip(part, read, strict=True):
+            for line, found in zip(part, entries, strict=True):
                 number = {"line": line.number} if source else {}
                 if not isinstance(found, Line):
                     for plain, facts in next(of_texts):
@@ -215,8 +216,7 @@ def for_each(
                 elif not arguments.skip_bad:
                     output.row(f"error: {found.error}", number | {"error": found.error}, every)
             counted.add(len(results), len(part) - len(results))
-    if ranks.is_main:
-        counted.tell(vae.device, arguments.skip_bad, ranks.world)
+    counted.tell(vae.device, arguments.skip_bad, ranks.world)
 
 
 def _fields(line: Line, count: int) -> Any:

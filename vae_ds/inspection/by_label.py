@@ -3,7 +3,7 @@
 Shapes: N texts of a label, or samples, L latent units.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,9 +73,14 @@ def fit(vae: TextVAE, labelled: Labelled, target: str) -> dict[str, Gaussian]:
 def chosen(found: Mapping[str, Gaussian], labels: Sequence[str] | None) -> list[Gaussian]:
     """The Gaussians of some labels, or of all. Raises DataError for an unknown one."""
     for label in labels or ():
-        if label not in found:
-            raise DataError(f"no texts with the label {label!r}; found: {', '.join(map(repr, found))}")
+        need_label(label, found)
     return [found[label] for label in labels or found]
+
+
+def need_label(label: str, known: Collection[str]) -> None:
+    """Raise DataError if no text has the label."""
+    if label not in known:
+        raise DataError(f"no texts with the label {label!r}; found: {', '.join(map(repr, known))}")
 
 
 def score(

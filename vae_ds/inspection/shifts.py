@@ -16,7 +16,7 @@ from vae_ds.distributed import stream
 from vae_ds.errors import DataError
 from vae_ds.evaluation import bleu
 from vae_ds.inspection import probes
-from vae_ds.inspection.by_label import classes_of
+from vae_ds.inspection.by_label import classes_of, need_label
 from vae_ds.inspection.targets import Labelled
 from vae_ds.runtime import evaluations, require
 from vae_ds.textvae import TextVAE
@@ -68,9 +68,7 @@ def score(
     rows, named = classes_of(labelled, target)
     words = np.array([labelled.texts[row] for row in rows], dtype=object)
     for label in (start, goal):
-        if label not in named:
-            known = ", ".join(map(repr, np.unique(named).tolist()))
-            raise DataError(f"no texts with the label {label!r}; found: {known}")
+        need_label(label, np.unique(named).tolist())
     if start == goal:
         raise DataError(f"a shift from {start!r} to itself changes nothing; name two labels")
     own = np.flatnonzero(named == start)
