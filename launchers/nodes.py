@@ -114,8 +114,7 @@ class Nodes:
         probe = self.start("probe")
         output, errors = probe.communicate()
         if probe.returncode:
-            others = [line for line in errors.splitlines() if not line.startswith("pdsh@")]
-            wrong(f"cannot start on {(others or errors.splitlines() or ['the nodes'])[0]}")
+            wrong(f"cannot start on {_cause(errors)}")
         found = re.search(rf"^{re.escape(self.hosts[0])}: address (\S+) port (\d+)$", output, re.MULTILINE)
         if found is None:
             wrong(f"{self.hosts[0]} did not report its address; set --master-addr A")
@@ -151,6 +150,17 @@ class Nodes:
         lines += [line for text in user_files for line in text.splitlines() if "=" in line]
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return {**env, "DS_ENV_FILE": str(file)}
+
+
+def _cause(errors: str) -> str:
+    """The line of pdsh's error output that tells why a host cannot be used.
+
+    A login shell may write other lines there. pdsh names the hosts that failed; ssh or Python write their message last.
+    """
+    lines = errors.splitlines()
+    failed = {found[1] for line in lines if (found := re.match(r"pdsh@\S+: (\S+): ", line))}
+    of_failed = [line for line in lines if line.split(": ")[0] in failed]
+    return (of_failed or lines or ["the nodes"])[-1].replace(": error: ", ": ", 1)
 
 
 def _in_double_quotes(text: str) -> str:

@@ -280,7 +280,7 @@ def test_an_interrupted_run_leaves_no_cache_file(
 
 def test_ids_are_read_from_the_file_not_copied(tmp_path: Path, byt5: ByT5Tokenizer) -> None:
     rows = tokenise(corpus(sentences(50)), "train", byt5, 16, tmp_path)
-    view = rows._view(3)
+    view = rows._view(0, 3)
     assert not view.flags.owndata
     assert not view.flags.writeable
 

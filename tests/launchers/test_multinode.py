@@ -175,7 +175,10 @@ def test_wrong_arguments(job: dict[str, str], tmp_path: Path, options: list[str]
 
 @pytest.fixture(scope="module")
 def ssh_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PATH whose `ssh` reaches this machine under 127.0.0.1 and 127.0.0.2, by a server and a key of our own."""
+    """A PATH whose `ssh` reaches this machine under 127.0.0.1 and 127.0.0.2, by a server and a key of our own.
+
+    Its login shell writes to the error output, as those of many users do.
+    """
     sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
     if sshd is None or not shutil.which("pdsh"):
         pytest.skip("needs pdsh and openssh-server")
@@ -194,6 +197,7 @@ def ssh_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         PasswordAuthentication no
         StrictModes no
         PermitRootLogin prohibit-password
+        ForceCommand echo "a word of the login shell" >&2; eval "$SSH_ORIGINAL_COMMAND"
     """
     client = f"""
         Port {port}
@@ -280,5 +284,7 @@ def test_ssh_tells_which_node_it_cannot_use(job: dict[str, str], ssh_path: str, 
         return done.stderr
 
     assert said("127.0.0.3").startswith("error: cannot start on 127.0.0.3: ssh: connect to host 127.0.0.3")
-    assert "no network interface eth77 on the node; found: lo" in said("127.0.0.2", "--interface", "eth77")
+    on_first = said("127.0.0.2", "--interface", "eth77")
+    assert on_first.startswith("error: cannot start on 127.0.0."), on_first
+    assert ": no network interface eth77 on the node; found: lo" in on_first
     assert nothing_left(job)

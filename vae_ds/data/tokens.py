@@ -122,7 +122,7 @@ class TokenSet:
         return len(self.lengths_N)
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        return self._view(index).astype(np.int64)
+        return self.flat(np.array([index]))
 
     def target(self, index: int) -> NDArray[np.int64]:
         """The tokens that the decoder predicts: the ids, without the end-of-sentence token of a cut sentence."""
@@ -145,13 +145,12 @@ class TokenSet:
 
     def flat(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """The concatenated ids of sentences: int64 (sum of their lengths,)."""
-        views = [self._view(int(index)) for index in index_B]
+        views = [self._view(*place) for place in self._places(index_B)]
         return np.concatenate(views).astype(np.int64) if views else np.zeros(0, np.int64)
 
     def cut(self, index_B: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether sentences were cut: bool (B,). Unlike `truncated_N`, it needs no memory for the whole split."""
-        places = (self._place(int(index)) for index in index_B)
-        return np.array([self._cut[chunk][row].as_py() for chunk, row in places], bool)
+        return np.array([self._cut[chunk][row].as_py() for chunk, row in self._places(index_B)], bool)
 
     def _column(self, name: str) -> Any:
         return self._rows.column(name).to_numpy()
@@ -161,14 +160,16 @@ class TokenSet:
             raise IndexError(f"sentence {index} of {len(self)}")
         return index
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """The chunk of a sentence, and its row there."""
-        index = self._checked(index)
-        chunk = int(np.searchsorted(self._first_N, index, side="right")) - 1
-        return chunk, index - int(self._first_N[chunk])
+    def _places(self, index_B: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+        """The chunk of each sentence, and its row there. Raises IndexError."""
+        if len(index_B):
+            self._checked(int(index_B.min()))
+            self._checked(int(index_B.max()))
+        chunk_B = np.searchsorted(self._first_N, index_B, side="right") - 1
+        row_B = index_B - self._first_N[chunk_B]
+        return zip(chunk_B.tolist(), row_B.tolist(), strict=True)
 
-    def _view(self, index: int) -> NDArray[np.int32]:
-        chunk, row = self._place(index)
+    def _view(self, chunk: int, row: int) -> NDArray[np.int32]:
         offsets, values = self._chunks[chunk]
         view: NDArray[np.int32] = values[offsets[row] : offsets[row + 1]]
         return view

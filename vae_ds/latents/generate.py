@@ -38,14 +38,15 @@ def inference(model: nn.Module) -> Iterator[None]:
     It uses `no_grad` instead of `inference_mode`, because ZeRO 3 gathers weights inside the context, and inference
     tensors among them would break the next backward pass.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    trained = [module for module in model.modules() if module.training]
+    if trained:
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in trained:
+            module.training = True
 
 
 def encode(
