@@ -65,7 +65,8 @@ def test_the_paper_study_has_every_technique() -> None:
 def test_the_recommended_recipe_is_measured_against_a_language_model_of_its_budget() -> None:
     config = study.load("recommended", {"data.corpus": "wordnet"})
     pairs = [row for row in study.rows(config) if row.yardstick]
-    assert [row.name for row in pairs] == [f"recommended+seed={seed}" for seed in range(3)]
+    compared = ("recommended", "normal-prior")
+    assert [row.name for row in pairs] == [f"{name}+seed={seed}" for seed in range(3) for name in compared]
     every = resolved(config)
     for row in pairs:
         model, plain = every[row.name], every[str(row.yardstick)]

@@ -35,7 +35,7 @@ def test_it_is_small_and_says_how_it_was_made() -> None:
     described = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
     # The command of its card makes it again only as long as the recipe is the same.
     stored = config.build(config.RunConfig, described["recipe"], "config.json")
-    assert stored == config.load(config.RunConfig, "recommended")
+    assert stored == config.load(config.RunConfig, "normal-prior")
     assert VaeDsConfig.from_pretrained(FOLDER).model["latent_dim"] == 32
 
 
@@ -60,7 +60,7 @@ def test_its_name_is_one_of_a_model_everywhere(
     assert "63.5" in capsys.readouterr().out
     assert cli.run(["export", "tiny-vae", "--to", "mine"]) == 0
     assert TextVAE.from_pretrained("mine").fingerprint == TextVAE.from_pretrained("tiny-vae").fingerprint
-    recipe = ["train", "recommended", "--dry-run", "--set", "model.weights=tiny-vae", "data.corpus=grammar"]
+    recipe = ["train", "normal-prior", "--dry-run", "--set", "model.weights=tiny-vae", "data.corpus=grammar"]
     assert cli.run(recipe) == 0
     assert T5VAE.from_pretrained("tiny-vae").latent_dim == 32
 

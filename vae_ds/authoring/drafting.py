@@ -17,7 +17,15 @@ from vae_ds.authoring.recipe_text import Findings
 from vae_ds.config import ModelConfig, RunConfig
 from vae_ds.data import Sample, corpora, from_texts, sample_train, steps_per_epoch
 from vae_ds.errors import ConfigError, DataError
-from vae_ds.model import base_shapes, check_base, check_base_weights, check_latent_dim, load_tokenizer, skeleton
+from vae_ds.model import (
+    base_shapes,
+    check_base,
+    check_base_weights,
+    check_latent_dim,
+    least_sentences,
+    load_tokenizer,
+    skeleton,
+)
 
 SAMPLED = 20_000
 # Longer than any sentence: the lengths of the sample are those of the uncut sentences.
@@ -66,13 +74,19 @@ def draft(wishes: Wishes, command: str = "vae-ds recipes new") -> str:
     if valid < 2:
         raise DataError(f"{wishes.data}: the valid split has {valid} sentences; a validation needs at least 2")
     sample = sample_train(data, corpus, SAMPLED)
+    least = least_sentences(model.latent_dim)
+    if sample.is_exact and sample.sentences < least:
+        raise DataError(
+            f"{wishes.data}: the training split has {sample.sentences} sentences; the prior of {model.latent_dim} "
+            f"latent units needs {least}; use more text, or a smaller --latent-dim"
+        )
     tokens = from_texts(sample.texts, tokenizer, UNLIMITED)
     batch = wishes.batch or rules.global_batch(round((wishes.epochs or 1) * sample.sentences), wishes.gpus)
     epochs, steps = _length(sample, batch, wishes)
     limit = rules.max_tokens(tokens.lengths_N, wishes.percentile)
     vae = _vae_parameters(model)
     ds_config, ds_gb = rules.deepspeed(vae, wishes.gpus, wishes.gpu_gb)
-    kl_nats = wishes.kl_nats or template.model.latent_dim * template.phases[0].free_bits.nats
+    kl_nats = wishes.kl_nats or template.phases[0].free_bits.nats
     found = Findings(
         command=command,
         base=wishes.base,

@@ -113,6 +113,14 @@ def _model(found: Findings, template: RunConfig) -> list[str]:
         *_comment("[measured] how the encoder states become a vector, and how z enters the decoder.", 2),
         f"  pooling: {settings.pooling}",
         f"  injection: {settings.injection}",
+        *_comment(
+            "[measured] z as several keys and values in each layer of the decoder, a network of z that makes them, and "
+            "a prior that trains along (docs/priors.md).",
+            2,
+        ),
+        f"  slots: {settings.slots}",
+        f"  memory_mlp: {settings.memory_mlp}",
+        f"  prior: {settings.prior}",
         *_comment(f"[base] null: the dropout of the base, {base.dropout_rate:g}.", 2),
         "  dropout: null",
         *_comment(f"[rule] {reason}.", 2),
@@ -174,7 +182,6 @@ def _phase(found: Findings, template: RunConfig) -> list[str]:
     phase = template.phases[0]
     beta = phase.beta
     assert isinstance(beta, CyclicalBeta)
-    nats = float(f"{found.kl_nats / found.latent_dim:.4g}")
     anchor, tiny = phase.optimizer.lr, rules.ANCHOR_PARAMETERS
     if found.body_parameters == tiny:
         rate = "[measured] the rate of `recommended`, for a base of this size."
@@ -187,9 +194,10 @@ def _phase(found: Findings, template: RunConfig) -> list[str]:
         )
     rate += f" Clipping at {phase.optimizer.clip:g} is that of `recommended`."
     kl = (
-        f"[{'chosen' if {'kl_nats', 'latent_dim'} & found.chosen else 'measured'}] {found.kl_nats:g} nats in "
-        f"{found.latent_dim} units (--kl-nats, --latent-dim). `recommended` has {template.model.latent_dim} units of "
-        f"{phase.free_bits.nats:g} nats. Its KL was near the sum of the thresholds, mostly above (docs/results.md)."
+        f"[{'chosen' if 'kl_nats' in found.chosen else 'measured'}] a floor for the mean KL of a batch from N(0, I) "
+        f"(--kl-nats). `recommended` has {phase.free_bits.nats:g} nats. Its KL from the learned prior was 0.5 to "
+        "0.7 times as much (docs/results.md). How much z says depends on the text: move the floor by the `mi_train` of "
+        "a first run."
     )
     warmup = (
         f"[measured] {phase.learning_rate.schedule}, with a warm-up of 2 % of the steps, as in `recommended`. "
@@ -204,7 +212,7 @@ def _phase(found: Findings, template: RunConfig) -> list[str]:
         f"    steps: {found.steps}" if found.streaming else f"    epochs: {found.epochs:g}",
         f"    beta: {_flow(beta.model_dump())}",
         *_comment(kl, 4),
-        f"    free_bits: {{mode: {phase.free_bits.mode}, nats: {nats:g}}}",
+        f"    free_bits: {{mode: {phase.free_bits.mode}, nats: {found.kl_nats:g}}}",
         *_comment(rate, 4),
         f"    optimizer: {{lr: {_number(found.lr)}, clip: {phase.optimizer.clip:g}}}",
         *_comment(warmup, 4),

@@ -125,7 +125,7 @@ def _add_new(parser: argparse.ArgumentParser) -> None:
         "--kl-nats",
         type=above_zero,
         metavar="NATS",
-        help="wanted KL of all latent units together: sets the threshold of each unit (default: as in `recommended`)",
+        help="floor for the mean KL of a batch from N(0, I), in nats (default: as in `recommended`)",
     )
     group.add_argument(
         "--epochs", type=above_zero, metavar="N", help="epochs (default: 1 to 10, for at least 2,600 steps)"
