@@ -14,10 +14,10 @@ from support.models import UNITS, batch, build, latents
 from vae_ds.model import T5VAE, VaeDsModel, auto_code, load_tokenizer
 
 KINDS = {
-    "t5": {},
-    "v1_1": {"injection": "self_attention+embedding", "pooling": "mean"},
+    "t5": {"prior": "flow"},
+    "v1_1": {"injection": "self_attention+embedding", "pooling": "mean", "prior": "gaussian"},
     "mt5": {"injection": "embedding", "pool_layers": "all"},
-    "byt5": {"pool_layers": "all", "pooling": "mean"},
+    "byt5": {"pool_layers": "all", "pooling": "mean", "prior": "mixture"},
 }
 # What the file of the export is for: a program without vae_ds.
 ALONE = """
@@ -34,6 +34,8 @@ for kind, given in torch.load("given.pt").items():
         assert torch.equal(mu, model(given["ids"], given["mask"]).mu)
         made = {"mu": mu, "logvar": logvar, "text": model.generate(given["z"], 8)}
         made["rec"] = model.reconstruction(given["z"], given["labels"])
+    made["codes"] = model.sample_codes(20, torch.Generator().manual_seed(1))
+    assert "prior" not in " ".join(model.state_dict())
     torch.save(made, f"{kind}.pt")
 """
 
@@ -42,7 +44,10 @@ def expected(model: T5VAE, given: dict[str, torch.Tensor]) -> dict[str, torch.Te
     with torch.no_grad():
         mu, logvar = model.encode(given["ids"], given["mask"])
         rec = model.reconstruction(given["z"], given["labels"])
-    return {"mu": mu, "logvar": logvar, "rec": rec, "text": model.generate(given["z"], 8)}
+    random = torch.Generator().manual_seed(1)
+    noise = torch.randn(20, UNITS, generator=random), torch.rand(20, generator=random)
+    codes = {"codes": model.draw_codes(*noise).detach()}
+    return {"mu": mu, "logvar": logvar, "rec": rec, "text": model.generate(given["z"], 8), **codes}
 
 
 @pytest.mark.timeout(240)
@@ -50,6 +55,9 @@ def test_the_file_in_the_export_is_the_model_without_vae_ds(tmp_path: Path) -> N
     models, given = {}, {}
     for kind, settings in KINDS.items():
         models[kind] = build(kind, **settings)
+        for parameter in () if models[kind].prior is None else models[kind].prior.parameters():
+            # A prior begins near N(0, I).
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
         models[kind].save_pretrained(tmp_path / kind, load_tokenizer(tiny.base(kind)))
         rows = batch(kind)
         given[kind] = {"ids": rows["input_ids_BT"], "mask": rows["attention_mask_BT"], "labels": rows["labels_BT"]}

@@ -7,17 +7,21 @@ Shapes: B sentences, T tokens, L latent units.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import cached_file
 
 from vae_ds.model.bases import FAMILIES, tie
 from vae_ds.model.bottleneck import Bottleneck
 from vae_ds.model.injection import MemoryMlp, guard_half, inject
+from vae_ds.model.prior import Prior, make_prior
 from vae_ds.model.t5vae import T5VAE
 
 
@@ -77,6 +81,32 @@ class VaeDsModel(PreTrainedModel):
         self.t5 = t5
         tie(t5, head="t5.lm_head.weight" in config.aliases)
         self.post_init()
+
+    @torch.no_grad()
+    def sample_codes(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """`count` codes z ~ p(z) for `generate`: (count, L), float32. `generator` is one of the CPU.
+
+        A learned prior is in a file of its own, which the first call reads. Raises OSError if it is missing.
+        """
+        eps_BL = torch.randn(count, self.latent_dim, generator=generator)
+        choice_B = torch.rand(count, generator=generator)
+        prior = self._prior
+        return (eps_BL if prior is None else prior.sample(eps_BL, choice_B)).to(self.device)
+
+    @cached_property
+    def _prior(self) -> Prior | None:
+        """The learned prior, on the CPU; None for N(0, I). It is no submodule: its weights are in another file."""
+        kind = getattr(self.settings, "prior", "normal")
+        if kind == "normal":
+            return None
+        commit = getattr(self.config, "_commit_hash", None)
+        path = cached_file(self.name_or_path, f"priors/{kind}.safetensors", revision=commit)
+        with torch.device("cpu"):
+            prior = make_prior(self.settings, torch.Generator())
+        assert prior is not None
+        weights = {name.removeprefix("prior."): tensor for name, tensor in load_file(str(path)).items()}
+        prior.load_state_dict(weights)
+        return prior
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """The tied weights as the export names them."""

@@ -15,6 +15,8 @@ CODE = "modeling_vae_ds.py"
 PARTS: dict[str, tuple[str, ...] | None] = {
     "bases.py": ("FAMILIES", "tie"),
     "injection.py": None,
+    "gaussian.py": ("LOG_2PI", "log_density", "log_prior"),
+    "prior.py": None,
     "bottleneck.py": None,
     "token_losses.py": None,
     "t5vae.py": (
@@ -28,6 +30,7 @@ HEAD = '''"""A text VAE of vae_ds in plain transformers: needs torch and transfo
     model = AutoModel.from_pretrained(PATH, trust_remote_code=True)
     mu, logvar = model.encode(input_ids, attention_mask)  # each (sentences, latent units)
     token_ids = model.generate(mu, max_new_tokens=64)
+    mu = model.sample_codes(5)  # codes of new sentences, drawn from the prior
 
 The file was made by vae_ds from its sources (Apache-2.0).
 """
@@ -98,8 +101,8 @@ def _parts(text: str, tree: ast.Module, wanted: tuple[str, ...] | None) -> Itera
 def _name(node: ast.stmt) -> str | None:
     if isinstance(node, ast.ClassDef | ast.FunctionDef):
         return node.name
-    target = node.target if isinstance(node, ast.AnnAssign) else None
-    return target.id if isinstance(target, ast.Name) else None
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return next((target.id for target in targets if isinstance(target, ast.Name)), None)
 
 
 def _text(text: str, node: Any) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vae_ds.config import ModelConfig
-from vae_ds.model import gaussian
+from vae_ds.model.gaussian import log_density, log_prior
 from vae_ds.model.injection import Float32Linear
 
 SENTENCES_PER_UNIT = 10
@@ -135,7 +135,7 @@ class GaussianPrior(Prior):
 
     def _log_prob(self, z_BL: Tensor) -> Tensor:
         eps_BL, log_det_1 = self.whitening(z_BL)
-        return gaussian.log_prior(eps_BL) + log_det_1
+        return log_prior(eps_BL) + log_det_1
 
     def _draw(self, eps_BL: Tensor, choice_B: Tensor) -> Tensor:
         z_BL: Tensor = self.whitening(eps_BL, backwards=True)[0]
@@ -163,7 +163,7 @@ class FlowPrior(Prior):
         for coupling in self.couplings:
             eps_BL, log_det_B = coupling(eps_BL)
             log_det = log_det + log_det_B
-        return gaussian.log_prior(eps_BL) + log_det
+        return log_prior(eps_BL) + log_det
 
     def _draw(self, eps_BL: Tensor, choice_B: Tensor) -> Tensor:
         z_BL = eps_BL
@@ -193,7 +193,7 @@ class MixturePrior(Prior):
 
     def _log_prob(self, z_BL: Tensor) -> Tensor:
         logvar_CL = 2.0 * self.log_scale.float()
-        log_density_BC = gaussian.log_density(z_BL[:, None], self.mean.float(), logvar_CL)
+        log_density_BC = log_density(z_BL[:, None], self.mean.float(), logvar_CL)
         return torch.logsumexp(log_density_BC + functional.log_softmax(self.logits.float(), 0), 1)
 
     def _draw(self, eps_BL: Tensor, choice_B: Tensor) -> Tensor:

@@ -176,6 +176,7 @@ tokens = tokenizer(["A sentence to encode."], return_tensors="pt")
 mu, logvar = model.encode(tokens["input_ids"], tokens["attention_mask"])
 ids = model.generate(mu, max_new_tokens={described.get(MAX_TOKENS, UNKNOWN_MAX_TOKENS)})
 print(tokenizer.batch_decode(ids, skip_special_tokens=True))
+codes = model.sample_codes(5)  # drawn from the prior; `generate` makes new sentences of them
 ```
 """
 
