@@ -100,7 +100,7 @@ class VaeDsModel(PreTrainedModel):
         if kind == "normal":
             return None
         commit = getattr(self.config, "_commit_hash", None)
-        path = cached_file(self.name_or_path, f"priors/{kind}.safetensors", revision=commit)
+        path = cached_file(str(self.name_or_path), f"priors/{kind}.safetensors", revision=commit)
         with torch.device("cpu"):
             prior = make_prior(self.settings, torch.Generator())
         assert prior is not None
