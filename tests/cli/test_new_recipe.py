@@ -51,7 +51,7 @@ def test_a_new_recipe_from_one_file_streams_or_draws(
     base: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, words in enumerate((["--data", text / "train.txt"], ["--data", text, "--streaming"])):
-        assert run("recipes", "new", "--base", base, *words) == 0
+        assert run("recipes", "new", "--base", base, "--latent-dim", 4, *words) == 0
         mine = tmp_path / f"{number}.yaml"
         mine.write_text(capsys.readouterr().out, encoding="utf-8")
         assert run("train", mine, "--run-dir", tmp_path / "run", "--dry-run") == 0
@@ -59,7 +59,7 @@ def test_a_new_recipe_from_one_file_streams_or_draws(
 
 
 def test_json(base: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("recipes", "new", "--base", base, "--data", text, "--json") == 0
+    assert run("recipes", "new", "--base", base, "--data", text, "--latent-dim", 4, "--json") == 0
     tree = json.loads(capsys.readouterr().out)
     assert config.build(config.RunConfig, tree, "json").model.base == str(base)
 

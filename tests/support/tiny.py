@@ -123,6 +123,13 @@ def write_splits(folder: Path, train: Sequence[str], valid: Sequence[str], test:
     return folder
 
 
+# The model of the demo with the prior N(0, I), one key and value of z, and a threshold for each unit.
+NORMAL_PRIOR = (
+    *("model.injection=cross_attention", "model.slots=1", "model.memory_mlp=0", "model.prior=normal"),
+    "phases.1.free_bits={mode: per_dim_batch, nats: 0.3}",
+)
+
+
 def demo_settings(folder: Path, **base: Any) -> list[str]:
     """Settings with which the demo's recipes take seconds: a random base without dropout and a text, in `folder`."""
     made = make_base(folder / "base", dropout_rate=0.0, **base)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support.checkpoint_cases import weights_at
 from support.launch import WORKER, job, launch, run_jobs
 from support.recipes import small_recipe
-from support.tiny import demo_settings
+from support.tiny import NORMAL_PRIOR, demo_settings
 from vae_ds.training import train
 
 # The warm-up collapses under a high beta, with a low nelbo. The last phase has beta 0: the code comes into use.
@@ -59,7 +59,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
     often = [f"validation.every_steps={EVERY}", f"checkpoint.every_steps={EVERY}", "checkpoint.keep=99", "export=best"]
     small = demo_settings(folder, num_layers=1, num_decoder_layers=1)
-    return [*small, *phases, *often, "logging.tensorboard=false", f"data.cache_dir={folder / 'cache'}"]
+    return [*small, *NORMAL_PRIOR, *phases, *often, "logging.tensorboard=false", f"data.cache_dir={folder / 'cache'}"]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from support.launch import job, run_jobs
 from support.models import build
 from support.processes import curve
 from support.recipes import write_recipe
-from support.tiny import ENGLISH, demo_settings, make_base, write_splits
+from support.tiny import ENGLISH, NORMAL_PRIOR, demo_settings, make_base, write_splits
 from vae_ds import config as configuration
 from vae_ds.config import RunConfig
 from vae_ds.engine import PhaseState
@@ -345,7 +345,7 @@ def test_the_model_of_a_run_is_used_as_any_other(runs: Path) -> None:
 
 @pytest.mark.timeout(360)
 def test_the_facts_of_a_dry_run(tmp_path: Path) -> None:
-    settings = [*demo_settings(tmp_path), "phases.0.steps=2", "phases.1.steps=3", "model.lora.rank=2"]
+    settings = [*demo_settings(tmp_path), *NORMAL_PRIOR, "phases.0.steps=2", "phases.1.steps=3", "model.lora.rank=2"]
     facts = [line for line in dry_run("demo", tmp_path / "run", settings).splitlines() if line.startswith("# ")]
     # q and v are 32 x 48, so an adapter has 2 x (32 + 48) parameters. The base has 2 and 3 blocks.
     assert (

@@ -99,7 +99,7 @@ def test_a_trained_vae_is_a_start(base: Path, trained: Path) -> None:
     ("change", "message"),
     [
         ("model.latent_dim=5", "its latent_dim is 4, the recipe's 5"),
-        ("model.injection=embedding", "its injection is 'cross_attention', the recipe's 'embedding'"),
+        ("model.injection=cross_attention", "its injection is 'self_attention', the recipe's 'cross_attention'"),
     ],
 )
 def test_a_start_of_other_settings_is_named(base: Path, trained: Path, change: str, message: str) -> None:

@@ -40,5 +40,5 @@ def test_each_validation_states_what_the_code_costs(tmp_path: Path, capfd: pytes
         assert row["cost"].startswith("at most ")
     told = capfd.readouterr().err
     assert f"{rows[-1]['verdict']}, {rows[-1]['cost']}" in told
-    with pytest.raises(ConfigError, match="vae has injection `cross_attention`; a yardstick must be a run with `none`"):
+    with pytest.raises(ConfigError, match="vae has injection `self_attention`; a yardstick must be a run with `none`"):
         train("demo", tmp_path / "other", [*settings, f"validation.yardstick={vae}"])

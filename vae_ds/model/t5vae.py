@@ -330,11 +330,15 @@ class T5VAE(nn.Module):
     def _description(self) -> dict[str, Any]:
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         every = self.named_parameters(remove_duplicate=False)
+        settings = self.settings
+        if self.prior is None:
+            # Of a plain language model, whose recipe may ask for one.
+            settings = settings.model_copy(update={"prior": NORMAL})
         return {
             "format": EXPORT_FORMAT,
             "schema_version": EXPORT_VERSION,
             # `weights` is where the training started, a path of the machine that trained. Adapters are merged.
-            "model": self.settings.model_dump(mode="json", by_alias=True, exclude={"weights", "lora"}),
+            "model": settings.model_dump(mode="json", by_alias=True, exclude={"weights", "lora"}),
             # `_name_or_path` is a path of this machine.
             "t5": {key: value for key, value in self.t5.config.to_dict().items() if key != "_name_or_path"},
             **auto_code.entries("float32"),

@@ -154,7 +154,8 @@ def frozen_names(names: Iterable[str], patterns: Sequence[str], where: str = "fr
     """The parameters that `patterns` freeze: groups, or shell patterns of parameter names.
 
     In a model with adapters, the weights that these leave as they are (`held_names`) are always among them.
-    Raises ConfigError for a pattern that matches nothing, or if nothing is left to train.
+    Raises ConfigError for a pattern that matches nothing, or if nothing is left to train. `prior` may match nothing:
+    N(0, I) has no parameters, and model.prior changes without the phases.
     """
     every = list(names)
     frozen = held_names(every)
@@ -164,7 +165,7 @@ def frozen_names(names: Iterable[str], patterns: Sequence[str], where: str = "fr
             for name in every
             if (group_of(name) == pattern if pattern in GROUPS else fnmatch.fnmatch(name, pattern))
         }
-        if not matched:
+        if not matched and pattern != "prior":
             raise ConfigError(f"{where}: `{pattern}` matches no parameter; groups are {', '.join(GROUPS)}")
         frozen |= matched
     if len(frozen) == len(every):
