@@ -184,7 +184,7 @@ def test_two_nodes_are_one_and_a_job_comes_back(nodes: Cluster, longer: list[str
     run = tmp_path / "run"
     # The ranks stand still for a while below.
     patient = [*longer, "timeouts.silent_s=600"]
-    job = train(nodes, run, patient, *TWO_NODES, "--time=2", "--signal=USR1@60")
+    job = train(nodes, run, patient, *TWO_NODES, "--time=3", "--signal=USR1@60")
     wait_for(lambda: steps_of(run) > 4, nodes)
     nodes.run("scontrol", "requeue", job)
     wait_for(lambda: int(nodes.field(job, "Restarts")) > 0 and steps_of(run) > 40, nodes)

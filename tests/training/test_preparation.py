@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from support.tiny import demo_settings, make_base
 from vae_ds import config as configuration
 from vae_ds.config import RunConfig
+from vae_ds.engine import WEIGHTS
 from vae_ds.errors import CheckpointError, ConfigError
 from vae_ds.model import T5VAE, load_tokenizer
+from vae_ds.training.build import first_weights
 from vae_ds.training.preparation import check_model
 
 pytestmark = pytest.mark.timeout(240)
@@ -105,6 +107,27 @@ def test_a_trained_vae_is_a_start(base: Path, trained: Path) -> None:
 def test_a_start_of_other_settings_is_named(base: Path, trained: Path, change: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_model(recipe(base, f"model.weights={trained}", change))
+
+
+def test_a_language_model_is_a_start_for_the_decoder(base: Path, tmp_path: Path) -> None:
+    language_model = T5VAE.from_base(recipe(base, "model.injection=none").model)
+    with torch.no_grad():
+        for parameter in language_model.parameters():
+            parameter.add_(1.0)
+    language_model.save_pretrained(tmp_path / "lm", load_tokenizer(str(base)))
+    config = recipe(base, f"model.weights={tmp_path / 'lm'}")
+    check_model(config)
+    model, others = T5VAE.from_base(config.model), dict(language_model.named_parameters())
+    weights, taken = first_weights(model, None), set()
+    for name, parameter in model.named_parameters():
+        found = torch.empty(parameter.numel())
+        weights.copy_to(found, name, WEIGHTS, 0)
+        wanted = others.get(name, parameter).detach()
+        assert torch.equal(found, wanted.flatten()), name
+        taken |= {name} & others.keys()
+    assert taken == others.keys()
+    with pytest.raises(ConfigError, match="differs from the recipe's model; was it trained on another base"):
+        check_model(recipe(make_base(tmp_path / "other", d_ff=64), f"model.weights={tmp_path / 'lm'}"))
 
 
 def test_a_start_on_another_base_is_named(base: Path, trained: Path, tmp_path: Path) -> None:

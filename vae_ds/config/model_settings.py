@@ -24,7 +24,8 @@ class ModelConfig(Settings):
 
     base: str = Field("tiny", description="`tiny` (shipped with the package), a hub name, or a directory")
     weights: str | None = Field(
-        None, description="start from this trained VAE, a run or an export, instead of the base's weights"
+        None,
+        description="start from this trained VAE or language model, a run or an export, instead of the base's weights",
     )
     latent_dim: int = Field(32, ge=1, description="L, the number of latent units")
     pooling: Literal["max", "mean"] = Field("max", description="how the encoder states become one vector")

@@ -85,7 +85,9 @@ def check_base_weights(base: str) -> None:
 
 
 def check_start(settings: ModelConfig) -> None:
-    """Check the VAE whose weights a run starts from (`model.weights`) against the recipe's model.
+    """Check the model whose weights a run starts from (`model.weights`) against the recipe's model.
+
+    It is a VAE or a plain language model, which has the weights of a decoder and the embeddings.
 
     Raises CheckpointError if there is no such model, ConfigError that names what differs.
     """
@@ -93,7 +95,8 @@ def check_start(settings: ModelConfig) -> None:
         return
     export = model_dir(settings.weights)
     stored = ModelConfig.model_validate(read_export(export)["model"])
-    for key in ("injection", "latent_dim", "pooling", "pool_layers", "slots", "memory_mlp"):
+    is_part = stored.injection == "none" != settings.injection
+    for key in () if is_part else ("injection", "latent_dim", "pooling", "pool_layers", "slots", "memory_mlp"):
         theirs, ours = getattr(stored, key), getattr(settings, key)
         if theirs != ours:
             raise ConfigError(f"model.weights {settings.weights}: its {key} is {theirs!r}, the recipe's {ours!r}")
@@ -101,6 +104,8 @@ def check_start(settings: ModelConfig) -> None:
     # An export has no adapters, and its priors are files of their own.
     plain = settings.model_copy(update={"lora": None, "prior": NORMAL})
     found, wanted = _read_header(export / "model.safetensors", CheckpointError), shapes_of(skeleton(plain))
+    if is_part:
+        wanted = {name: shape for name, shape in wanted.items() if name in found}
     if differing := sorted(set(found.items()) ^ set(wanted.items())):
         raise ConfigError(
             f"model.weights {settings.weights}: `{differing[0][0]}` differs from the recipe's model; was it trained on "
