@@ -285,7 +285,7 @@ def test_a_phase_that_fails_leaves_no_job_waiting(nodes: Cluster, settings: list
 def test_an_array_of_which_one_fails(nodes: Cluster, settings: list[str], tmp_path: Path) -> None:
     """The yardstick's array comes first, and the other waits for it: each run has a `lm_gain`."""
     study = tmp_path / "small.yaml"
-    rows_of = {"a": {}, "bad": {"model.base": "/no/such/base"}, "c": {"model.latent_dim": 2}}
+    rows_of = {"a": {"model.latent_dim": 16}, "bad": {"model.base": "/no/such/base"}, "c": {"model.latent_dim": 2}}
     yardstick = {"name": "lm", "recipe": "demo-yardstick", "set": {"phases.0.steps": 3}}
     given = [setting.split("=", 1) for setting in settings if "latent_dim" not in setting]
     tree = {
@@ -306,7 +306,7 @@ def test_an_array_of_which_one_fails(nodes: Cluster, settings: list[str], tmp_pa
     assert first == after
     states = [nodes.wait(f"{rest}_{number}") for number in range(3)]
     assert states == ["COMPLETED", "FAILED", "COMPLETED"], nodes.logs()
-    for name, units in (("a", 32), ("c", 2)):
+    for name, units in (("a", 16), ("c", 2)):
         found = json.loads((runs / name / "eval-test.json").read_text(encoding="utf-8"))
         assert found["sentences"] == 80
         assert len(found["kl_per_dim"]) == units
