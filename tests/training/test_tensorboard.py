@@ -365,9 +365,9 @@ def test_hparams_of_the_demo_are_settings_of_the_optimisation() -> None:
 
     demo = config.load(config.RunConfig, "demo").model_dump(mode="json", by_alias=True)
     found = events.hparams_of(demo)
-    assert found["phases.0.freeze"] == "decoder, embeddings"
+    assert found["phases.0.freeze"] == "decoder, embeddings, prior"
     assert found["phases.1.beta.schedule"] == "cyclical"
-    assert found["phases.1.free_bits.nats"] == 0.3
+    assert found["phases.1.free_bits.nats"] == 15
     assert found["batch.global"] == 64
     assert {"seed", "precision", "model.latent_dim", "phases.1.denoise", "phases.1.optimizer.lr"} <= found.keys()
     assert not {
