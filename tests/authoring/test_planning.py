@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import T5Config
 
-from support.tiny import demo_settings
+from support.tiny import NORMAL_PRIOR, demo_settings
 from vae_ds import authoring, cli
 from vae_ds import config as configuration
 from vae_ds.authoring import budget
@@ -23,7 +23,7 @@ def published(folder: Path, size: str) -> list[str]:
     """Settings of the demo on a text of some sentences, with the shape of a published T5."""
     settings = demo_settings(folder)
     T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **asdict(LARGER[size])).save_pretrained(folder / "base")
-    return [*settings, "model.latent_dim=32", "phases.0.steps=10", "phases.1.steps=20", "precision=bf16"]
+    return [*settings, *NORMAL_PRIOR, "model.latent_dim=32", "phases.0.steps=10", "phases.1.steps=20", "precision=bf16"]
 
 
 def planned(folder: Path, size: str, gpus: int, gpu_gb: float, *more: str) -> authoring.Plan:

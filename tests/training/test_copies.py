@@ -14,13 +14,14 @@ from vae_ds.bench.gpu import copies
 from vae_ds.bench.gpu.copies import TO_HOST
 
 QUIET = ("phases.0.steps=2", "phases.1.steps=3", "logging.tensorboard=false", "batch.micro=8")
-MODES = ("phases.1.free_bits={mode: per_dim_batch, nats: 0.3}", "phases.1.denoise=0.2")
 
 
 @pytest.mark.parametrize("engine", ["zero0 fp32", "zero1 bf16"])
-def test_one_copy_a_step(engine: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prior", ["normal", "flow"])
+def test_one_copy_a_step(prior: str, engine: str, tmp_path: Path) -> None:
     ds_config, precision = engine.split()
-    settings = [*tiny.demo_settings(tmp_path), *QUIET, *MODES, f"deepspeed={ds_config}", f"precision={precision}"]
+    settings = [*tiny.demo_settings(tmp_path), *QUIET, f"deepspeed={ds_config}", f"precision={precision}"]
+    settings += [*(tiny.NORMAL_PRIOR if prior == "normal" else ()), "phases.1.denoise=0.2"]
     with copies.watched_steps() as steps:
         training.train("demo", tmp_path / "run", settings)
     told = copies.lines(steps[-1].found + steps[-1].of_engine)
