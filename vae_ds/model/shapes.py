@@ -95,8 +95,9 @@ def check_start(settings: ModelConfig) -> None:
         return
     export = model_dir(settings.weights)
     stored = ModelConfig.model_validate(read_export(export)["model"])
-    is_part = stored.injection == "none" != settings.injection
-    for key in () if is_part else ("injection", "latent_dim", "pooling", "pool_layers", "slots", "memory_mlp"):
+    is_part = stored.injection == "none" and settings.injection != "none"
+    keys = () if is_part else ("injection", "latent_dim", "pooling", "pool_layers", "slots", "memory_mlp")
+    for key in keys:
         theirs, ours = getattr(stored, key), getattr(settings, key)
         if theirs != ours:
             raise ConfigError(f"model.weights {settings.weights}: its {key} is {theirs!r}, the recipe's {ours!r}")
