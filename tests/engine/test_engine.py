@@ -20,7 +20,8 @@ from support.launch import Finished, clean_environment, launch
 from vae_ds.config.settings import ModelConfig, OptimizerConfig
 from vae_ds.distributed.ranks import Ranks
 from vae_ds.engine import ds_config, groups, nvme
-from vae_ds.engine.phase_engine import PhaseEngine, builds_async_io, resolve
+from vae_ds.engine.library import builds_async_io
+from vae_ds.engine.phase_engine import PhaseEngine, resolve
 from vae_ds.engine.precision import precision_for
 from vae_ds.engine.slices import PhaseState
 from vae_ds.errors import CheckpointError, ConfigError
@@ -481,3 +482,10 @@ def test_precision_auto_does_not_take_emulated_bf16(
     assert all("precision=fp16" in message for message in caplog.messages)
     assert precision_for("auto", "cuda:0", "zero2_fp16", tell=True) == "fp16"
     assert precision_for("bf16", "cuda:0", tell=True) == "bf16"
+
+
+def test_deepspeed_comes_without_mlflow() -> None:
+    """Which DeepSpeed would import for its autotuner alone, in seconds; afterwards it can be imported as before."""
+    code = "import sys; from vae_ds.engine.library import deepspeed_library; deepspeed_library(); "
+    code += "assert not [name for name in sys.modules if name.partition('.')[0] == 'mlflow']; import mlflow"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -15,7 +15,7 @@ from support.engine_cases import STAGES, main
 from vae_ds import distributed
 from vae_ds.config.settings import OptimizerConfig
 from vae_ds.distributed.ranks import Ranks
-from vae_ds.engine import phase_engine
+from vae_ds.engine.library import deepspeed_library
 from vae_ds.engine.phase_engine import PhaseEngine, resolve
 
 MICROS = 3
@@ -86,6 +86,6 @@ def cases(to: Path) -> dict:
 
 if __name__ == "__main__":
     # Sums and products in fp16 work on every CPU, but DeepSpeed asks for fast ones.
-    accelerator = phase_engine._library().accelerator.get_accelerator()
+    accelerator = deepspeed_library().accelerator.get_accelerator()
     accelerator.is_fp16_supported = lambda: True
     main(Path(sys.argv[1]), cases(Path(sys.argv[1])))

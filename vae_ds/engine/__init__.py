@@ -4,13 +4,8 @@ Depends on `distributed`, `config` and `errors`.
 """
 
 from vae_ds.engine.ds_config import shipped_names, stated_precision
-from vae_ds.engine.phase_engine import (
-    DTYPES,
-    PhaseEngine,
-    StepOutcome,
-    builds_async_io,
-    resolve,
-)
+from vae_ds.engine.library import builds_async_io
+from vae_ds.engine.phase_engine import DTYPES, PhaseEngine, StepOutcome, resolve
 from vae_ds.engine.precision import precision_for
 from vae_ds.engine.slices import MOMENTS, WEIGHTS, Part, PhaseState, Reader, Slice, Source, whole
 

@@ -9,13 +9,8 @@ import gc
 import io
 import math
 import os
-import shutil
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +20,7 @@ from vae_ds import distributed
 from vae_ds.config import OptimizerConfig
 from vae_ds.distributed import Ranks
 from vae_ds.engine import ds_config, ds_keys, filling, groups, nvme
+from vae_ds.engine.library import builds_async_io, deepspeed_library
 from vae_ds.engine.masters import Masters
 from vae_ds.engine.slices import KINDS, MOMENTS, WEIGHTS, Frozen, Part, PhaseState, Reader, Slice, Source, host_copy
 from vae_ds.errors import CheckpointError, ConfigError
@@ -74,7 +70,7 @@ def resolve(
     probe = {key: 1 for key in ds_config.OWNED if key.startswith("train_micro")} | chosen | nvme.owned(tree)
     rest = {key: value for key, value in tree.items() if key not in ds_config.OWNED}
     _check_known(ds_config.complete(rest, probe, source), source)
-    if precision == "fp16" and not _library().accelerator.get_accelerator().is_fp16_supported():
+    if precision == "fp16" and not deepspeed_library().accelerator.get_accelerator().is_fp16_supported():
         raise ConfigError(f"precision: this {torch.device(device).type} cannot compute in fp16; use bf16 or fp32")
     if nvme.sections(tree) and not builds_async_io():
         raise ConfigError(
@@ -136,7 +132,7 @@ class PhaseEngine:
         if precision == "fp32":
             exact = None
         self._has_scale = precision == "fp16"
-        self._library = _library()
+        self._library = deepspeed_library()
         self._engine = self._initialize(module, filled, weights, DTYPES[precision])
         distributed.apply_timeout()  # to the process groups that DeepSpeed has made
         # To sum gradients over the ranks, DeepSpeed copies all of them into a buffer, even on one rank.
@@ -328,23 +324,6 @@ class PhaseEngine:
             )
 
 
-def _library() -> ModuleType:
-    """Import DeepSpeed (takes seconds), silence its log, and disable the operator that it compiles on first use."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed calls collectives by names that newer releases of torch deprecate, once per parameter.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    import deepspeed
-    import deepspeed.ops
-
-    # Gloo does not need this operator, and a killed build leaves a lock on which every later run hangs. Set this before
-    # the first access, which would start compilers to find out what can be built.
-    deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel("WARNING")
-    library: ModuleType = deepspeed
-    return library
-
-
 def _fill(
     tree: dict[str, Any],
     optimizer: OptimizerConfig,
@@ -368,26 +347,8 @@ def _fill(
 
 def _check_known(tree: dict[str, Any], source: str) -> None:
     """Raise ConfigError for a key that DeepSpeed would ignore, or a value that it rejects."""
-    _library()
+    deepspeed_library()
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     ds_keys.check_known(tree, source, DeepSpeedConfig, DeepSpeedConfigModel)
-
-
-def builds_async_io() -> bool:
-    """Whether DeepSpeed's operator for NVMe is built or can be built here. Compiles a test program against libaio."""
-    _library()
-    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
-    if shutil.which("ninja", path=own) and own not in path.split(os.pathsep):
-        # Use the environment's ninja even if the environment is not active: another ninja would rebuild everything.
-        os.environ["PATH"] = f"{own}{os.pathsep}{path}"
-    from deepspeed.git_version_info import installed_ops
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    if installed_ops.get("async_io"):
-        return True
-    if torch.cuda.is_available() and torch.version.cuda and CUDA_HOME is None:
-        return False
-    return shutil.which("ninja") is not None and bool(AsyncIOBuilder().is_compatible(verbose=False))
