@@ -29,7 +29,7 @@ from vae_ds import distributed, engine
 from vae_ds.bench.contest import Contestant, Tick
 from vae_ds.config import RunConfig
 from vae_ds.data import Batch, TokenSet, collate, epoch_batches, from_texts
-from vae_ds.model import T5VAE, count_operations, extents, gaussian, load_tokenizer
+from vae_ds.model import T5VAE, Operations, count_operations, extents, gaussian, load_tokenizer
 from vae_ds.training import Steps, phases
 
 PUBLISHED_TOKENS = 256
@@ -78,12 +78,12 @@ def bare(settings: Mapping[str, Any]) -> Contestant:
         began_s = time.perf_counter()
         terms = model(**batch.arguments())
         loss_B = terms.rec_B + 0.1 * gaussian.thresholded_kl(terms.kl_BL, plan.free_bits.mode, plan.free_bits.nats)
+        forward_s = time.perf_counter()
         loss_B.mean().backward()
+        backward_s = time.perf_counter()
         optimizer.step()
         optimizer.zero_grad()
-        seconds = time.perf_counter() - began_s
-        counted = operations.of(extents(batch.input_ids_BT.shape, batch.labels_BT.shape))
-        yield Tick(seconds, len(batch.index_B), batch.tokens, counted)
+        yield _tick(batch, operations, began_s, forward_s, backward_s, time.perf_counter())
 
 
 def matrix(settings: Mapping[str, Any]) -> Contestant:
@@ -109,11 +109,22 @@ def published(settings: Mapping[str, Any]) -> Contestant:
         began_s = time.perf_counter()
         loss = published_loss(model, batch)
         optimizer.zero_grad()
+        forward_s = time.perf_counter()
         loss.backward()
+        backward_s = time.perf_counter()
         optimizer.step()
-        seconds = time.perf_counter() - began_s
-        counted = operations.of(extents(batch.input_ids_BT.shape, batch.labels_BT.shape))
-        yield Tick(seconds, len(batch.index_B), batch.tokens, counted)
+        yield _tick(batch, operations, began_s, forward_s, backward_s, time.perf_counter())
+
+
+def _tick(
+    batch: Batch, operations: Operations, began_s: float, forward_s: float, backward_s: float, ended_s: float
+) -> Tick:
+    """A step of a plain loop, from the times at which its parts ended."""
+    seconds = ended_s - began_s
+    parts = {"forward": forward_s - began_s, "backward": backward_s - forward_s, "update": ended_s - backward_s}
+    counted = operations.of(extents(batch.input_ids_BT.shape, batch.labels_BT.shape))
+    shares = {f"share_{name}": spent / seconds for name, spent in parts.items()}
+    return Tick(seconds, len(batch.index_B), batch.tokens, counted, shares)
 
 
 def published_loss(model: T5VAE, batch: Batch) -> torch.Tensor:
@@ -251,7 +262,7 @@ def _prepared(settings: Mapping[str, Any]) -> tuple[RunConfig, list[Batch]]:
     return config, batches
 
 
-def _freeze(model: T5VAE, config: RunConfig, phase: int) -> Any:
+def _freeze(model: T5VAE, config: RunConfig, phase: int) -> Operations:
     """Freeze as the phase does, set the mode, and return the operations of a step."""
     phases.freeze(model, config.phases[phase].freeze)
     phases.train_mode(model)

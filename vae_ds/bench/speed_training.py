@@ -35,6 +35,7 @@ def published(place: Place) -> list[Row]:
                 row_of(
                     "published", f"{told}, lengths of {name}, {place.shape} shape", "times the speed", faster,
                     (max(1.0, 0.9 * counted), None), counted=counted, **_rates(found, name, "published"),
+                    **_shares(found[name]), **_shares(found["published"], "published_"),
                 )
             )  # fmt: skip
     return rows
@@ -88,8 +89,11 @@ def huggingface(place: Place) -> list[Row]:
             faster = ratio(found["ours"], found[name], lambda one: one.tokens / one.seconds)
             case = f"{name}, {_shape(shape)}, batch {batch}"
             rows.append(
-                row_of("huggingface", case, "times the tokens/s", faster, (1.15, None), **_rates(found, "ours", name))
-            )
+                row_of(
+                    "huggingface", case, "times the tokens/s", faster, (1.15, None),
+                    **_rates(found, "ours", name), **_shares(found["ours"]),
+                )
+            )  # fmt: skip
         if place.is_quick:
             break
     return rows
@@ -106,7 +110,7 @@ def loop(place: Place) -> list[Row]:
         above = Middle(100 * (lost.value - 1), 100 * (lost.low - 1), 100 * (lost.high - 1), lost.of)
         row = row_of(
             "loop", f"{_shape(shape)}, batch {batch}", "% more time", above, (None, 5.0),
-            **_rates(found, "ours", "bare"), **_shares(found["ours"]),
+            **_rates(found, "ours", "bare"), **_shares(found["ours"]), **_shares(found["bare"], "bare_"),
         )  # fmt: skip
         rows.append(Row(**{**vars(row), "is_noisy": lost.is_noisy}))
         if place.is_quick:
@@ -130,7 +134,8 @@ def ranks(place: Place) -> list[Row]:
             found = alternate({"1": _Named(one, name), "2": _Named(two, name)}, {"1": 4, "2": 4}, place.rounds)
             faster = ratio(found["2"], found["1"], lambda part: part.tokens / part.seconds)
             case = f"{name}, shipped tiny T5, batch 64, one thread each"
-            rows.append(row_of("ranks", case, "times the tokens/s", faster, (1.8, None), **_rates(found, "1", "2")))
+            facts = {**_rates(found, "1", "2"), **_shares(found["1"], "one_"), **_shares(found["2"], "two_")}
+            rows.append(row_of("ranks", case, "times the tokens/s", faster, (1.8, None), **facts))
     return rows
 
 
@@ -159,6 +164,7 @@ def phases_by_count(place: Place) -> list[Row]:
     value = ratio(first, second, lambda one: one.seconds / one.operations)
     facts = {"time": ratio(first, second, lambda one: one.seconds / one.tokens).value}
     facts["counted"] = ratio(first, second, lambda one: one.operations / one.tokens).value
+    facts |= {**_shares(first, "first_"), **_shares(second, "second_")}
     case = f"phase 1 to phase 2, {place.shape} shape"
     return [row_of("phases", case, "time by operations", value, (0.9, 1.1), **facts)]
 
@@ -191,8 +197,9 @@ def _rates(found: dict[str, list[Round]], *names: str) -> dict[str, float]:
     }
 
 
-def _shares(rounds: Sequence[Round]) -> dict[str, float]:
-    return {name: round(middle([one.shares[name] for one in rounds]).value, 4) for name in rounds[0].shares}
+def _shares(rounds: Sequence[Round], whose: str = "") -> dict[str, float]:
+    """The parts of the steps of a contestant, medians, where it tells them."""
+    return {f"{whose}{name}": round(middle([one.shares[name] for one in rounds]).value, 4) for name in rounds[0].shares}
 
 
 def _per_sentence(rounds: Sequence[Round], what: str) -> float:
