@@ -83,7 +83,7 @@ def _head(found: Findings) -> list[str]:
         *_comment("Each comment begins with the origin of the value below it:"),
         *_comment(
             "[measured] as in the recipe `recommended`, whose results this project measured (docs/results.md) with the "
-            "tiny T5 that it ships, and with no other base."
+            "tiny T5 that it ships. Two other bases were tried once each (docs/recipes.md)."
         ),
         *_comment("[rule] a rule of thumb, or a rule that comes from elsewhere. This project has not measured it."),
         *_comment("[data], [base] read from the text, or from the configuration of the base."),
