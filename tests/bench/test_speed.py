@@ -32,6 +32,11 @@ def test_every_measure_has_rows(tmp_path: Path, capsys: pytest.CaptureFixture[st
     empty = {row["measure"]: row["reason"] for row in rows if row["value"] is None}
     assert empty["ranks"] == empty["start"] == "not in the quick size"
     assert any("GPU" in row["reason"] for row in rows if row["measure"] == "mfu")
+    # The parts of a step are a missed goal's breakdown; those of a plain loop are all of its step.
+    parts = next(row["facts"] for row in rows if row["measure"] == "published")
+    told_parts = [parts[f"published_share_{name}"] for name in ("forward", "backward", "update")]
+    assert sum(told_parts) == pytest.approx(1, abs=1e-3)
+    assert min(*told_parts, parts["share_forward"], parts["share_update"]) > 0
     # One pair says nothing about the spread.
     assert all(row["is_noisy"] for row in rows if row["measure"] == "published")
     assert json.loads((tmp_path / "speed.json").read_text())["rows"] == rows

@@ -18,6 +18,7 @@ def deepspeed_library() -> ModuleType:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed calls collectives by names that newer releases of torch deprecate, once per parameter.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    # DeepSpeed would import MLflow for its autotuner, which nobody starts here: almost half of the time of this import.
     with _hidden("mlflow"):
         import deepspeed
         import deepspeed.ops
@@ -50,10 +51,7 @@ def builds_async_io() -> bool:
 
 @contextlib.contextmanager
 def _hidden(module: str) -> Iterator[None]:
-    """Let `import module` fail, unless the module is imported already.
-
-    DeepSpeed imports MLflow where it is installed, for its autotuner alone. That is half of the time of its own import.
-    """
+    """Let `import module` fail, unless the module is imported already."""
     if module in sys.modules:
         yield
         return
