@@ -145,7 +145,8 @@ def test_each_rank_compares_its_share_alone_and_counts_it(monkeypatch):
     for rank in range(2):
         counted = []
         own = information.within_split(split, index_S, replace(ALONE, rank=rank, world=2), counted.append)
-        assert torch.equal(own, whole_S[rank::2])
+        # The last digits of a product of matrices depend on its other rows, on some processors.
+        torch.testing.assert_close(own, whole_S[rank::2], rtol=0, atol=1e-12)
         assert counted == [7, 7, 7, len(own) - 21]
 
 
