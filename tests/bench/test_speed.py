@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from support.launch import launch
 from vae_ds import cli
+from vae_ds import config as configuration
 from vae_ds.bench.contest import Here, Round, Tick, alternate, middle, ratio
 from vae_ds.bench.contestants import make, published_loss, recipe
+from vae_ds.bench.profiles import PROFILES, lengths
 from vae_ds.bench.speed import MEASURES, speed, table
 from vae_ds.bench.speed_other import _bias, _cpu_s, _cut
 from vae_ds.bench.speed_rows import Place, Row
-from vae_ds.data import Batch, Limits
+from vae_ds.config import RunConfig
+from vae_ds.data import Batch, Limits, epoch_batches, limits_of
 from vae_ds.errors import ConfigError, Failed
 from vae_ds.model import T5VAE, count_operations
 
@@ -45,6 +49,11 @@ def test_every_measure_has_rows(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert {path.name for path in tmp_path.iterdir()} == {"speed.json"}
 
 
+def test_the_terminal_shows_the_measure_that_runs(tmp_path: Path) -> None:
+    words = ["bench", "speed", "--quick", "--only", "padding", "--run-dir", tmp_path]
+    assert "bench speed: padding\n" in launch(["-m", "vae_ds", *words], processes=1).output
+
+
 def test_a_wrong_measure_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--only sped: the measures are published, memory"):
         speed(tmp_path, only=["sped"])
@@ -66,12 +75,15 @@ def test_a_process_that_ends_is_a_row_with_its_log(tmp_path: Path, monkeypatch: 
     assert "a process of the measurement ended" in table(facts, rows)
 
 
-def test_the_cost_of_a_process() -> None:
+def test_the_cost_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     spent_s, told = _cpu_s([sys.executable, "-c", "print(sum(range(3_000_000)))"])
     assert 0.01 < spent_s < 10
     assert told == "4499998500000\n"
     with pytest.raises(Failed, match="a process of the measurement ended: no such thing"):
         _cpu_s([sys.executable, "-c", "import sys; sys.exit('no such thing')"])
+    # The measure before has made this process a rank.
+    monkeypatch.setenv("MASTER_PORT", "33665")
+    assert _cpu_s([sys.executable, "-c", "import os; print(os.environ.get('MASTER_PORT'))"])[1] == "None\n"
 
 
 class Clock:
@@ -138,6 +150,16 @@ def test_padding_and_balance_are_counted() -> None:
     assert padded == 0.0
     assert behind == pytest.approx(100 * (8 / 6 - 1))
     assert _bias(np.repeat(lengths_N, 200), 32) < 10
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_one_rank_pads_less_than_three_percent(profile: str) -> None:
+    """A rank of one has the whole batch in one pass, so nothing but the buckets saves padding."""
+    config = configuration.load(RunConfig, profile, ["batch.global=64"])
+    lengths_N = lengths(profile, 20_000)
+    order_SG = epoch_batches(lengths_N, 64, config.batch.bucket_batches, 0, 0, 0)
+    limits = limits_of(config.batch, 1, PROFILES[profile].max_tokens)
+    assert _cut(order_SG, lengths_N, limits, 1)[0] < 3
 
 
 def test_rounds_are_sums() -> None:

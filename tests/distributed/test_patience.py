@@ -103,3 +103,23 @@ distributed.finish()
 )
 def test_what_nccl_says_of_others_is_a_loss(error: Exception, is_loss: bool) -> None:
     assert distributed.is_loss(error) is is_loss
+
+
+def test_a_rank_whose_peer_ends_knows_that_it_is_not_the_cause() -> None:
+    code = """
+import os, torch, torch.distributed as dist
+from vae_ds import distributed
+ranks = distributed.start()
+dist.all_reduce(torch.ones(1))
+if not ranks.is_main:
+    os.abort()
+try:
+    dist.all_reduce(torch.ones(1))
+except Exception as error:
+    assert distributed.is_consequence(error), error
+    assert not distributed.is_loss(error)
+    os._exit(5)
+"""
+    done = launch(["-c", code], timeout_s=100, check=False)
+    assert done.codes[0] == 5, done.report()
+    assert not distributed.is_consequence(RuntimeError("Connection closed by peer"))

@@ -13,6 +13,7 @@ Shapes: B sentences, T tokens, L latent units.
 
 import itertools
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -143,7 +144,9 @@ def published_loss(model: T5VAE, batch: Batch) -> torch.Tensor:
 def huggingface(settings: Mapping[str, Any]) -> Contestant:
     """The Trainer of transformers. It calls us, so it runs in a thread that stops after each step until the next one.
 
-    `by_length`: with its `group_by_length`. Batches, the DeepSpeed configuration and the optimizer are the same.
+    `by_length`: with its `group_by_length`. The sizes of the batches, the DeepSpeed configuration and the optimizer are
+    the same. `group_by_length` sorts each 50 batches by length, the longest first, and a measurement takes fewer steps
+    than that. So the batches come in a random order.
     """
     pause, ticks = threading.Semaphore(0), queue.Queue[Tick | BaseException]()
     threads = torch.get_num_threads()
@@ -182,7 +185,9 @@ def _train_huggingface(settings: Mapping[str, Any], pause: threading.Semaphore, 
     flat, ends_N = tokens.flat(np.arange(len(tokens))), np.cumsum(tokens.lengths_N)
     rows = [ids.tolist() for ids in np.split(flat, ends_N[:-1])]
     data = [{"input_ids": ids, "labels": ids, "length": len(ids)} for ids in rows]
-    model = AutoModelForSeq2SeqLM.from_pretrained(_directory(config.model.base), dtype=torch.float32)
+    model = AutoModelForSeq2SeqLM.from_pretrained(
+        _directory(config.model.base), dtype=torch.float32, dropout_rate=config.model.dropout
+    )
 
     class Pace(TrainerCallback):
         """Tells what a step took. The time includes the wait for its batch, and not the pause."""
@@ -201,12 +206,27 @@ def _train_huggingface(settings: Mapping[str, Any], pause: threading.Semaphore, 
             pause.acquire()
             self.began_s = time.perf_counter()
 
+    class Mixed(Trainer):
+        def _get_train_sampler(self, *args: Any) -> Any:
+            """Its sampler, with the batches as they are and in a random order."""
+            sampler = super()._get_train_sampler(*args)
+            assert sampler is not None  # the data has a length
+            order = list(sampler)
+            size = settings["batch"]
+            batches = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+            random.Random(0).shuffle(batches)
+            return list(itertools.chain.from_iterable(batches))
+
+        def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
+            # Not where the batch is made: that is while the device computes the batch before.
+            pace.sentences += len(inputs["labels"])
+            pace.tokens += int((inputs["labels"] != -100).sum())
+            return super().training_step(model, inputs, *args)
+
     pace = Pace()
     padded = DataCollatorForSeq2Seq(tokenizer, model=model)
 
     def collated(features: list[dict[str, Any]]) -> Any:
-        pace.sentences += len(features)
-        pace.tokens += sum(len(row["input_ids"]) for row in features)
         return padded([{key: row[key] for key in ("input_ids", "labels")} for row in features])
 
     by_length: dict[str, Any] = {"train_sampling_strategy": "group_by_length"} if settings.get("by_length") else {}
@@ -228,7 +248,7 @@ def _train_huggingface(settings: Mapping[str, Any], pause: threading.Semaphore, 
         dataloader_pin_memory=False,
         **by_length,
     )
-    Trainer(model=model, args=arguments, train_dataset=data, data_collator=collated, callbacks=[pace]).train()
+    Mixed(model=model, args=arguments, train_dataset=data, data_collator=collated, callbacks=[pace]).train()
 
 
 def _directory(base: str) -> str:

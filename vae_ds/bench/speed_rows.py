@@ -88,15 +88,17 @@ class Place:
                 (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return folder
 
-    def spec(self, kind: str, profile: str, *, batch: int, phase: int = 1, **more: Any) -> dict[str, Any]:
-        """The settings of a contestant (contestants.py)."""
+    def spec(
+        self, kind: str, profile: str, *, batch: int, phase: int = 1, batches: int = 64, **more: Any
+    ) -> dict[str, Any]:
+        """The settings of a contestant (contestants.py). Its text has so many `batches`."""
         batch = min(batch, 4) if self.is_quick else batch
         most = (
             min(profiles.PROFILES[profile].max_tokens, 24) if self.is_quick else profiles.PROFILES[profile].max_tokens
         )
         return {
             **{"kind": kind, "base": self.base(more.pop("shape", None)), "batch": batch, "phase": phase},
-            **{"data": str(self.text(profile, 64 if self.is_quick else 64 * batch)), "max_tokens": most},
+            **{"data": str(self.text(profile, 64 if self.is_quick else batches * batch)), "max_tokens": most},
             **{"run_dir": str(self.folder / "run"), "width": 32 if self.is_quick else 256, **more},
         }
 

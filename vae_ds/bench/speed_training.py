@@ -76,8 +76,9 @@ def huggingface(place: Place) -> list[Row]:
     """Target tokens per second against the Trainer of transformers on the stock T5."""
     rows = []
     for shape, batch, steps in (("shipped", 64, 4), (place.shape, 16, 2)):
-        specs = {"ours": place.spec("ours", "ptb", batch=batch, shape=shape)}
-        specs["as it comes"] = place.spec("huggingface", "ptb", batch=batch, shape=shape)
+        # `group_by_length` pads least from 200 batches on.
+        specs = {"ours": place.spec("ours", "ptb", batch=batch, batches=256, shape=shape)}
+        specs["as it comes"] = place.spec("huggingface", "ptb", batch=batch, batches=256, shape=shape)
         specs["group_by_length"] = specs["as it comes"] | {"by_length": True}
         with ExitStack() as stack:
             hosts = {
@@ -136,7 +137,19 @@ def ranks(place: Place) -> list[Row]:
             case = f"{name}, shipped tiny T5, batch 64, one thread each"
             facts = {**_rates(found, "1", "2"), **_shares(found["1"], "one_"), **_shares(found["2"], "two_")}
             rows.append(row_of("ranks", case, "times the tokens/s", faster, (1.8, None), **facts))
-    return rows
+    return [*rows, *(_side_by_side(place, phase) for phase in PHASES)]
+
+
+def _side_by_side(place: Place, phase: int) -> Row:
+    """The limit of the machine: two plain loops, each with half of the batch, that do not know of each other."""
+    specs = [{"loop": place.spec("bare", "ptb", batch=batch, phase=phase, shape="shipped")} for batch in (64, 32)]
+    folders = [f"side-{phase}-{count}" for count in (1, 2)]
+    with place.host(specs[0], folders[0]) as one, place.host(specs[1], folders[1], processes=2) as two:
+        found = alternate({"1": _Named(one, "loop"), "2": _Named(two, "loop")}, {"1": 4, "2": 4}, place.rounds)
+    faster = ratio(found["2"], found["1"], lambda part: part.tokens / part.seconds)
+    both = Middle(2 * faster.value, 2 * faster.low, 2 * faster.high, faster.of)
+    case = f"{PHASES[phase]}, two plain loops side by side, the same T5, batch 32 each"
+    return row_of("ranks", case, "times the tokens/s", both, (None, None), **_rates(found, "1", "2"))
 
 
 class _Named:
@@ -156,17 +169,26 @@ class _Named:
 
 
 def phases_by_count(place: Place) -> list[Row]:
-    """The time of a step of phase 1 to that of phase 2, divided by the quotient of their operations."""
-    specs = {told: place.spec("ours", "ptb", batch=16, phase=phase) for phase, told in PHASES.items()}
-    with place.host(specs, "phases") as host:
+    """The time of a step of phase 1 to that of phase 2, divided by the quotient of their operations.
+
+    The frozen decoder of phase 1 has no dropout, whose time is not counted. So there is a row without dropout, too.
+    """
+    rates = (0.1,) if place.is_quick else (0.1, 0.0)
+    return [_phases_by_count(place, dropout) for dropout in rates]
+
+
+def _phases_by_count(place: Place, dropout: float) -> Row:
+    changes = [f"model.dropout={dropout}"]
+    specs = {told: place.spec("ours", "ptb", batch=16, phase=phase, set=changes) for phase, told in PHASES.items()}
+    with place.host(specs, f"phases-{dropout:g}") as host:
         found = alternate(dict.fromkeys(specs, host), dict.fromkeys(specs, 2), place.rounds)
     first, second = (found[name] for name in specs)
     value = ratio(first, second, lambda one: one.seconds / one.operations)
     facts = {"time": ratio(first, second, lambda one: one.seconds / one.tokens).value}
     facts["counted"] = ratio(first, second, lambda one: one.operations / one.tokens).value
     facts |= {**_shares(first, "first_"), **_shares(second, "second_")}
-    case = f"phase 1 to phase 2, {place.shape} shape"
-    return [row_of("phases", case, "time by operations", value, (0.9, 1.1), **facts)]
+    case = f"phase 1 to phase 2, {place.shape} shape, dropout {dropout:g}"
+    return row_of("phases", case, "time by operations", value, (0.9, 1.1), **facts)
 
 
 def mfu(place: Place) -> list[Row]:

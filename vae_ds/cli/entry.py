@@ -6,6 +6,7 @@ within a second.
 """
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -33,6 +34,8 @@ from vae_ds.errors import Failed, Lost, OutOfMemory, Stopped, UserError
 from vae_ds.runtime import EXIT_FAULT, EXIT_LOST, EXIT_STOPPED, EXIT_USER, note_exit, own_rank
 
 WAIT_FOR_RANK0_S = 10.0
+# DeepSpeed's launcher looks at its ranks once a second, in no order.
+WAIT_FOR_CAUSE_S = 3.0
 EPILOG = """\
 `vae-ds COMMAND --help` lists the options of a command.
 
@@ -47,6 +50,7 @@ Exit codes:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Parse the arguments, run the command, and exit with the documented exit code."""
+    _show_messages()
     code = run(list(sys.argv[1:] if argv is None else argv))
     note_exit(code)
     _tell_torchrun(code)
@@ -93,6 +97,13 @@ def run(words: Sequence[str]) -> int:
         sys.stdout, sys.stderr = streams
 
 
+def _show_messages() -> None:
+    """Show the messages of the package, such as the limits that `auto` has found. Python shows warnings only."""
+    logging.getLogger("vae_ds").setLevel(logging.INFO)
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(logging.INFO)
+
+
 def _run(arguments: argparse.Namespace) -> int:
     try:
         arguments.command(arguments)
@@ -132,11 +143,10 @@ def _run(arguments: argparse.Namespace) -> int:
         return EXIT_FAULT
     except Exception as error:
         traceback.print_exc()
-        if _is_loss(error):
-            _record_end(arguments, "failed", f"{type(error).__name__}: {error}", EXIT_LOST)
-            return EXIT_LOST
-        _record_end(arguments, "failed", f"{type(error).__name__}: {error}", EXIT_FAULT)
-        return EXIT_FAULT
+        code = _code_of(error)
+        _record_end(arguments, "failed", f"{type(error).__name__}: {error}", code)
+        _let_the_cause_end_first(error)
+        return code
     _leave_group()
     return 0
 
@@ -163,12 +173,21 @@ def _leave_group() -> None:
         distributed.part()
 
 
-def _is_loss(error: Exception) -> bool:
+def _code_of(error: Exception) -> int:
     if not _distributed():
-        return False
+        return EXIT_FAULT
     from vae_ds import distributed
 
-    return distributed.is_loss(error)
+    return EXIT_LOST if distributed.is_loss(error) else EXIT_FAULT
+
+
+def _let_the_cause_end_first(error: Exception) -> None:
+    """Wait, if the error is that of a rank whose peer has ended: a launcher takes the first end that it sees."""
+    if _distributed():
+        from vae_ds import distributed
+
+        if distributed.is_consequence(error):
+            time.sleep(WAIT_FOR_CAUSE_S)
 
 
 def _tell_torchrun(code: int) -> None:

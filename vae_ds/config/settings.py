@@ -27,7 +27,7 @@ CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
 
 
 class BatchConfig(Settings):
-    """The global batch determines the optimization. The micro batch changes only the memory use, not the result.
+    """The global batch and the buckets determine the optimization. The micro batch changes only the memory use.
 
     A rank's share of the global batch is cut into micro batches of similar lengths within both limits.
     """
@@ -41,7 +41,7 @@ class BatchConfig(Settings):
         description="most tokens per rank and forward pass: sentences times the longest, with padding; auto: no limit "
         "if `batch.micro` is a number, else by the GPU's memory, or without a GPU 64 sentences of `data.max_tokens`",
     )
-    bucket_batches: int = Field(32, ge=1, description="length buckets: sort within this many global batches")
+    bucket_batches: int = Field(128, ge=1, description="length buckets: sort within this many global batches")
 
 
 class ConstantBeta(Settings):

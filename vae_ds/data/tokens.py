@@ -295,16 +295,12 @@ def _publish(temporary: Path, shard: _Shard) -> None:
 
 
 def report_truncation(name: str, tokens: TokenSet, max_tokens: int) -> None:
-    """Log on rank 0 how many sentences were cut, as a warning if there are any."""
+    """Log a warning on rank 0 if sentences were cut."""
     cut = tokens.truncated
-    if not is_main():
-        return
-    if cut:
+    if is_main() and cut:
         share = 100 * cut / len(tokens)
         message = "%s: %d of %d sentences (%.2f %%) are longer than data.max_tokens %d and were cut"
         log.warning(message, name, cut, len(tokens), share, max_tokens)
-    else:
-        log.info("%s: none of %d sentences is longer than data.max_tokens %d", name, len(tokens), max_tokens)
 
 
 def report_unknown(name: str, tokens: TokenSet) -> bool:

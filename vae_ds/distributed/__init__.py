@@ -16,7 +16,7 @@ from vae_ds.distributed.collectives import (
     rank0_first,
     to_device,
 )
-from vae_ds.distributed.patience import apply_timeout, is_loss, set_timeout
+from vae_ds.distributed.patience import apply_timeout, is_consequence, is_loss, set_timeout
 from vae_ds.distributed.randomness import capture, restore, seed_everything, stream
 from vae_ds.distributed.ranks import (
     VARIABLES,
@@ -43,6 +43,7 @@ __all__ = [
     "gather_on_main",
     "gather_rows",
     "interface_to",
+    "is_consequence",
     "is_loss",
     "note_end",
     "open_store",

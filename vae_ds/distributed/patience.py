@@ -94,6 +94,14 @@ def is_loss(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) and any(words in str(error) for words in told)
 
 
+def is_consequence(error: BaseException) -> bool:
+    """Whether an error of a collective tells only that a connection to another rank has closed, as gloo says it.
+
+    The other rank may have failed, or it may be gone. Only its exit code tells which.
+    """
+    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+
+
 def _next_key() -> str:
     global _works
     _works += 1
