@@ -34,7 +34,7 @@ def test_every_measure_has_rows(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert (row["value"] is None) == bool(row["reason"]), row
     # What cannot be measured here says why.
     empty = {row["measure"]: row["reason"] for row in rows if row["value"] is None}
-    assert empty["ranks"] == empty["start"] == "not in the quick size"
+    assert empty["ranks"] == empty["start"] == empty["compile"] == "not in the quick size"
     assert any("GPU" in row["reason"] for row in rows if row["measure"] == "mfu")
     # The parts of a step are a missed goal's breakdown; those of a plain loop are all of its step.
     parts = next(row["facts"] for row in rows if row["measure"] == "published")
@@ -115,6 +115,16 @@ def test_a_spread_is_noise() -> None:
     assert middle([1.0, 1.01, 0.99, 1.0]).is_noisy is False
     assert middle([1.0, 1.4, 0.8, 1.1]).is_noisy is True
     assert middle([1.0]).is_noisy is True
+
+
+def test_compile_is_asked_for_each_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler itself takes minutes, so its steps are those of the loop as it is."""
+    asked: list[dict[str, bool]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: asked.append(how))
+    spec = Place(tmp_path, is_quick=True).spec("bare", "ptb", batch=2)
+    for how, blocks in (({}, 0), ({"compile": True}, 8)):
+        assert next(make(spec | how)).tokens > 0
+        assert asked == [{"dynamic": True}] * blocks
 
 
 def test_the_baseline_pads_everything_and_counts_it(tmp_path: Path) -> None:

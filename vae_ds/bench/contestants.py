@@ -1,7 +1,8 @@
 """The contestants of `vae-ds bench speed`: this package, and what it is compared with, each as an iterator of steps.
 
 - `ours`: the steps of `vae_ds.train`.
-- `bare`: a plain PyTorch loop with the same model, batches and objective. Its batches are made before it starts.
+- `bare`: a plain PyTorch loop with the same model, batches and objective. Its batches are made before it starts. With
+  `compile`, torch.compile compiles each block of both stacks.
 - `published`: a plain loop that works as the code published with the paper does (docs/published-code.md): every
   sentence padded to 256 tokens, z as a prefix of the self-attention, whole logits, PyTorch's AdamW.
 - `huggingface`: the Trainer of transformers with DeepSpeed on the stock T5, which learns to repeat its input.
@@ -73,6 +74,9 @@ def bare(settings: Mapping[str, Any]) -> Contestant:
     config, batches = _prepared(settings)
     model = T5VAE.from_base(config.model, config.seed)
     operations = _freeze(model, config, settings["phase"])
+    if settings.get("compile"):
+        for block in (*model.t5.encoder.block, *model.t5.decoder.block):
+            block.compile(dynamic=True)
     plan = config.phases[settings["phase"]]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, eps=1e-3, fused=True)
     for batch in itertools.cycle(batches):

@@ -38,6 +38,7 @@ MEASURES: dict[str, Callable[[Place], list[Row]]] = {
     "huggingface": speed_training.huggingface,
     "loop": speed_training.loop,
     "ranks": speed_training.ranks,
+    "compile": speed_training.compiled,
     "phases": speed_training.phases_by_count,
     "mfu": speed_training.mfu,
     "iw": speed_other.iw,

@@ -119,6 +119,23 @@ def loop(place: Place) -> list[Row]:
     return rows
 
 
+def compiled(place: Place) -> list[Row]:
+    """The time of a step of a plain loop with compiled blocks, as a multiple of the same loop's without."""
+    cases = [("shipped", 64, 0.1), ("shipped", 64, 0.0), (place.shape, 16, 0.1)]
+    if place.is_quick:
+        return [Row("compile", "plain loops", "times the time", reason="not in the quick size")]
+    rows = []
+    for shape, batch, dropout in cases:
+        spec = place.spec("bare", "ptb", batch=batch, shape=shape, set=[f"model.dropout={dropout}"])
+        specs = {"as it is": spec, "compiled": spec | {"compile": True}}
+        with place.host(specs, f"compile-{shape}-{dropout:g}") as host:
+            found = alternate(dict.fromkeys(specs, host), dict.fromkeys(specs, 2), place.rounds)
+        longer = ratio(found["compiled"], found["as it is"], lambda one: one.seconds / one.operations)
+        case = f"plain loops, {_shape(shape)}, batch {batch}, dropout {dropout:g}"
+        rows.append(row_of("compile", case, "times the time", longer, (None, None), **_rates(found, *specs)))
+    return rows
+
+
 def ranks(place: Place) -> list[Row]:
     """Tokens per second of two ranks, one thread each, as a multiple of one."""
     if place.is_quick:

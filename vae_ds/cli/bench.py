@@ -70,7 +70,7 @@ def _add_speed(benches: Any) -> None:
         "speed",
         speed,
         "measure the speed of training, evaluation and data beside what they are compared with, on CPUs",
-        "Measures in turns and prints a table with medians; --run-dir gets speed.json. Takes about 20 minutes on two"
+        "Measures in turns and prints a table with medians; --run-dir gets speed.json. Takes about 30 minutes on two"
         " idle cores and 8 GB of memory.",
         ["vae-ds bench speed --run-dir runs/speed", "vae-ds bench speed --only loop mfu"],
     )
