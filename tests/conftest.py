@@ -46,13 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="torch finds no GPU"))
-
-    def place(item: pytest.Item) -> int:
-        if item.path.stem == "test_engine":
-            return len(LONGEST) + 1
-        return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
-
-    items.sort(key=place)
+    place = {name: number for number, name in enumerate(LONGEST)} | {"test_engine": len(LONGEST) + 1}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture

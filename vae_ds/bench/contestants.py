@@ -36,7 +36,7 @@ from vae_ds.training import Steps, phases
 
 PUBLISHED_TOKENS = 256
 MATRIX_SIDE = 1024
-PREPARED = 64  # batches that a plain loop has made before it starts: more than it takes, as `ours` has no batch twice
+PREPARED = 64  # batches that a plain loop makes before it starts: enough for its steps, so it trains on those of `ours`
 
 
 def make(settings: Mapping[str, Any]) -> Contestant:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vae_ds.bench import contestants
-from vae_ds.bench.contest import Middle, Round, alternate, middle, ratio
+from vae_ds.bench.contest import Host, Middle, Round, alternate, middle, ratio
 from vae_ds.bench.profiles import PROFILES, lengths
 from vae_ds.bench.speed_rows import Place, Row, row_of
 from vae_ds.config import ModelConfig, RunConfig
@@ -148,8 +148,7 @@ def ranks(place: Place) -> list[Row]:
     rows = []
     with place.host(specs, "ranks-one") as one, place.host(specs, "ranks-two", processes=2) as two:
         for name in specs:
-            # A contestant of each host has the same name there, so take their steps in turns by hand.
-            found = alternate({"1": _Named(one, name), "2": _Named(two, name)}, {"1": 4, "2": 4}, place.rounds)
+            found = _one_and_two(one, two, name, place.rounds)
             faster = ratio(found["2"], found["1"], lambda part: part.tokens / part.seconds)
             case = f"{name}, shipped tiny T5, batch 64, one thread each"
             facts = {**_rates(found, "1", "2"), **_shares(found["1"], "one_"), **_shares(found["2"], "two_")}
@@ -162,11 +161,16 @@ def _side_by_side(place: Place, phase: int) -> Row:
     specs = [{"loop": place.spec("bare", "ptb", batch=batch, phase=phase, shape="shipped")} for batch in (64, 32)]
     folders = [f"side-{phase}-{count}" for count in (1, 2)]
     with place.host(specs[0], folders[0]) as one, place.host(specs[1], folders[1], processes=2) as two:
-        found = alternate({"1": _Named(one, "loop"), "2": _Named(two, "loop")}, {"1": 4, "2": 4}, place.rounds)
+        found = _one_and_two(one, two, "loop", place.rounds)
     faster = ratio(found["2"], found["1"], lambda part: part.tokens / part.seconds)
     both = Middle(2 * faster.value, 2 * faster.low, 2 * faster.high, faster.of)
     case = f"{PHASES[phase]}, two plain loops side by side, the same T5, batch 32 each"
     return row_of("ranks", case, "times the tokens/s", both, (None, None), **_rates(found, "1", "2"))
+
+
+def _one_and_two(one: Host, two: Host, name: str, rounds: int) -> dict[str, list[Round]]:
+    """Four steps each, in turns, of a contestant that has the same name in a host of one rank and one of two."""
+    return alternate({"1": _Named(one, name), "2": _Named(two, name)}, {"1": 4, "2": 4}, rounds)
 
 
 class _Named:
